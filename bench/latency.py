@@ -1,0 +1,132 @@
+"""Milliseconds of a decode step over a sweep of batch sizes, beside transformers' own eager decode in the same process.
+
+    python bench/latency.py --config configs/qwen3-0.6b-gpu.yaml --set model.weights=random
+
+Prints the start-up phases, a table, and one JSON object as the last line. A step is timed on the device: `steps` steps are
+enqueued without waiting and the wall time to their end is divided by their number; the figure is the median of `rounds`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from compiled_llm import CompiledLLM, load_config
+from compiled_llm.runtime.runtime import Runtime
+from compiled_llm.runtime.state import PrefillChunk
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+    rows = []
+    with CompiledLLM.from_pretrained(config=load_config(options.config, options.overrides)) as llm:
+        ready = time.perf_counter() - began
+        assert llm._runtime is not None
+        print(llm.report())
+        for batch in options.batch:
+            rows.append(_ours(llm._runtime, batch, options.context, options.steps, options.rounds))
+        report = llm.report()
+        model = llm.model
+    for row in [] if options.no_peer else rows:
+        row["transformers_ms"] = _transformers(model, row["batch"], options.context, options.rounds)
+    _print(rows)
+    result = {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "context": options.context,
+        "ready_s": round(ready, 2),
+        "phases": {phase.name: round(phase.seconds, 2) for phase in report.phases},
+        "graphs": report.graphs,
+        "pool_bytes": report.pool_bytes,
+        "fallbacks": dict(report.fallbacks),
+        "graph_events": report.graph_events,
+        "rows": rows,
+    }
+    print(json.dumps(result))
+
+
+def _ours(runtime: Runtime, batch: int, context: int, steps: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a decode step, microseconds of host time in it, and milliseconds to the first token of one prompt."""
+    pages = -(-(context + 2 * steps * rounds) // runtime.memory.block_size)
+    first_token = []
+    for row in range(batch):
+        runtime.join(row, pages=[1 + row * pages + i for i in range(pages)], temperature=0.0, seed=0)
+        begin = time.perf_counter()
+        runtime.prefill([PrefillChunk(row=row, tokens=[7 + row] * context, start=0)])
+        runtime.tokens(row + 1)
+        first_token.append((time.perf_counter() - begin) * 1e3)
+    runtime.activate(range(batch))
+    seconds, host = [], []
+    for _ in range(rounds):
+        _wait()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            runtime.decode(batch)
+        enqueued = time.perf_counter()
+        _wait()
+        seconds.append((time.perf_counter() - begin) / steps)
+        host.append((enqueued - begin) / steps)
+    runtime.leave(range(batch))
+    return {
+        "batch": batch,
+        "step_ms": round(statistics.median(seconds) * 1e3, 4),
+        "host_us": round(statistics.median(host) * 1e6, 2),
+        "first_token_ms": round(statistics.median(first_token), 3),
+    }
+
+
+def _transformers(model: PreTrainedModel, batch: int, context: int, rounds: int) -> float:
+    """Median milliseconds of a decode step of the same model, eager, with sdpa attention and transformers' own cache."""
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        output = model(torch.full((batch, context), 7, device=model.device), use_cache=True)
+        token = torch.full((batch, 1), 7, device=model.device)
+
+        def step() -> None:
+            model(token, past_key_values=output.past_key_values, use_cache=True)
+
+        return round(_median_seconds(step, steps=10, rounds=rounds) * 1e3, 4)
+
+
+def _median_seconds(step: Callable[[], None], *, steps: int, rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        _wait()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _wait()
+        times.append((time.perf_counter() - begin) / steps)
+    return statistics.median(times[1:])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _print(rows: list[dict[str, float]]) -> None:
+    names = list(rows[0])
+    print("  ".join(f"{name:>16}" for name in names))
+    for row in rows:
+        print("  ".join(f"{row[name]:>16}" for name in names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What configs/*.yaml and `--set a.b=c` may say. Unknown keys are refused, with the nearest right name."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from passes import PASSES
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _parse_bytes(value: object) -> object:
+    if not isinstance(value, str) or value == "auto":
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", value)
+    if match is None:
+        raise ValueError(f"expected auto or a size such as 512MiB or 2GiB, got {value!r}")
+    number, unit = match.groups()
+    base = 1024 if unit and unit.endswith("i") else 1000
+    return int(float(number) * base ** (" KMGT".index(unit[0]) if unit else 0))
+
+
+Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
+Auto = Literal["auto"]
+
+
+class ModelConfig(Section):
+    """Which model, and how it is loaded.
+
+    name: a directory with safetensors, a hub id, a .gguf file, or (with random weights) a bare config.json; when None, the
+    default model, SmolLM2-135M-Instruct.
+    weights: `auto` reads the checkpoint; `random` initialises from the config, seeded, directly on the device.
+    """
+
+    name: str | None = None
+    weights: Literal["auto", "random"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+class LimitsConfig(Section):
+    """The most of each at once. `auto`: 4 sequences, 256 tokens a step and 2048 a sequence on a CPU; 64, 2048 and 4096 on a GPU."""
+
+    max_num_seqs: PositiveInt | Auto = "auto"
+    max_num_batched_tokens: PositiveInt | Auto = "auto"
+    max_model_len: PositiveInt | Auto = "auto"
+
+
+class CacheConfig(Section):
+    """The paged KV cache.
+
+    block_size: tokens a page, a power of two from 16.
+    memory: bytes of all pages; `auto` is what `max_num_seqs` sequences of `max_model_len` need, bounded by
+    `gpu_memory_utilization` of the GPU, or a quarter of a CPU's available memory.
+    """
+
+    block_size: PositiveInt = 16
+    memory: Bytes | Auto = "auto"
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+
+    @field_validator("block_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value < 16 or value & (value - 1):
+            raise ValueError(f"expected a power of two from 16, got {value}")
+        return value
+
+
+class BucketsConfig(Section):
+    """Static shapes to compile: sequences of a decode step, tokens of a prefill step.
+
+    `auto` generates them from the limits, each `growth` times the one before; the limit itself is always a bucket.
+    """
+
+    decode: list[PositiveInt] | Auto = "auto"
+    prefill: list[PositiveInt] | Auto = "auto"
+    growth: float = Field(default=2.0, gt=1)
+
+
+class CompileConfig(Section):
+    """How a step is compiled and launched.
+
+    dispatch: `direct` compiles ahead of time and replays the graph trees' recordings; `torch` calls
+    `torch.compile(mode="reduce-overhead")`; `eager` compiles nothing.
+    dump: a directory for the graph before and after each pass.
+    options: Inductor options, e.g. `coordinate_descent_tuning: true`.
+    """
+
+    dispatch: Literal["direct", "torch", "eager"] = "direct"
+    dump: Path | None = None
+    options: dict[str, Any] = {}
+
+
+class Config(Section):
+    """One deployment.
+
+    strict: make fallbacks, graph skips, recompiles and re-records errors.
+    passes: on or off by name; those named run in the order given, before the ones left out.
+    """
+
+    model: ModelConfig = ModelConfig()
+    limits: LimitsConfig = LimitsConfig()
+    cache: CacheConfig = CacheConfig()
+    buckets: BucketsConfig = BucketsConfig()
+    compile: CompileConfig = CompileConfig()
+    passes: dict[str, bool] = {}
+    strict: bool = False
+
+    @field_validator("passes")
+    @classmethod
+    def _known_passes(cls, value: dict[str, bool]) -> dict[str, bool]:
+        for name in value:
+            if name not in PASSES:
+                raise ValueError(f"unknown pass {name!r}{_nearest(name, PASSES)}")
+        return value
+
+    def pass_order(self) -> list[str]:
+        """Names of the passes that are on, in the order in which they run."""
+        names = [*self.passes, *(name for name in PASSES if name not in self.passes)]
+        return [name for name in names if self.passes.get(name, True)]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and the files it extends, and apply overrides of the form `a.b=c`, c being YAML.
+
+    Raises:
+        ValueError: the file or a key cannot be used; the message is one line.
+    """
+    values = {} if path is None else _read(Path(path), ())
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Validate plain values. Raises a one-line ValueError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"config {path} extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ValueError(f"config file {path} must hold a mapping, got {type(values).__name__}")
+    values = values or {}
+    parent = values.pop("extends", None)
+    _resolve_model_path(values, path.parent)
+    return values if parent is None else _merge(_read(path.parent / parent, (*seen, path)), values)
+
+
+def _resolve_model_path(values: dict[str, Any], directory: Path) -> None:
+    """A model path is relative to the file that names it."""
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and (directory / model["name"]).exists():
+        model["name"] = str(directory / model["name"])
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"override {override!r} must have the form a.b=c")
+    value: Any = yaml.safe_load(text)
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown config key {path!r}{_nearest(location[-1], _fields_at(location[:-1]))}"
+    return f"config key {path!r}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {matches[0]!r}?" if matches else f": expected one of {', '.join(known)}"

@@ -1,0 +1,136 @@
+"""The only door into a model: an attention function in transformers' public registry.
+
+While a step runs, `CURRENT.attention` says what an attention call does: emit the marker that the passes rewrite, or
+(when a model is being examined) write down what was asked for. The function learns nothing from the keyword arguments
+that a model may forget to hand on; it reads them only to refuse what it cannot serve.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+import passes.ops.marker  # noqa: F401  # registers the op
+
+ATTENTION_NAME = "compiled_llm"
+
+# Arguments that say nothing which the step's own metadata does not say.
+_REDUNDANT = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+
+
+class UnsupportedModelError(ValueError):
+    """The model needs something of attention, or of its inputs, that is not served here; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """The options of one attention call.
+
+    Attributes:
+        scale: factor of q k^T.
+        window: how many tokens back a query sees, itself included; 0 for all.
+        softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
+        sinks: [H] a score for each head that takes weight and gives no value, or None.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+class Attention(Protocol):
+    """What an attention call does. Shapes: q [1, H, T, D], k [1, G, T, D], v [1, G, T, E] -> [1, T, H, E]."""
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor: ...
+
+
+@dataclass
+class Current:
+    """Holds what attention calls do now; a step sets it on entry and clears it on exit, inside the trace."""
+
+    attention: Attention | None = None
+
+
+CURRENT = Current()
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: k and v come after RoPE and before repetition, for the new tokens only."""
+    if attention_mask is not None:
+        raise UnsupportedModelError("attention with an explicit attention_mask is not supported: only causal masks and windows are")
+    if dropout:
+        raise UnsupportedModelError(f"attention dropout of {dropout} is not supported: put the model in eval mode")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError("bidirectional attention (is_causal=False) is not supported")
+    for name, given in kwargs.items():
+        if given is not None and name not in _REDUNDANT:
+            raise UnsupportedModelError(f"attention argument {name!r} is not supported")
+    if CURRENT.attention is None:
+        raise RuntimeError("this model's attention belongs to a CompiledLLM: call it through that, or set_attn_implementation")
+    call = AttentionCall(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+    )
+    return CURRENT.attention(module, query, key, value, call), None
+
+
+# No mask function is registered under this name, so transformers builds no mask at all.
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+class LayerCache(nn.Module):
+    """The paged keys [P, B, G, D] and values [P, B, G, E] of one attention call, as buffers: their addresses never change."""
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("k", k, persistent=False)
+        self.register_buffer("v", v, persistent=False)
+
+
+@dataclass(kw_only=True)
+class PagedAttention:
+    """Attention over the paged caches, for the tokens of one step; the caches go to the calls in their order.
+
+    Attributes:
+        slots: [T] int64, where each token's key and value go.
+        block_table: [S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, as in `passes.ops.paged_attention`.
+        max_query_len: the most queries a sequence brings; 1 in decode.
+    """
+
+    caches: nn.ModuleList
+    slots: Tensor
+    block_table: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+    max_query_len: int
+    calls: int = field(default=0, init=False)
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        layer, cache = self.calls, self.caches[self.calls]
+        self.calls += 1
+        attended: Tensor = torch.ops.compiled_llm.attention_marker(
+            q, k, v, cache.k, cache.v, self.slots, self.block_table, self.query_start, self.seq_lens,
+            call.sinks, layer, call.scale, call.window, call.softcap, self.max_query_len,
+        )  # fmt: skip
+        return attended

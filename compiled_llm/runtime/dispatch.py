@@ -1,0 +1,134 @@
+"""How a step is compiled and launched: one small protocol, three ways.
+
+`direct` takes torch.compile(mode="reduce-overhead") apart so that each part can be kept: the step is compiled ahead of time
+without guards, the CUDA graph trees record it during two warm calls, and the recording that the tree holds is replayed from
+then on, which costs the host a few microseconds. `torch` is the mode itself, guards and tree checks included.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch._inductor.config as inductor_config
+from torch._dynamo.utils import counters
+from torch._inductor import cudagraph_trees
+
+from compiled_llm.runtime.step import Step
+from passes import Pipeline
+
+Launch = Callable[[], object]
+
+# Two buckets of one engine never share an entry's guards, so the limit that protects against endless recompiles only hurts.
+_DYNAMO = {"enable_aot_compile": True, "recompile_limit": 4096, "accumulated_recompile_limit": 4096}
+# One graph or an error: a partitioned graph would be several launches. Indices are checked on the host, once a request.
+_INDUCTOR = {"graph_partition": False, "triton.cudagraph_or_error": True, "assert_indirect_indexing": False}
+
+
+class CaptureError(RuntimeError):
+    """A compiled step was not recorded as one CUDA graph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledStep:
+    """A step ready to launch. `graph` is True when `launch` replays a recording and nothing else."""
+
+    launch: Launch
+    graph: bool
+    compile_seconds: float
+    capture_seconds: float
+
+
+class Dispatch(Protocol):
+    """Compiles a step with the passes and Inductor options given, and captures it; any failure raises."""
+
+    def __call__(self, step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep: ...
+
+
+def direct(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep:
+    """Compile ahead of time, record through the graph trees, replay the recording."""
+    device = step.state.tokens.device
+    begin = time.perf_counter()
+    with _settings(device, pipeline, options):
+        jitted = torch.compile(
+            step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        )
+        compiled = jitted.aot_compile(((), {}))
+        compiled.disable_guard_check()
+        compiled_at = time.perf_counter()
+        for _ in range(2):
+            torch.compiler.cudagraph_mark_step_begin()
+            compiled(step)
+    launch: Launch = _recording(device).graph.replay if device.type == "cuda" else lambda: compiled(step)
+    return CompiledStep(
+        launch=launch,
+        graph=device.type == "cuda",
+        compile_seconds=compiled_at - begin,
+        capture_seconds=time.perf_counter() - compiled_at,
+    )
+
+
+def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep:
+    """torch.compile(mode="reduce-overhead"), called as anyone would call it."""
+    device = step.state.tokens.device
+    begin = time.perf_counter()
+    with _settings(device, pipeline, options):
+        compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
+        compiled()
+        compiled_at = time.perf_counter()
+        compiled()
+    return CompiledStep(
+        launch=compiled,
+        graph=False,
+        compile_seconds=compiled_at - begin,
+        capture_seconds=time.perf_counter() - compiled_at,
+    )
+
+
+DISPATCHES: dict[str, Dispatch] = {"direct": direct, "torch": via_torch}
+
+
+@contextmanager
+def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any]) -> Iterator[None]:
+    """The compiler's settings for the length of one compile and capture; a user's own compiles keep theirs.
+
+    The cudagraph option stands here and not in `options=`, because loading a cached graph reads the global one
+    (pytorch#155703).
+    """
+    inductor = {**_INDUCTOR, "triton.cudagraphs": device.type == "cuda", "post_grad_custom_pre_pass": pipeline, **options}
+    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor):
+        yield
+
+
+def _recording(device: torch.device) -> Any:
+    """The graph-tree node of the step that was just recorded."""
+    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False)
+    node = manager.current_node if manager is not None else None
+    if not isinstance(node, cudagraph_trees.CUDAGraphNode):
+        raise CaptureError(f"the graph trees recorded nothing (their state is {type(node).__name__})")
+    if node.non_static_input_idx:
+        raise CaptureError(f"the recording copies {len(node.non_static_input_idx)} inputs: not all of them are at fixed addresses")
+    return node
+
+
+def graph_events(device: torch.device) -> dict[str, int]:
+    """Counts since the process began; their growth after an engine's start is what must not happen."""
+    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
+    return {
+        "graph skips": counters["inductor"]["cudagraph_skips"],
+        "recompiles": counters["stats"]["unique_graphs"],
+        "re-records": sum(map(len, manager.roots.values())) + manager.debug_fail_counter if manager is not None else 0,
+    }
+
+
+def graph_pool(device: torch.device) -> tuple[int, int]:
+    """How many CUDA graphs this thread holds, and the bytes of the memory pool that they share."""
+    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
+    if manager is None:
+        return 0, 0
+    pool = tuple(manager.cuda_graphs_thread_pool)
+    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) == pool]
+    return sum(map(len, manager.roots.values())), sum(segment["total_size"] for segment in segments)

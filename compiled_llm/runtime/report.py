@@ -1,0 +1,121 @@
+"""What an engine did and what it cost: phases, buckets, passes, fallbacks."""
+
+import io
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from compiled_llm.runtime.memory import used_bytes
+from passes import PassReport
+
+
+@dataclass(slots=True, kw_only=True)
+class PhaseReport:
+    """One phase of the start: wall time, and how much more memory was in use at its end (see `used_bytes`)."""
+
+    name: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class BucketReport:
+    """One bucket.
+
+    Attributes:
+        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, see `failure`.
+        compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
+        bytes: device memory that its capture took.
+        replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
+        passes: reports of its graph passes; empty when Inductor's cache served the graph.
+    """
+
+    bucket: str
+    mode: str = "eager"
+    compile_seconds: float = 0.0
+    capture_seconds: float = 0.0
+    bytes: int = 0
+    replays: int = 0
+    padded: int = 0
+    failure: str | None = None
+    passes: list[PassReport] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything an engine counts. Prints as tables; `to_dict()` is plain data.
+
+    Attributes:
+        facts: what was built, in words and numbers.
+        graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
+        fallbacks: steps that ran eagerly, by reason.
+        graph_events: graph skips, recompiles and re-records since the start; all zero in a healthy engine.
+    """
+
+    facts: dict[str, str | int] = field(default_factory=dict)
+    phases: list[PhaseReport] = field(default_factory=list)
+    buckets: list[BucketReport] = field(default_factory=list)
+    graphs: int = 0
+    pool_bytes: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    graph_events: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a phase of the start and measure the memory it takes."""
+        begin, used = time.perf_counter(), used_bytes(device)
+        yield
+        self.phases.append(PhaseReport(name=name, seconds=time.perf_counter() - begin, bytes=used_bytes(device) - used))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "fallbacks": dict(self.fallbacks)}
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        for name, value in self.facts.items():
+            console.print(f"{name}: {value}", highlight=False)
+        console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False)
+        for table in self._tables():
+            console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def _tables(self) -> Iterator[Table]:
+        yield _table("phases", ["phase", "seconds", "MiB"], [(p.name, f"{p.seconds:.2f}", _mib(p.bytes)) for p in self.phases])
+        columns = ["bucket", "mode", "compile s", "capture s", "MiB", "replays", "padded tokens", "failure"]
+        yield _table("buckets", columns, [_bucket_row(bucket) for bucket in self.buckets])
+        columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
+        yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
+        yield _table("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
+        yield _table("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 or column in {"mode", "failure", "bucket"} else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _bucket_row(bucket: BucketReport) -> list[str]:
+    seconds = (f"{bucket.compile_seconds:.2f}", f"{bucket.capture_seconds:.2f}")
+    counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
+    return [bucket.bucket, bucket.mode, *seconds, *counts, bucket.failure or ""]
+
+
+def _pass_row(bucket: str, report: PassReport) -> list[str]:
+    counts = (str(report.matches), str(report.expected), f"{report.seconds:.3f}", str(report.ops_before), str(report.ops_after))
+    return [report.name, bucket, *counts]
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f}"

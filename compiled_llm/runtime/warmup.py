@@ -1,0 +1,154 @@
+"""The start of an engine, in the order that graphs force on it: a graph bakes in addresses, so the paged cache is allocated
+once the weights are there and the activations measured, and each bucket, large to small, is compiled and recorded after it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+from transformers import PreTrainedModel
+
+from compiled_llm.config import Config
+from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
+from compiled_llm.runtime.buckets import Bucket, Kind
+from compiled_llm.runtime.dispatch import DISPATCHES, Launch
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import NUM_TRASH_PAGES, allocate_caches, free_bytes, plan_pages, used_bytes
+from compiled_llm.runtime.report import BucketReport, Report
+from compiled_llm.runtime.state import StepState
+from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
+from passes import PASSES, PassContext, PassError, Pipeline
+
+STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
+
+
+class StrictError(RuntimeError):
+    """What `strict` forbids: a fallback, a graph skip, a recompile or a re-record."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What every step works on; see `StepState` and `LayerCache`."""
+
+    state: StepState
+    caches: nn.ModuleList
+    num_pages: int
+    block_size: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """A bucket and how it is launched; `launch` is None when it could not be compiled, for the reason in its report."""
+
+    bucket: Bucket
+    report: BucketReport
+    launch: Launch | None = None
+
+
+def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
+    """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
+    device, block_size = model.device, config.cache.block_size
+    state = StepState(
+        max_num_seqs=limits.max_num_seqs,
+        max_blocks=-(-limits.max_model_len // block_size),
+        max_tokens=limits.max_num_batched_tokens,
+        device=device,
+    )
+    with report.phase("measure activations", device):
+        reserved = _measure_activations(model, layers, state, block_size, limits)
+    with report.phase("allocate KV cache", device):
+        num_pages = plan_pages(config.cache, layers, limits, device, reserved=reserved)
+        caches = allocate_caches(layers, num_pages, block_size, device)
+    return Memory(state=state, caches=caches, num_pages=num_pages, block_size=block_size)
+
+
+def compile_buckets(
+    buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
+    *, progress: bool,
+) -> list[Entry]:  # fmt: skip
+    """Compile and capture each bucket, large to small. A bucket that fails is left to eager; with `strict` it is an error.
+
+    Raises:
+        PassError: a pass found less than the model's config says, which no fallback may hide.
+        StrictError: a bucket failed and the config is strict.
+    """
+    entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket))) for bucket in buckets]
+    context = (tuple(layer.name for layer in layers), count_rotary_embeddings(model.config))
+    with _progress(len(entries), enabled=progress) as show:
+        for entry in sorted(entries, key=lambda entry: entry.bucket.size, reverse=True):
+            step = STEPS[entry.bucket.kind](model, memory.caches, memory.state, size=entry.bucket.size)
+            if isinstance(step, PrefillStep):
+                memory.state.stage_prefill([], entry.bucket.size)
+            _compile(entry, step, _pipeline(config, entry.bucket, *context), config)
+            show(entry, model.device)
+    return entries
+
+
+def _measure_activations(
+    model: PreTrainedModel, layers: list[AttentionLayer], state: StepState, block_size: int, limits: Limits
+) -> int:
+    """Peak bytes of an eager step of the largest prefill bucket, all of it padding, on a cache of the trash page alone."""
+    device = model.device
+    if device.type != "cuda":
+        return 0
+    trash = allocate_caches(layers, NUM_TRASH_PAGES, block_size, device)
+    state.stage_prefill([], limits.max_num_batched_tokens)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    PrefillStep(model, trash, state, size=limits.max_num_batched_tokens)()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _pipeline(config: Config, bucket: Bucket, layers: tuple[str, ...], rotary_embeddings: int) -> Pipeline:
+    return Pipeline(
+        passes=[PASSES[name] for name in config.pass_order()],
+        context=PassContext(layers=layers, rotary_embeddings=rotary_embeddings, num_tokens=bucket.size),
+        dump_dir=config.compile.dump / str(bucket) if config.compile.dump else None,
+    )
+
+
+def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config) -> None:
+    report, used = entry.report, used_bytes(step.state.tokens.device)
+    try:
+        compiled = DISPATCHES[config.compile.dispatch](step, pipeline, dict(config.compile.options))
+    except Exception as error:
+        _raise_pass_error(error)
+        report.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        if config.strict:
+            raise StrictError(f"bucket {entry.bucket} could not be compiled: {report.failure}") from error
+        return
+    entry.launch = compiled.launch
+    report.mode = "graph" if compiled.graph else "compiled"
+    report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
+    report.bytes = used_bytes(step.state.tokens.device) - used
+    report.passes = pipeline.reports
+
+
+def _raise_pass_error(error: BaseException | None) -> None:
+    """Inductor wraps what a pass raises."""
+    while error is not None:
+        if isinstance(error, PassError):
+            raise error
+        error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Entry, torch.device], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as bar:
+        task = bar.add_task("compiling buckets", total=total)
+
+        def show(entry: Entry, device: torch.device) -> None:
+            report = entry.report
+            outcome = report.failure or f"compiled in {report.compile_seconds:.1f} s, captured in {report.capture_seconds:.1f} s"
+            bar.console.print(f"{entry.bucket}: {outcome}, {free_bytes(device) / 2**30:.1f} GiB free", highlight=False)
+            bar.advance(task)
+
+        yield show

@@ -1,0 +1,10 @@
+"""The compiler's library: FX passes and the ops they emit. It needs torch and triton alone."""
+
+from passes.paged_attention import PAGED_ATTENTION
+from passes.pipeline import GraphPass, PassContext, PassError, Pipeline, PassReport
+from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT
+
+# In the order in which they run unless a config says otherwise.
+PASSES: dict[str, GraphPass] = {graph_pass.name: graph_pass for graph_pass in (PAGED_ATTENTION, ROTARY_OUTER_PRODUCT)}
+
+__all__ = ["PASSES", "GraphPass", "PassContext", "PassError", "PassReport", "Pipeline"]

@@ -1,0 +1,206 @@
+"""Causal attention of a ragged batch of queries over a paged key/value cache.
+
+Shapes: T tokens of S sequences, H query heads, G key/value heads (G divides H), D key head dim, E value head dim,
+P pages in the pool, B tokens a page (a power of two), N pages a sequence at most.
+
+Sequence s owns the queries `query_start[s] : query_start[s + 1]`, which are the last ones of its `seq_lens[s]` tokens;
+its token i lies in page `block_table[s, i // B]` at offset `i % B`. Lengths, starts and tables are int32 tensors and
+reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, and tokens past the last start, are
+zeros in the output, whatever the cache holds there.
+
+The kernel computes softmax online, one tile of keys at a time (FlashAttention-2, arXiv:2307.08691), over pages found
+through the table (PagedAttention, arXiv:2309.06180); the query heads that share a key head fill one tile of rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from passes.ops.library import define
+
+
+def paged_attention_reference(
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
+    sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture."""
+    T, H, _ = q_THD.shape
+    out_THE = q_THD.new_zeros(T, H, v_cache_PBGE.shape[-1])
+    options = (sinks_H, scale, window, softcap)
+    if max_query_len == 1:
+        lens = seq_lens_S.long()
+        keys, values = _gather(k_cache_PBGD, block_table_SN, lens), _gather(v_cache_PBGE, block_table_SN, lens)
+        attended = _attend(q_THD[:, None], keys, values, lens[:, None] - 1, lens, *options)[:, 0]
+        return torch.where(lens[:, None, None] > 0, attended, out_THE)
+    starts = query_start.tolist()
+    for s, length in enumerate(seq_lens_S.tolist()):
+        if length == 0:
+            continue
+        rows = slice(starts[s], starts[s + 1])
+        table, lens = block_table_SN[s : s + 1], seq_lens_S[s : s + 1].long()
+        keys, values = _gather(k_cache_PBGD, table, lens), _gather(v_cache_PBGE, table, lens)
+        positions = torch.arange(length - (rows.stop - rows.start), length, device=q_THD.device)[None]
+        out_THE[rows] = _attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
+    return out_THE
+
+
+def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, lens_S: Tensor) -> Tensor:
+    """The cached tokens of each sequence, [S, longest, G, D]; shorter ones repeat their last token, which is masked later."""
+    block_size = cache_PBGD.shape[1]
+    longest = max(1, int(lens_S.max()))
+    tokens_SK = torch.arange(longest, device=lens_S.device).minimum((lens_S[:, None] - 1).clamp(min=0))
+    pages_SK = block_table_SN.long().gather(1, tokens_SK // block_size)
+    return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[pages_SK * block_size + tokens_SK % block_size]
+
+
+def _attend(
+    q_SQHD: Tensor, k_SKGD: Tensor, v_SKGE: Tensor, positions_SQ: Tensor, lens_S: Tensor,
+    sinks_H: Tensor | None, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T) v over the keys each position may see; positions_SQ are those of the queries in their sequences."""
+    S, Q, H, D = q_SQHD.shape
+    K, G = k_SKGD.shape[1:3]
+    q_SGMD = q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, H // G * Q, D).float()
+    scores = (q_SGMD @ k_SKGD.permute(0, 2, 3, 1).float() * scale).view(S, G, H // G, Q, K)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    keys = torch.arange(K, device=q_SQHD.device)
+    seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
+    if window:
+        seen_SQK &= keys > positions_SQ[..., None] - window
+    scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
+    if sinks_H is not None:
+        sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :K].reshape(S, G, H // G * Q, K)
+    out = (weights @ v_SKGE.permute(0, 2, 1, 3).float()).view(S, G, H // G, Q, -1)
+    return out.permute(0, 3, 1, 2, 4).reshape(S, Q, H, -1).to(q_SQHD.dtype)
+
+
+@triton.jit
+def _paged_attention_kernel(
+    out, q, k_cache, v_cache, block_table, query_start, seq_lens, sinks, scale, softcap, num_seqs,
+    q_stride_t, q_stride_h, q_stride_d, table_stride,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ONE_QUERY: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE_Q queries of one sequence, with all the query heads of one key head as the TILE_M rows of a tile."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    if ONE_QUERY:
+        seq = tile
+        first = 0
+    else:
+        # Sequence s starts at tile `query_start[s] // TILE_Q + s`, which leaves room for its last, partial tile:
+        # find the last s whose first tile is not past ours.
+        low = 0
+        high = num_seqs - 1
+        for _ in range(SEARCH_STEPS):
+            middle = (low + high + 1) // 2
+            before = tl.load(query_start + middle) // TILE_Q + middle <= tile
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle - 1)
+        seq = low
+        first = (tile - (tl.load(query_start + seq) // TILE_Q + seq)) * TILE_Q
+    start = tl.load(query_start + seq)
+    num_queries = tl.load(query_start + seq + 1) - start
+    length = tl.load(seq_lens + seq)
+    if not ONE_QUERY:  # in decode every row is written, so that its output needs no fill
+        if first >= num_queries or length == 0:
+            return
+
+    GROUP: tl.constexpr = H // G
+    rows = tl.arange(0, TILE_M)
+    query = first + rows // GROUP
+    head = group * GROUP + rows % GROUP
+    live = (rows < TILE_Q * GROUP) & (query < num_queries)
+    position = length - num_queries + query
+    d = tl.arange(0, TILE_D)
+    e = tl.arange(0, TILE_E)
+    token = (start + query).to(tl.int64)
+    q_MD = tl.load(
+        q + token[:, None] * q_stride_t + head[:, None] * q_stride_h + d[None, :] * q_stride_d,
+        mask=live[:, None] & (d[None, :] < D), other=0.0,
+    )  # fmt: skip
+
+    if HAS_SINKS:
+        peak = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        total = tl.full([TILE_M], 1.0, tl.float32)
+    else:
+        peak = tl.full([TILE_M], -1e30, tl.float32)
+        total = tl.zeros([TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, TILE_E], tl.float32)
+    # Keys that some row of the tile sees: from the first position's window to the last position.
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(length - num_queries + first - WINDOW + 1, 0) // TILE_K * TILE_K
+    end = tl.minimum(length - num_queries + first + TILE_Q, length)
+    for base in range(begin, end, TILE_K):
+        key = base + tl.arange(0, TILE_K)
+        cached = key < length
+        page = tl.load(block_table + seq * table_stride + key // PAGE, mask=cached, other=0).to(tl.int64)
+        slot = (page * PAGE + key % PAGE) * G + group
+        k_DK = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=cached[None, :] & (d[:, None] < D), other=0.0)
+        scores = tl.dot(q_MD, k_DK, input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)  # softcap * tanh(scores / softcap)
+        seen = cached[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp(scores - new_peak[:, None])
+        shrink = tl.exp(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        v_KE = tl.load(v_cache + slot[:, None] * E + e[None, :], mask=cached[:, None] & (e[None, :] < E), other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v_KE.dtype), v_KE, input_precision="ieee")
+        peak = new_peak
+    result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(
+        out + token[:, None] * (H * E) + head[:, None] * E + e[None, :], result.to(out.dtype.element_ty),
+        mask=live[:, None] & (e[None, :] < E),
+    )  # fmt: skip
+
+
+def paged_attention_kernel(
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
+    sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
+) -> Tensor:  # fmt: skip
+    """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
+    T, H, D = q_THD.shape
+    _, page, G, E = v_cache_PBGE.shape
+    S = seq_lens_S.shape[0]
+    one_query = max_query_len == 1
+    out_THE = q_THD.new_empty(T, H, E) if one_query else q_THD.new_zeros(T, H, E)
+    group = H // G
+    tile_m = max(16, triton.next_power_of_2(group))
+    if not one_query:
+        tile_m = max(tile_m, 64)
+    tile_q = 1 if one_query else max(1, tile_m // group)
+    wide = max(D, E) > 128 or q_THD.dtype == torch.float32
+    _paged_attention_kernel[(S if one_query else T // tile_q + S, G)](
+        out_THE, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S,
+        sinks_H, scale, softcap, S, *q_THD.stride(), block_table_SN.stride(0),
+        H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window,
+        HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0, ONE_QUERY=one_query,
+        TILE_Q=tile_q, TILE_M=tile_m, TILE_K=32 if wide else 64,
+        TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
+        SEARCH_STEPS=S.bit_length(), num_warps=4, num_stages=1 if wide else 2,
+    )  # fmt: skip
+    return out_THE
+
+
+def _paged_attention_fake(q_THD: Tensor, k_cache: Tensor, v_cache_PBGE: Tensor, *_: object) -> Tensor:
+    return q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_cache_PBGE.shape[-1])
+
+
+paged_attention = define(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, Tensor seq_lens, "
+    "Tensor? sinks, float scale, int window, float softcap, int max_query_len) -> Tensor",
+    reference=paged_attention_reference,
+    kernel=paged_attention_kernel,
+    fake=_paged_attention_fake,
+)

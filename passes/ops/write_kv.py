@@ -1,0 +1,58 @@
+"""Store the keys and values of this step's tokens in their slots of the paged cache.
+
+Shapes: T tokens, G key/value heads, D key head dim, E value head dim, P pages, B tokens a page.
+A slot is `page * B + offset`. Page 0 is the trash page: padded tokens point there, possibly several at one slot.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from passes.ops.library import define
+
+
+def write_kv_reference(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor) -> None:
+    """Plain PyTorch. `slots_T` is int64; both caches are written in place."""
+    k_cache_PBGD.view(-1, *k_cache_PBGD.shape[2:])[slots_T] = k_TGD
+    v_cache_PBGE.view(-1, *v_cache_PBGE.shape[2:])[slots_T] = v_TGE
+
+
+@triton.jit
+def _write_kv_kernel(
+    k, v, k_cache, v_cache, slots,
+    k_stride_t, k_stride_g, k_stride_d, v_stride_t, v_stride_g, v_stride_e,
+    D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program stores one head of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slots + token)
+    lane = tl.arange(0, BLOCK)
+    key = tl.load(k + token * k_stride_t + head * k_stride_g + lane * k_stride_d, mask=lane < D)
+    tl.store(k_cache + (slot * G + head) * D + lane, key, mask=lane < D)
+    value = tl.load(v + token * v_stride_t + head * v_stride_g + lane * v_stride_e, mask=lane < E)
+    tl.store(v_cache + (slot * G + head) * E + lane, value, mask=lane < E)
+
+
+def write_kv_kernel(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor) -> None:
+    """Triton. k and v may have any strides; the caches are contiguous."""
+    T, G, D = k_TGD.shape
+    E = v_TGE.shape[-1]
+    _write_kv_kernel[(T, G)](
+        k_TGD, v_TGE, k_cache_PBGD, v_cache_PBGE, slots_T,
+        *k_TGD.stride(), *v_TGE.stride(),
+        D=D, E=E, G=G, BLOCK=triton.next_power_of_2(max(D, E)), num_warps=1,
+    )  # fmt: skip
+
+
+def _write_kv_fake(*_: Tensor) -> None:
+    return None
+
+
+write_kv = define(
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
+    reference=write_kv_reference,
+    kernel=write_kv_kernel,
+    fake=_write_kv_fake,
+)

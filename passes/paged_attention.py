@@ -1,0 +1,45 @@
+"""Attention marker -> write of the keys and values to their slots, then paged attention.
+
+Matches: every `attention_marker`, one for each attention call of the model.
+Emits: `write_kv`, which mutates the layer's caches (graph inputs), and `paged_attention`; Inductor keeps their order
+because the second reads what the first mutates.
+Assumes: a functionalised graph, in which no other node touches the caches.
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from passes.graph import emit
+from passes.ops.marker import attention_marker
+from passes.ops.paged_attention import paged_attention
+from passes.ops.write_kv import write_kv
+from passes.pipeline import GraphPass, PassContext
+
+aten = torch.ops.aten
+
+
+def _run(graph: Graph, context: PassContext) -> list[str]:
+    markers = graph.find_nodes(op="call_function", target=attention_marker)
+    return [context.layers[_rewrite(graph, marker)] for marker in markers]
+
+
+def _rewrite(graph: Graph, marker: Node) -> int:
+    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, sinks, layer, *options = marker.args
+    assert isinstance(layer, int)
+    with graph.inserting_before(marker):
+        q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
+        emit(graph, write_kv, k, v, k_cache, v_cache, slots)
+        tables = (block_table, query_start, seq_lens)
+        attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
+        marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
+    graph.erase_node(marker)
+    return layer
+
+
+def _tokens_first(graph: Graph, heads_first: object) -> Node:
+    """[1, H, T, D] -> [T, H, D], a view."""
+    assert isinstance(heads_first, Node)
+    return emit(graph, aten.permute.default, emit(graph, aten.select.int, heads_first, 0, 0), [1, 0, 2])
+
+
+PAGED_ATTENTION = GraphPass(name="paged_attention", run=_run, expected=lambda context: list(context.layers))
