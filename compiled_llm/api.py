@@ -1,5 +1,6 @@
 """The Python API: a compiled model that generates."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -124,12 +125,11 @@ class CompiledLLM:
         """Free the caches and graphs, and give the model its own attention back. A second call does nothing."""
         if self._runtime is None:
             return
-        device = self.model.device
         del self._engine
         self._runtime = None
         self._resources.close()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self.model.device.type == "cuda":
+            gc.collect()  # compiled functions and their graphs refer to each other
             torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:

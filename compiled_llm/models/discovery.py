@@ -33,14 +33,16 @@ class AttentionLayer:
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention to us, in eval mode and without gradients; put everything back at the end."""
-    before = model.config._attn_implementation
+    attention, experts = model.config._attn_implementation, model.get_experts_implementation()
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     try:
         model.set_attn_implementation(ATTENTION_NAME)
+        model.set_experts_implementation(_experts(model))
         model.eval().requires_grad_(False)
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attention)
+        model.set_experts_implementation(experts)
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -64,6 +66,11 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
         CURRENT.attention = None
     _check_calls(config, notes.layers)
     return notes.layers
+
+
+def _experts(model: PreTrainedModel) -> str:
+    """transformers' mixture of experts that never waits for the device; its grouped one does, compiled on a GPU without bfloat16."""
+    return "batched_mm" if model.device.type == "cuda" and model.dtype != torch.bfloat16 else "grouped_mm"
 
 
 def count_rotary_embeddings(config: PretrainedConfig) -> int:

@@ -99,7 +99,7 @@ class Runtime:
         self._check_thread()
         bucket = match(self._buckets[kind], size)
         entry = self._entries.get(bucket) if bucket is not None else None
-        if entry is not None and entry.launch is not None:
+        if entry is not None and entry.compiled is not None:
             return entry
         if self.config.compile.dispatch == "eager":
             reason = "compile.dispatch is eager"
@@ -114,10 +114,10 @@ class Runtime:
 
     def _run(self, entry: Entry | None, batch: Bucket) -> None:
         with torch.no_grad():
-            if entry is None or entry.launch is None:
+            if entry is None or entry.compiled is None:
                 STEPS[batch.kind](self.model, self.memory.caches, self.memory.state, size=batch.size)()
                 return
-            entry.launch()
+            entry.compiled.launch()
         entry.report.replays += 1
         entry.report.padded += entry.bucket.size - batch.size
         if self.config.strict:

@@ -90,6 +90,7 @@ class StepState(nn.Module):
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor.to(device), persistent=False)
         self._staging = torch.zeros(prefill_size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def join(self, row: int, *, pages: Sequence[int], temperature: float, seed: int) -> None:
         """A request takes a row: its pages and sampling parameters are written; `activate` follows its prefill."""
@@ -111,7 +112,12 @@ class StepState(nn.Module):
         self.block_table[index] = TRASH_PAGE
 
     def stage_prefill(self, chunks: Sequence[PrefillChunk], num_tokens: int) -> None:
-        """Lay the chunks out for the bucket of `num_tokens`, padding included, and copy them in."""
+        """Lay the chunks out for the bucket of `num_tokens`, padding included, and copy them in.
+
+        Waits until the copy before this one has left the staging buffer, which it does when the step before has begun.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
         staged = PrefillInputs.of(self._staging, num_tokens, self.max_num_seqs)
         for field in (staged.ids, staged.positions, staged.seq_lens):
             field.zero_()
@@ -129,3 +135,5 @@ class StepState(nn.Module):
         staged.query_start[len(chunks) :] = end
         size = sum(PrefillInputs.sizes(num_tokens, self.max_num_seqs))
         self.prefill[:size].copy_(self._staging[:size], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.dispatch import DISPATCHES, Launch
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import NUM_TRASH_PAGES, allocate_caches, free_bytes, plan_pages, used_bytes
 from compiled_llm.runtime.report import BucketReport, Report
@@ -42,11 +42,11 @@ class Memory:
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """A bucket and how it is launched; `launch` is None when it could not be compiled, for the reason in its report."""
+    """A bucket and its step; `compiled` is None when it could not be compiled, for the reason in its report."""
 
     bucket: Bucket
     report: BucketReport
-    launch: Launch | None = None
+    compiled: CompiledStep | None = None
 
 
 def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
@@ -124,7 +124,7 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config) -> No
         if config.strict:
             raise StrictError(f"bucket {entry.bucket} could not be compiled: {report.failure}") from error
         return
-    entry.launch = compiled.launch
+    entry.compiled = compiled
     report.mode = "graph" if compiled.graph else "compiled"
     report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
     report.bytes = used_bytes(step.state.tokens.device) - used
@@ -142,7 +142,7 @@ def _raise_pass_error(error: BaseException | None) -> None:
 @contextmanager
 def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Entry, torch.device], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not enabled), transient=True) as bar:
         task = bar.add_task("compiling buckets", total=total)
 
         def show(entry: Entry, device: torch.device) -> None:

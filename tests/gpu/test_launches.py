@@ -7,7 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from compiled_llm import CompiledLLM
+from compiled_llm.runtime import step
+from compiled_llm.runtime.dispatch import graph_pool
 from compiled_llm.runtime.runtime import Runtime
+from compiled_llm.runtime.state import PrefillChunk
 from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
 
 
@@ -24,8 +27,6 @@ def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]
 
 
 def _start_decoding(runtime: Runtime, lengths: list[int]) -> None:
-    from compiled_llm.runtime.state import PrefillChunk
-
     for row, length in enumerate(lengths):
         runtime.join(row, pages=[1 + 8 * row + i for i in range(8)], temperature=0.0, seed=0)
         runtime.prefill([PrefillChunk(row=row, tokens=prompt_of(length), start=0)])
@@ -45,8 +46,6 @@ def test_a_decode_step_is_one_graph_launch() -> None:
 
 
 def test_a_prefill_step_is_one_copy_and_one_graph_launch() -> None:
-    from compiled_llm.runtime.state import PrefillChunk
-
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
         runtime = llm._runtime
         runtime.join(0, pages=[1, 2, 3], temperature=0.0, seed=0)
@@ -74,24 +73,49 @@ def test_replay_equals_eager_as_lengths_tables_and_batches_change(dispatch: str)
     assert tokens[dispatch] == [[reference(prompt, 20) for prompt in batch] for batch in prompts]
 
 
+@torch.library.custom_op("compiled_llm_tests::wait", mutates_args=())
+def wait(x: torch.Tensor) -> torch.Tensor:
+    """Waits for the device, which no capture survives."""
+    x.sum().item()
+    return x.clone()
+
+
+@wait.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host waits for the device inside one bucket's forward, which no capture survives."""
-    from compiled_llm.runtime import dispatch, warmup
-    from compiled_llm.runtime.step import Step
+    sample = step.sample
 
-    direct = dispatch.direct
+    def failing(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return sample(wait(logits) if logits.shape[0] == 4 else logits, *parameters)
 
-    def failing(step: Step, *arguments: object) -> object:
-        if step.size == 4:
-            raise RuntimeError("injected")
-        return direct(step, *arguments)
-
-    monkeypatch.setitem(warmup.DISPATCHES, "direct", failing)
+    monkeypatch.setattr(step, "sample", failing)
     model = tiny_model("llama")
     reference = Reference(model)
-    with CompiledLLM(model, None, small_config(), progress=False) as llm:
-        prompts = [prompt_of(length) for length in (5, 9, 30)]
-        assert greedy(llm, prompts, 20) == [reference(prompt, 20) for prompt in prompts]
+    # Two prefill buckets of fewer than 4 sequences, and the decode buckets 4 (which fails), 2 and 1.
+    config = small_config(
+        limits={"max_num_seqs": 4, "max_num_batched_tokens": 3, "max_model_len": 128}, buckets={"decode": [1, 2], "prefill": [2]}
+    )
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        for lengths in ([5, 9, 30], [12], [6, 7], [3, 3, 3, 3]):
+            prompts = [prompt_of(length) for length in lengths]
+            assert greedy(llm, prompts, 20) == [reference(prompt, 20) for prompt in prompts]
         report = llm.report()
-        assert [bucket.mode for bucket in report.buckets] == ["graph", "graph", "graph", "eager"]
-        assert list(report.fallbacks) == ["decode-4 failed: RuntimeError: injected"]
+    modes = {bucket.bucket: bucket.mode for bucket in report.buckets}
+    assert modes == {"prefill-2": "graph", "prefill-3": "graph", "decode-1": "graph", "decode-2": "graph", "decode-4": "eager"}
+    (reason,) = report.fallbacks
+    assert reason.startswith("decode-4 failed: ")
+    assert all(bucket.replays for bucket in report.buckets if bucket.mode == "graph")
+
+
+def test_closing_gives_the_memory_back() -> None:
+    model = tiny_model("llama")
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        with CompiledLLM(model, None, small_config(), progress=False) as llm:
+            greedy(llm, [prompt_of(5)], 4)
+            assert graph_pool(model.device)[0] == 4
+        assert graph_pool(model.device) == (0, 0)
+        assert torch.cuda.memory_reserved() <= before + 2**21
