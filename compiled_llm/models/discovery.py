@@ -68,9 +68,12 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
     return notes.layers
 
 
-def _experts(model: PreTrainedModel) -> str:
-    """transformers' mixture of experts that never waits for the device; its grouped one does, compiled on a GPU without bfloat16."""
-    return "batched_mm" if model.device.type == "cuda" and model.dtype != torch.bfloat16 else "grouped_mm"
+def _experts(model: PreTrainedModel) -> dict[str, str | None]:
+    """The model's choice of experts, unless that waits for the device, as the grouped one does when compiled without bfloat16."""
+    chosen = model.get_experts_implementation()
+    if model.device.type == "cpu" or model.dtype == torch.bfloat16:
+        return chosen
+    return {name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()}
 
 
 def count_rotary_embeddings(config: PretrainedConfig) -> int:
