@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -90,7 +90,7 @@ class CompiledLLM:
         Raises:
             ValueError: a prompt or parameter cannot be served; nothing was run, and the engine goes on.
         """
-        listed = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
+        listed = _list_prompts(prompts)
         requests = self._requests(listed, params)
         for _ in self._alive().run(requests):
             pass
@@ -100,8 +100,9 @@ class CompiledLLM:
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], params: SamplingParams | None = None
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the tokenizer's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        return self.generate([self._chat_prompt(conversation) for conversation in conversations], params)  # type: ignore[arg-type]
+        one = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
+        return self.generate([self._chat_prompt(conversation) for conversation in conversations], params)
 
     def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt, or answer one conversation, and yield its text as it comes, never splitting a character.
@@ -111,8 +112,8 @@ class CompiledLLM:
         if self.tokenizer is None:
             raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
-            prompt = self._chat_prompt(prompt)  # type: ignore[arg-type]
-        (request,) = self._requests([prompt], params)  # type: ignore[list-item]
+            prompt = self._chat_prompt(cast(Sequence[Message], prompt))
+        (request,) = self._requests([cast(Prompt, prompt)], params)
         return self._stream(request)
 
     def report(self) -> Report:
@@ -148,7 +149,9 @@ class CompiledLLM:
         engine = self._alive()
         listed = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else list(params)
         if len(listed) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts were given {len(listed)} sampling params: expected one for all or one for each")
+            raise ValueError(
+                f"{len(prompts)} prompts were given {len(listed)} sampling params: expected one for all or one for each"
+            )
         requests = []
         for number, (prompt, wanted) in enumerate(zip(prompts, listed, strict=True)):
             try:
@@ -172,9 +175,8 @@ class CompiledLLM:
     def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(conversation), add_generation_prompt=True, return_dict=True
-        )["input_ids"]  # fmt: skip
+        templated: Any = self.tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
+        ids: list[int] = templated["input_ids"]
         return ids
 
     def _stream(self, request: Request) -> Iterator[str]:
@@ -186,7 +188,7 @@ class CompiledLLM:
                 yield text
 
     def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
-        text = "" if self.tokenizer is None else self.tokenizer.decode(request.token_ids, skip_special_tokens=True)
+        text = "" if self.tokenizer is None else str(self.tokenizer.decode(request.token_ids, skip_special_tokens=True))
         completion = CompletionOutput(index=0, text=text, token_ids=request.token_ids, finish_reason=request.finish_reason)
         return RequestOutput(
             prompt=prompt if isinstance(prompt, str) else None,
@@ -201,8 +203,11 @@ def _resolve_config(config: Config | str | Path | dict[str, Any] | None) -> Conf
     return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
+def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many -> many."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _token_id(token: object) -> int:
@@ -212,7 +217,8 @@ def _token_id(token: object) -> int:
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
@@ -227,5 +233,5 @@ def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
     return {
         "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
         "KV cache": f"{memory.num_pages} pages of {memory.block_size} tokens",
-        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} a sequence",
+        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
     }

@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from passes import PASSES
 
@@ -77,12 +77,13 @@ class CacheConfig(Section):
 class BucketsConfig(Section):
     """Static shapes to compile: sequences of a decode step, tokens of a prefill step.
 
-    `auto` generates them from the limits, each `growth` times the one before; the limit itself is always a bucket.
+    `auto` generates them from the limits, each `growth` times the one before. The limit itself is always a bucket, except in
+    an empty list, which leaves all steps of its kind to eager.
     """
 
     decode: list[PositiveInt] | Auto = "auto"
     prefill: list[PositiveInt] | Auto = "auto"
-    growth: float = Field(default=2.0, gt=1)
+    growth: float = Field(default=4.0, gt=1)
 
 
 class CompileConfig(Section):
@@ -122,6 +123,12 @@ class Config(Section):
                 raise ValueError(f"unknown pass {name!r}{_nearest(name, PASSES)}")
         return value
 
+    @model_validator(mode="after")
+    def _strict_compiles(self) -> Self:
+        if self.strict and self.compile.dispatch == "eager":
+            raise ValueError("strict forbids eager steps, and compile.dispatch=eager has no others: drop one of the two")
+        return self
+
     def pass_order(self) -> list[str]:
         """Names of the passes that are on, in the order in which they run."""
         names = [*self.passes, *(name for name in PASSES if name not in self.passes)]
@@ -145,7 +152,7 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
+        raise ValueError(_explain(error)) from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -192,23 +199,35 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
-    path = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        return f"unknown config key {path!r}{_nearest(location[-1], _fields_at(location[:-1]))}"
-    return f"config key {path!r}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"
+def _explain(error: ValidationError) -> str:
+    """One line for all that is wrong; the alternatives of one key are joined."""
+    complaints: dict[str, list[str]] = {}
+    for detail in error.errors():
+        section, path = _locate(detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            complaint = f"it is unknown{_nearest(path.rpartition('.')[2], section.model_fields)}"
+        elif detail["type"] == "value_error":  # one of ours, which says what came
+            complaint = str(detail["ctx"]["error"])
+        else:
+            complaint = f"{detail['msg']}, got {detail['input']!r}"
+        complaints.setdefault(path, []).append(complaint)
+    lines = {path: " or ".join(found) for path, found in complaints.items()}
+    return "; ".join(f"config key {path!r}: {line}" if path else line for path, line in lines.items())
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
+def _locate(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
+    """The section that an error stands in, and the key's path, without what pydantic adds for the alternatives of a union."""
     section: type[BaseModel] = Config
-    for name in location:
-        annotation = section.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
-    return list(section.model_fields)
+    path: list[str] = []
+    for part in location:
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    return section, ".".join(path)
 
 
-def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {matches[0]!r}?" if matches else f": expected one of {', '.join(known)}"

@@ -1,7 +1,7 @@
 """The compiler's library: FX passes and the ops they emit. It needs torch and triton alone."""
 
 from passes.paged_attention import PAGED_ATTENTION
-from passes.pipeline import GraphPass, PassContext, PassError, Pipeline, PassReport
+from passes.pipeline import GraphPass, PassContext, PassError, PassReport, Pipeline
 from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT
 
 # In the order in which they run unless a config says otherwise.

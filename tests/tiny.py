@@ -22,8 +22,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 24, "layer_types": _ALTERNATING, "query_pre_attn_scalar": 32},
-    "gpt_oss": {"head_dim": 32, "sliding_window": 24, "layer_types": _ALTERNATING, "num_local_experts": 4,
-                "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "gpt_oss": {
+        "head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": _ALTERNATING,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "phi3": {"sliding_window": 24, "num_key_value_heads": 4},
     "olmo2": {},
@@ -34,7 +40,11 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model of two layers."""
     values = {**_COMMON, **FAMILIES[family], **changes}
     if family == "gpt2":
-        values = {key: value for key, value in values.items() if key not in {"hidden_size", "num_hidden_layers", "max_position_embeddings"}}
+        values = {
+            key: value
+            for key, value in values.items()
+            if key not in {"hidden_size", "num_hidden_layers", "max_position_embeddings"}
+        }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
     return model.to(DEVICE).eval()

@@ -36,6 +36,7 @@ class Engine:
     def __init__(self, runtime: Runtime, *, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._runtime, self._vocab_size, self._eos = runtime, vocab_size, eos_token_ids
         self._max_model_len = runtime.limits.max_model_len
+        self._running = False
         self._pool = BlockPool(runtime.memory.num_pages, runtime.memory.block_size)
 
     def check(self, request: Request) -> None:
@@ -45,7 +46,7 @@ class Engine:
             raise ValueError("the prompt is empty: expected at least one token")
         if len(prompt) >= self._max_model_len:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, and limits.max_model_len={self._max_model_len} leaves no room for an answer: "
+                f"the prompt has {len(prompt)} tokens, which limits.max_model_len={self._max_model_len} leaves no answer to: "
                 f"shorten it to {self._max_model_len - 1} or raise the limit"
             )
         for token in (min(prompt), max(prompt)):
@@ -53,16 +54,20 @@ class Engine:
                 raise ValueError(f"token id {token} is out of range: the model's vocabulary has ids 0 to {self._vocab_size - 1}")
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Run checked requests to their ends; yields, after each step, those that got a token."""
-        waiting = deque(requests)
-        while waiting:
-            rows = self._admit(waiting)
-            try:
-                yield from self._run_batch(rows)
-            finally:
-                self._runtime.leave(range(len(rows)))
-                for row in rows:
-                    self._pool.free(row.pages)
+        """Run checked requests to their ends; yields, after each step, those that got a token.
+
+        Raises:
+            RuntimeError: an earlier run is still open; it ends when its iterator is exhausted or closed.
+        """
+        if self._running:
+            raise RuntimeError("a stream is still open on this engine: exhaust it or close it first")
+        self._running = True
+        try:
+            waiting = deque(requests)
+            while waiting:
+                yield from self._run_batch(waiting)
+        finally:
+            self._running = False
 
     def _admit(self, waiting: deque[Request]) -> list[_Row]:
         """Take requests from the front while there are rows, and pages for all that each may ever hold."""
@@ -73,20 +78,36 @@ class Engine:
             num_pages = self._pool.pages_for(num_tokens)
             if num_pages > self._pool.num_free:
                 break
-            row = _Row(waiting.popleft(), self._pool.allocate(num_pages))
-            seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
-            self._runtime.join(len(rows), pages=row.pages, temperature=request.params.temperature, seed=seed)
-            rows.append(row)
+            rows.append(_Row(waiting.popleft(), self._pool.allocate(num_pages)))
         return rows
 
-    def _run_batch(self, rows: list[_Row]) -> Iterator[list[Request]]:
+    def _run_batch(self, waiting: deque[Request]) -> Iterator[list[Request]]:
+        """Admit a batch and run it to the end of its last request, or until the iterator is closed."""
+        rows = self._admit(waiting)
+        try:
+            self._join(rows)
+            self._prefill(rows)
+            yield from self._decode(rows)
+        finally:
+            for row in rows:
+                self._pool.free(row.pages)
+            self._runtime.leave(range(len(rows)))
+
+    def _join(self, rows: list[_Row]) -> None:
+        for number, row in enumerate(rows):
+            params = row.request.params
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            self._runtime.join(number, pages=row.pages, temperature=params.temperature, seed=seed)
+
+    def _prefill(self, rows: list[_Row]) -> None:
         while chunks := self._next_chunks(rows):
             self._runtime.prefill(chunks)
+        self._runtime.activate(range(len(rows)))
+
+    def _decode(self, rows: list[_Row]) -> Iterator[list[Request]]:
         running = dict(enumerate(rows))
-        self._runtime.activate(list(running))
         while running:
-            num_rows = max(running) + 1
-            tokens = self._runtime.tokens(num_rows)
+            tokens = self._runtime.tokens(max(running) + 1)
             for number, row in running.items():
                 row.request.append(tokens[number], eos_token_ids=self._eos, max_model_len=self._max_model_len)
             yield [row.request for row in running.values()]

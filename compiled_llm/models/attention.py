@@ -17,7 +17,15 @@ import passes.ops.marker  # noqa: F401  # registers the op
 ATTENTION_NAME = "compiled_llm"
 
 # Arguments that say nothing which the step's own metadata does not say.
-_REDUNDANT = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+_REDUNDANT = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
 
 
 class UnsupportedModelError(ValueError):

@@ -103,7 +103,9 @@ class _Notes:
         if layer.num_heads % layer.num_kv_heads:
             raise UnsupportedModelError(f"{layer.name}: {layer.num_heads} heads cannot share {layer.num_kv_heads} key heads evenly")
         if max(layer.key_dim, layer.value_dim) > 256:
-            raise UnsupportedModelError(f"{layer.name}: head dims over 256 are not supported, got {layer.key_dim} and {layer.value_dim}")
+            raise UnsupportedModelError(
+                f"{layer.name}: head dims over 256 are not supported, got {layer.key_dim} and {layer.value_dim}"
+            )
         self.layers.append(layer)
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
@@ -121,7 +123,9 @@ def _check_calls(config: PretrainedConfig, layers: list[AttentionLayer]) -> None
         raise UnsupportedModelError(f"{kind}: its attention does not go through transformers' attention interface")
     if len(layers) != num_layers:
         seen = ", ".join(layer.name for layer in layers)
-        raise UnsupportedModelError(f"{kind}: its config has {num_layers} layers, but attention was called {len(layers)} times, by {seen}")
+        raise UnsupportedModelError(
+            f"{kind}: its config has {num_layers} layers, but attention was called {len(layers)} times, by {seen}"
+        )
     types = getattr(config, "layer_types", None)
     if types is None:
         slides = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -59,10 +59,14 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     if path.is_file():
-        raise ValueError(f"model {config.name!r} is a file but not a .gguf: expected a directory, or model.weights=random for a config")
+        raise ValueError(
+            f"model {config.name!r} is a file but not a .gguf: expected a directory, or model.weights=random for a config"
+        )
     if path.is_dir():
         if not list(path.glob("*.safetensors")):
-            raise ValueError(f"model directory {config.name!r} holds no *.safetensors: add the weights, or set model.weights=random")
+            raise ValueError(
+                f"model directory {config.name!r} holds no *.safetensors: add the weights, or set model.weights=random"
+            )
         return str(path), {}
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
@@ -84,6 +88,9 @@ def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype | 
 
 
 def _load_tokenizer(path: str, files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    names = [entry.name for entry in Path(path).iterdir()] if Path(path).is_dir() else None
+    if names is not None and not files and not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", name) for name in names):
+        return None  # where there is none, transformers makes an empty one up
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)
     except (OSError, ValueError):

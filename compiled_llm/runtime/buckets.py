@@ -22,7 +22,7 @@ class Bucket:
 
 
 def make_buckets(kind: Kind, sizes: Sequence[int] | str, *, limit: int, growth: float) -> list[Bucket]:
-    """The buckets of one kind, small to large, `limit` always among them.
+    """The buckets of one kind, small to large, `limit` always among them; none at all where an empty list asks for that.
 
     Raises:
         ValueError: a listed size is above the limit.
@@ -32,7 +32,7 @@ def make_buckets(kind: Kind, sizes: Sequence[int] | str, *, limit: int, growth: 
     above = [size for size in sizes if size > limit]
     if above:
         raise ValueError(f"buckets.{kind} lists {above}, above the limit of {limit}: raise the limit or drop them")
-    return [Bucket(kind, size) for size in sorted({*sizes, limit})]
+    return [Bucket(kind, size) for size in sorted({*sizes, limit})] if sizes else []
 
 
 def match(buckets: Sequence[Bucket], size: int) -> Bucket | None:

@@ -61,7 +61,7 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledS
     device = step.state.tokens.device
     begin = time.perf_counter()
     with _settings(device, pipeline, options):
-        jitted = torch.compile(
+        jitted: Any = torch.compile(
             step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         )
         compiled = jitted.aot_compile(((), {}))

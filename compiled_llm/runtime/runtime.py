@@ -131,4 +131,6 @@ class Runtime:
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
-            raise RuntimeError("this engine belongs to the thread that made it (CUDA graph trees are thread-local): call it from there")
+            raise RuntimeError(
+                "this engine belongs to the thread that made it (CUDA graph trees are thread-local): call it from there"
+            )

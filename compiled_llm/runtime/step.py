@@ -4,10 +4,9 @@ All that a step reads and writes are buffers of `StepState` and of the layer cac
 of any size also runs eagerly, on the same state and the same caches: that is the fallback.
 """
 
-import torch
 from torch import Tensor, nn
 
-from compiled_llm.models.attention import CURRENT, PagedAttention
+from compiled_llm.models.attention import CURRENT, LayerCache, PagedAttention
 from compiled_llm.runtime.sampling import sample
 from compiled_llm.runtime.state import PrefillInputs, StepState
 
@@ -19,12 +18,14 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.caches, self.state, self.size = model, caches, state, size
         self.current = CURRENT
+        first = caches[0]
+        assert isinstance(first, LayerCache)
+        self.block_size = first.k.shape[1]
 
     def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Where in the caches the tokens at these positions of these rows live."""
-        block_size = self.caches[0].k.shape[1]
-        pages = self.state.block_table[rows, positions // block_size]
-        return pages.long() * block_size + positions % block_size
+        pages = self.state.block_table[rows, positions // self.block_size]
+        return pages.long() * self.block_size + positions % self.block_size
 
     def _logits(self, ids: Tensor, positions: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
         """Logits [T, V] of the tokens, or [S, V] of those at the indices `wanted`."""

@@ -79,7 +79,7 @@ def _attend(
 
 
 @triton.jit
-def _paged_attention_kernel(
+def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     out, q, k_cache, v_cache, block_table, query_start, seq_lens, sinks, scale, softcap, num_seqs,
     q_stride_t, q_stride_h, q_stride_d, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
@@ -108,7 +108,7 @@ def _paged_attention_kernel(
     start = tl.load(query_start + seq)
     num_queries = tl.load(query_start + seq + 1) - start
     length = tl.load(seq_lens + seq)
-    if not ONE_QUERY:  # in decode every row is written, so that its output needs no fill
+    if not ONE_QUERY:  # noqa: SIM102  # in decode every row is written, so that its output needs no fill
         if first >= num_queries or length == 0:
             return
 

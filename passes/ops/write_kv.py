@@ -4,7 +4,6 @@ Shapes: T tokens, G key/value heads, D key head dim, E value head dim, P pages, 
 A slot is `page * B + offset`. Page 0 is the trash page: padded tokens point there, possibly several at one slot.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +18,7 @@ def write_kv_reference(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cac
 
 
 @triton.jit
-def _write_kv_kernel(
+def _write_kv_kernel(  # type: ignore[no-untyped-def]
     k, v, k_cache, v_cache, slots,
     k_stride_t, k_stride_g, k_stride_d, v_stride_t, v_stride_g, v_stride_e,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,

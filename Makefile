@@ -1,0 +1,25 @@
+# `make demo` and `make test` do everything on a machine with Python 3.11+ and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt --editable .
+	touch $@
+
+clean:
+	rm -rf .venv

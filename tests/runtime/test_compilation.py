@@ -1,0 +1,134 @@
+"""What the compiler makes of a step: passes, generated code, many buckets, failures."""
+
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
+
+from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.runtime import warmup
+from compiled_llm.runtime.warmup import StrictError
+from passes import PassError
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+
+ONE_EACH = {"buckets": {"decode": [4], "prefill": [48]}}
+
+
+def test_generated_code_copies_no_cache() -> None:
+    """No allocation is as large as a cache, and each cache goes to its ops as it is."""
+    codes: list[str] = []
+    with fresh_cache(), mock.patch.object(GraphLowering, "save_output_code", codes.append):
+        with CompiledLLM(tiny_model("llama"), None, small_config(**ONE_EACH), progress=False) as llm:
+            cache = llm._runtime.memory.caches[0].k
+    assert len(codes) == 2
+    shape = re.escape(str(tuple(cache.shape)))
+    for code in codes:
+        body = re.search(r"def call\(.*?\n +return ", code, re.DOTALL).group()
+        caches = re.findall(rf"assert_size_stride\((\w+), {shape}", body)
+        assert len(caches) == 4, "keys and values of two layers"
+        sizes = [eval(size) for size in re.findall(r"empty_strided\w*\((\([^()]*\))", body)]
+        assert sizes
+        assert all(torch.Size(size).numel() < cache.numel() for size in sizes)
+        for name in caches:
+            uses = [line for line in body.splitlines() if re.search(rf"\b{name}\b", line) and "assert_size" not in line]
+            calls = [line for line in uses if not re.match(r" +del |.* = args$", line)]
+            assert [re.search(r"compiled_llm\.(\w+)", line).group(1) for line in calls] == ["write_kv", "paged_attention"]
+
+
+def test_passes_report_and_dump(tmp_path: Path) -> None:
+    config = small_config(**ONE_EACH, compile={"dump": tmp_path})
+    with fresh_cache(), CompiledLLM(tiny_model("qwen3"), None, config, progress=False) as llm:
+        reports = {bucket.bucket: bucket.passes for bucket in llm.report().buckets}
+    for name in ("prefill-48", "decode-4"):
+        attention, rotary = reports[name]
+        assert (attention.name, attention.matches, attention.expected) == ("paged_attention", 2, 2)
+        assert (rotary.name, rotary.matches, rotary.expected) == ("rotary_outer_product", 1, 1)
+        assert attention.ops_after > attention.ops_before
+        before = (tmp_path / name / "0-paged_attention-before.txt").read_text()
+        after = (tmp_path / name / "0-paged_attention-after.txt").read_text()
+        assert before.count("attention_marker.default]") == after.count("paged_attention.default]") == 2
+        assert "attention_marker" not in after
+
+
+@pytest.mark.parametrize("off", ["paged_attention", "rotary_outer_product"])
+def test_a_pass_that_is_off_changes_no_token(off: str) -> None:
+    model = tiny_model("llama")
+    reference = Reference(model)
+    prompts = [prompt_of(length) for length in (5, 30, 60)]
+    with CompiledLLM(model, None, small_config(**ONE_EACH, passes={off: False}), progress=False) as llm:
+        assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
+        assert off not in {graph_pass.name for bucket in llm.report().buckets for graph_pass in bucket.passes}
+
+
+def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    original = attention.forward
+
+    def forward(hidden_states, **arguments):  # type: ignore[no-untyped-def]
+        return (hidden_states, None) if torch.compiler.is_compiling() else original(hidden_states, **arguments)
+
+    attention.forward = forward
+    with pytest.raises(PassError, match=r"'paged_attention' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn"):
+        CompiledLLM(model, None, small_config(**ONE_EACH), progress=False)
+
+
+@pytest.mark.parametrize("dispatch", ["direct", "torch"])
+def test_more_than_twenty_buckets_all_replay(dispatch: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    config = small_config(
+        limits={"max_num_seqs": 21, "max_num_batched_tokens": 64, "max_model_len": 64},
+        buckets={"decode": list(range(1, 22)), "prefill": [64]},
+        compile={"dispatch": dispatch},
+        strict=True,
+    )
+    reference = Reference(model)
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        prompts = [prompt_of(3 + number % 5, number) for number in range(21)]
+        params = range(2, 23)
+        outputs = llm.generate(prompts, [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in params])
+        assert [o.outputs[0].token_ids for o in outputs] == [reference(p, n) for p, n in zip(prompts, params, strict=True)]
+        report = llm.report()
+    assert not report.fallbacks
+    assert not any(report.graph_events.values())
+    assert sum(bucket.replays for bucket in report.buckets if bucket.bucket.startswith("decode")) == 21
+
+
+def test_a_bucket_that_fails_runs_eagerly_and_the_others_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = warmup.DISPATCHES["direct"]
+
+    def failing(step, *arguments):  # type: ignore[no-untyped-def]
+        if step.size == 2:
+            raise RuntimeError("injected failure\nwith a second line")
+        return direct(step, *arguments)
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", failing)
+    model = tiny_model("llama")
+    reference = Reference(model)
+    config = {"buckets": {"decode": [2], "prefill": [48]}}
+    with CompiledLLM(model, None, small_config(**config), progress=False) as llm:
+        for lengths in ([5, 9, 30], [12], [6, 7]):
+            prompts = [prompt_of(length) for length in lengths]
+            assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
+        report = llm.report()
+    assert report.fallbacks == {"decode-2 failed: RuntimeError: injected failure": 18}
+    modes = {bucket.bucket: (bucket.mode == "eager", bucket.replays) for bucket in report.buckets}
+    assert modes == {"decode-2": (True, 0), "decode-4": (False, 9), "prefill-48": (False, 3)}
+    with pytest.raises(StrictError, match="bucket decode-2 could not be compiled: RuntimeError: injected failure"):
+        CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
+
+
+def test_no_bucket_is_a_counted_fallback() -> None:
+    model = tiny_model("llama")
+    reference = Reference(model)
+    config = {"buckets": {"decode": [4], "prefill": []}}
+    with CompiledLLM(model, None, small_config(**config), progress=False) as llm:
+        assert greedy(llm, [prompt_of(20)], 8) == [reference(prompt_of(20), 8)]
+        assert llm.report().fallbacks == {"no prefill bucket holds 20": 1}
+    with CompiledLLM(model, None, small_config(**config, strict=True), progress=False) as llm:
+        with pytest.raises(StrictError, match="a step would run eagerly: no prefill bucket holds 20"):
+            greedy(llm, [prompt_of(20)], 8)

@@ -1,0 +1,139 @@
+"""The Python API around a model that the user holds: lifecycle, batches, and input that is refused."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from compiled_llm import CompiledLLM, SamplingParams
+from tests.tiny import VOCAB_SIZE, Reference, greedy, prompt_of, small_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[CompiledLLM]:
+    config = small_config(buckets={"decode": [4], "prefill": [48]})
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
+        yield engine
+
+
+def test_one_prompt_or_many_with_one_or_many_params(llm: CompiledLLM, reference: Reference) -> None:
+    (single,) = llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    assert single.prompt is None
+    assert single.prompt_token_ids == prompt_of(9)
+    assert single.outputs[0].token_ids == reference(prompt_of(9), 5)
+    assert (single.outputs[0].finish_reason, single.text) == ("length", "")
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 7)]
+    first, second = llm.generate([prompt_of(9), prompt_of(20)], params)
+    assert first.outputs[0].token_ids == reference(prompt_of(9), 3)
+    assert second.outputs[0].token_ids == reference(prompt_of(20), 7)
+    assert llm.generate([]) == []
+
+
+def test_requests_stop_at_stop_tokens_and_at_the_length_limit(llm: CompiledLLM, reference: Reference) -> None:
+    expected = reference(prompt_of(9), 12)
+    stop = expected[4]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=(stop,))
+    output = llm.generate(prompt_of(9), params)[0].outputs[0]
+    assert output.token_ids == expected[: expected.index(stop) + 1]
+    assert output.finish_reason == "stop"
+    params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
+    output = llm.generate(prompt_of(100), params)[0].outputs[0]
+    assert output.token_ids == reference(prompt_of(100), 28)
+    assert output.finish_reason == "length"
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
+    params = [SamplingParams(temperature=1.5, max_tokens=10, seed=seed, ignore_eos=True) for seed in range(7)]
+    prompts = [prompt_of(5 + 9 * seed, seed) for seed in range(7)]
+    together = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    alone = [llm.generate(prompt, wanted)[0].outputs[0].token_ids for prompt, wanted in zip(prompts, params, strict=True)]
+    backwards = [output.outputs[0].token_ids for output in llm.generate(prompts[::-1], params[::-1])]
+    assert together == alone == backwards[::-1]
+    other = llm.generate(prompts[0], SamplingParams(temperature=1.5, max_tokens=10, seed=99, ignore_eos=True))
+    assert other[0].outputs[0].token_ids != alone[0]
+    unseeded = SamplingParams(temperature=1.5, max_tokens=10, ignore_eos=True)
+    assert len({tuple(llm.generate(prompts[0], unseeded)[0].outputs[0].token_ids) for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "prompt 0: the prompt is empty: expected at least one token"),
+        ([[5], prompt_of(128)], "prompt 1: the prompt has 128 tokens, which limits.max_model_len=128 leaves no answer to"),
+        ([[5], [3, VOCAB_SIZE]], f"prompt 1: token id {VOCAB_SIZE} is out of range"),
+        ([[-1]], "prompt 0: token id -1 is out of range"),
+        ([[1.5]], "prompt 0: token ids must be whole numbers, got 1.5"),
+        ("text", "prompt 0: this model has no tokenizer"),
+    ],
+)
+def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, reference: Reference, prompts, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
+        llm.generate(prompts)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert greedy(llm, [prompt_of(9)], 5) == [reference(prompt_of(9), 5)]
+
+
+def test_params_must_fit_the_prompts(llm: CompiledLLM) -> None:
+    with pytest.raises(ValueError, match="2 prompts were given 3 sampling params"):
+        llm.generate([[5], [6]], [SamplingParams()] * 3)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        llm.stream("text")
+    with pytest.raises(ValueError, match="chat needs a tokenizer"):
+        llm.chat([{"role": "user", "content": "hi"}])
+
+
+def test_another_thread_is_refused(llm: CompiledLLM) -> None:
+    caught: list[Exception] = []
+
+    def call() -> None:
+        try:
+            llm.generate([5, 6])
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert "belongs to the thread that made it" in str(caught[0])
+
+
+def test_an_open_run_excludes_others_and_gives_everything_back(llm: CompiledLLM, reference: Reference) -> None:
+    request = llm._requests([prompt_of(9)], SamplingParams(max_tokens=50, ignore_eos=True))
+    run = llm._engine.run(request)
+    next(run)
+    with pytest.raises(RuntimeError, match="a stream is still open"):
+        llm.generate([5])
+    run.close()
+    assert llm._engine._pool.num_free == llm._engine._pool.capacity
+    assert greedy(llm, [prompt_of(9)], 5) == [reference(prompt_of(9), 5)]
+
+
+def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> None:
+    """Pages for one and a half sequences: nothing is lost and the order is kept."""
+    config = small_config(buckets={"decode": [4], "prefill": [48]}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4})
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
+        assert engine._engine._pool.capacity == 12
+        prompts = [prompt_of(length) for length in (60, 90, 10, 50, 100)]
+        assert greedy(engine, prompts, 15) == [reference(prompt, 15) for prompt in prompts]
+    with pytest.raises(ValueError, match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory"):
+        CompiledLLM(tiny_model("llama"), None, small_config(cache={"memory": 1000}), progress=False)
+
+
+def test_closing_restores_the_model_and_ends_the_engine() -> None:
+    model = tiny_model("llama")
+    expected = Reference(model)(prompt_of(9), 5)
+    engine = CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False)
+    assert greedy(engine, [prompt_of(9)], 5) == [expected]
+    assert engine.report().fallbacks == {"compile.dispatch is eager": 5}
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="this CompiledLLM is closed"):
+        engine.generate([5])
+    assert model.config._attn_implementation == "sdpa"
+    assert Reference(model)(prompt_of(9), 5) == expected
