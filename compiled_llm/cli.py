@@ -31,6 +31,8 @@ def generate(
     from compiled_llm.api import CompiledLLM
     from compiled_llm.engine.sampling_params import SamplingParams
 
+    if not prompt:
+        raise ValueError("the prompt is empty: expected at least one character")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with CompiledLLM.from_pretrained(model, config=load_config(config, overrides)) as llm:
         templated = llm.tokenizer is not None and llm.tokenizer.chat_template and not raw

@@ -125,6 +125,11 @@ def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> N
         CompiledLLM(tiny_model("llama"), None, small_config(cache={"memory": 1000}), progress=False)
 
 
+def test_a_length_beyond_the_models_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"limits.max_model_len=300, but the model has only 256 positions: lower it"):
+        CompiledLLM(tiny_model("llama"), None, small_config(limits={"max_model_len": 300}), progress=False)
+
+
 def test_closing_restores_the_model_and_ends_the_engine() -> None:
     model = tiny_model("llama")
     expected = Reference(model)(prompt_of(9), 5)

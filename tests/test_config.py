@@ -66,6 +66,11 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "bad.yaml").write_text("a: [\n")
-    for name, message in [("loop", "extends itself"), ("list", "must hold a mapping"), ("bad", "is not YAML"), ("none", "cannot be read")]:
+    for name, message in [
+        ("loop", "extends itself"),
+        ("list", "must hold a mapping"),
+        ("bad", "is not YAML"),
+        ("none", "cannot be read"),
+    ]:
         with pytest.raises(ValueError, match=message):
             load_config(tmp_path / f"{name}.yaml")
