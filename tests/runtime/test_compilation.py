@@ -21,9 +21,12 @@ ONE_EACH = {"buckets": {"decode": [4], "prefill": [48]}}
 def test_generated_code_copies_no_cache() -> None:
     """No allocation is as large as a cache, and each cache goes to its ops as it is."""
     codes: list[str] = []
-    with fresh_cache(), mock.patch.object(GraphLowering, "save_output_code", codes.append):
-        with CompiledLLM(tiny_model("llama"), None, small_config(**ONE_EACH), progress=False) as llm:
-            cache = llm._runtime.memory.caches[0].k
+    with (
+        fresh_cache(),
+        mock.patch.object(GraphLowering, "save_output_code", codes.append),
+        CompiledLLM(tiny_model("llama"), None, small_config(**ONE_EACH), progress=False) as llm,
+    ):
+        cache = llm._runtime.memory.caches[0].k
     assert len(codes) == 2
     shape = re.escape(str(tuple(cache.shape)))
     for code in codes:
@@ -129,6 +132,6 @@ def test_no_bucket_is_a_counted_fallback() -> None:
     with CompiledLLM(model, None, small_config(**config), progress=False) as llm:
         assert greedy(llm, [prompt_of(20)], 8) == [reference(prompt_of(20), 8)]
         assert llm.report().fallbacks == {"no prefill bucket holds 20": 1}
-    with CompiledLLM(model, None, small_config(**config, strict=True), progress=False) as llm:
-        with pytest.raises(StrictError, match="a step would run eagerly: no prefill bucket holds 20"):
-            greedy(llm, [prompt_of(20)], 8)
+    strict = CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
+    with strict, pytest.raises(StrictError, match="a step would run eagerly: no prefill bucket holds 20"):
+        greedy(strict, [prompt_of(20)], 8)
