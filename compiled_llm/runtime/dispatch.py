@@ -7,7 +7,7 @@ then on, which costs the host a few microseconds. `torch` is the mode itself, gu
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,8 +115,10 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
 
 @contextmanager
 def _recovery(device: torch.device) -> Iterator[None]:
-    """After a failed capture, do what torch.cuda.graph leaves undone when ending the capture raises: go back to the stream, and
-    end the allocations into the pool, which would otherwise refuse every later capture.
+    """Make a failed capture cost its own bucket alone.
+
+    Ending a capture that failed raises, and torch.cuda.graph then leaves three things undone, each of which would fail the
+    captures that follow: to go back to the stream, to end the allocations into the pool, and to tell the random generator.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
@@ -125,10 +127,18 @@ def _recovery(device: torch.device) -> Iterator[None]:
         manager = _manager(device)
         if stream is not None and manager is not None:
             torch.cuda.set_stream(stream)
-            with suppress(RuntimeError):  # raised where the failure was not inside a capture
-                torch._C._cuda_endAllocateToPool(device.index, manager.cuda_graphs_thread_pool)
-                torch._C._cuda_releasePool(device.index, manager.cuda_graphs_thread_pool)
+            _end_failed_capture(device, manager.cuda_graphs_thread_pool)
         raise
+
+
+def _end_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:
+        return  # the failure was not inside a capture
+    torch._C._cuda_releasePool(device.index, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the generator leaves its capturing state when a capture ends well
+        torch.zeros(1, device=device)
 
 
 def _manager(device: torch.device) -> Any:

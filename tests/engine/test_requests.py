@@ -8,7 +8,6 @@ from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
 
-
 BAD = {
     "temperature": [-0.1, math.nan, math.inf, "hot", True],
     "max_tokens": [0, 1.5, -3],
