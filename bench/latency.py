@@ -35,10 +35,9 @@ def main() -> None:
     rows = []
     with CompiledLLM.from_pretrained(config=load_config(options.config, options.overrides)) as llm:
         ready = time.perf_counter() - began
-        assert llm._runtime is not None
         print(llm.report())
         for batch in options.batch:
-            rows.append(_ours(llm._runtime, batch, options.context, options.steps, options.rounds))
+            rows.append(_ours(llm.runtime, batch, options.context, options.steps, options.rounds))
         report = llm.report()
         model = llm.model
     for row in [] if options.no_peer else rows:

@@ -116,11 +116,16 @@ class CompiledLLM:
         (request,) = self._requests([cast(Prompt, prompt)], params)
         return self._stream(request)
 
-    def report(self) -> Report:
-        """Phases, buckets, passes, fallbacks and graph events so far; prints as tables."""
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the steps, for those who drive them without requests, as the benchmarks do."""
         self._alive()
         assert self._runtime is not None
-        return self._runtime.report()
+        return self._runtime
+
+    def report(self) -> Report:
+        """Phases, buckets, passes, fallbacks and graph events so far; prints as tables."""
+        return self.runtime.report()
 
     def close(self) -> None:
         """Free the caches and graphs, and give the model its own attention back. A second call does nothing."""

