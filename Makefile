@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/ready
-	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report
+	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest
