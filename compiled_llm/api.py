@@ -23,6 +23,7 @@ from compiled_llm.runtime.runtime import Runtime
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]
+ConfigLike = Config | str | Path | dict[str, Any] | None
 
 
 class CompiledLLM:
@@ -31,7 +32,7 @@ class CompiledLLM:
     Args:
         model: a transformers model, which stays as it is; its attention is routed here until `close()`.
         tokenizer: its tokenizer; without one, prompts are token ids and outputs have no text.
-        config: see `compiled_llm.config`; its `model` section is not read.
+        config: a `Config`, the path of a YAML file, or a dict of the same keys; its `model` section is not read.
         progress: show the start's progress on standard error.
 
     Raises:
@@ -43,12 +44,12 @@ class CompiledLLM:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        config: Config | None = None,
+        config: ConfigLike = None,
         *,
         progress: bool = True,
         _report: Report | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config or Config()
+        self.model, self.tokenizer, self.config = model, tokenizer, _resolve_config(config)
         report = _report or Report()
         self._resources = ExitStack()
         try:
@@ -63,9 +64,7 @@ class CompiledLLM:
         report.facts.update(_facts(self._runtime, model))
 
     @classmethod
-    def from_pretrained(
-        cls, model: str | Path | None = None, *, config: Config | str | Path | dict[str, Any] | None = None, progress: bool = True
-    ) -> Self:
+    def from_pretrained(cls, model: str | Path | None = None, *, config: ConfigLike = None, progress: bool = True) -> Self:
         """Load a model and compile it.
 
         Args:
@@ -109,8 +108,8 @@ class CompiledLLM:
 
         Closing the iterator ends the request.
         """
-        if self.tokenizer is None:
-            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
+        if not hasattr(self.tokenizer, "backend_tokenizer"):
+            raise ValueError("stream() yields text, and this model has no (fast) tokenizer: pass one, or use generate()")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
             prompt = self._chat_prompt(cast(Sequence[Message], prompt))
         (request,) = self._requests([cast(Prompt, prompt)], params)
@@ -125,7 +124,7 @@ class CompiledLLM:
 
     def report(self) -> Report:
         """Phases, buckets, passes, fallbacks and graph events so far; prints as tables."""
-        return self.runtime.report()
+        return self.runtime.report
 
     def close(self) -> None:
         """Free the caches and graphs, and give the model its own attention back. A second call does nothing."""
@@ -168,6 +167,8 @@ class CompiledLLM:
         return requests
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str | Sequence):
+            raise ValueError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not isinstance(prompt, str):
             return [_token_id(token) for token in prompt]
         if self.tokenizer is None:
@@ -180,6 +181,9 @@ class CompiledLLM:
     def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
+        for message in conversation:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(f"a message must be a dict with role and content, got {message!r}")
         templated: Any = self.tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
         ids: list[int] = templated["input_ids"]
         return ids
@@ -202,7 +206,7 @@ class CompiledLLM:
         )
 
 
-def _resolve_config(config: Config | str | Path | dict[str, Any] | None) -> Config:
+def _resolve_config(config: ConfigLike) -> Config:
     if isinstance(config, Config):
         return config
     return parse_config(config) if isinstance(config, dict) else load_config(config)

@@ -69,6 +69,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
         ([[-1]], "prompt 0: token id -1 is out of range"),
         ([[1.5]], "prompt 0: token ids must be whole numbers, got 1.5"),
         ("text", "prompt 0: this model has no tokenizer"),
+        ([None], "prompt 0: a prompt must be text or a list of token ids, got NoneType"),
     ],
 )
 def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, reference: Reference, prompts, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -128,6 +129,13 @@ def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> N
 def test_a_length_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"limits.max_model_len=300, but the model has only 256 positions: lower it"):
         CompiledLLM(tiny_model("llama"), None, small_config(limits={"max_model_len": 300}), progress=False)
+
+
+def test_an_unknown_inductor_option_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no option 'coordinate_descent_tunning': did you mean 'coordinate_descent_tuning'\?"):
+        CompiledLLM(
+            tiny_model("llama"), None, small_config(compile={"options": {"coordinate_descent_tunning": True}}), progress=False
+        )
 
 
 def test_closing_restores_the_model_and_ends_the_engine() -> None:

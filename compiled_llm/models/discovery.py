@@ -1,5 +1,6 @@
 """What attention a model asks for, found by running it once on one token with an attention that only takes notes."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     config = model.config.get_text_config()
     _check_layer_types(config)
+    _check_forward(model)
     notes = _Notes({module: name for name, module in model.named_modules()})
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
@@ -114,6 +116,13 @@ def _check_layer_types(config: PretrainedConfig) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if others:
         raise UnsupportedModelError(f"{config.model_type}: layers of type {', '.join(others)} are not supported")
+
+
+def _check_forward(model: PreTrainedModel) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    missing = [name for name in ("position_ids", "logits_to_keep") if name not in accepted]
+    if missing:
+        raise UnsupportedModelError(f"{model.config.model_type}: its forward takes no {' and no '.join(missing)}")
 
 
 def _check_calls(config: PretrainedConfig, layers: list[AttentionLayer]) -> None:

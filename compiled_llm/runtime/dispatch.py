@@ -5,6 +5,7 @@ without guards, the CUDA graph trees record it during two warm calls, and the re
 then on, which costs the host a few microseconds. `torch` is the mode itself, guards and tree checks included.
 """
 
+import difflib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,8 +158,18 @@ def _recording(device: torch.device) -> Any:
     return node
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse what Inductor does not know; raises ValueError."""
+    known = torch._inductor.list_options()
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"compile.options: Inductor has no option {name!r}{hint}")
+
+
 def graph_events(device: torch.device) -> dict[str, int]:
-    """Counts since the process began; their growth after an engine's start is what must not happen."""
+    """Counts since the process began; a step that makes one grow was not a mere replay."""
     manager = _manager(device)
     return {
         "graph skips": counters["inductor"]["cudagraph_skips"],

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets, match
-from compiled_llm.runtime.dispatch import graph_events, graph_pool
+from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.state import PrefillChunk
@@ -25,12 +25,13 @@ class Runtime:
     Attributes:
         limits: the most sequences, tokens a step and tokens a sequence.
         memory: the step's buffers and the paged caches; page 0 is the trash page, which no sequence may have.
+        report: what was done so far and what it cost.
     """
 
     def __init__(
         self, model: PreTrainedModel, layers: list[AttentionLayer], config: Config, report: Report, *, progress: bool
     ) -> None:
-        self.model, self.config, self._report = model, config, report
+        self.model, self.config = model, config
         self._thread = threading.get_ident()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         self._buckets: dict[Kind, list[Bucket]] = {
@@ -47,13 +48,8 @@ class Runtime:
                 self._entries = {entry.bucket: entry for entry in entries}
         report.graphs, report.pool_bytes = graph_pool(model.device)
         report.buckets = [entry.report for entry in self._entries.values()]
-        self._events = graph_events(model.device)
-        self._check_events()
-
-    def report(self) -> Report:
-        """What was done so far and what it cost."""
-        self._check_events()
-        return self._report
+        report.graph_events = dict.fromkeys(graph_events(model.device), 0)
+        self.report = report
 
     def join(self, row: int, *, pages: Sequence[int], temperature: float, seed: int) -> None:
         """A sequence takes a row, with pages for all the tokens it will ever have."""
@@ -107,7 +103,7 @@ class Runtime:
             reason = f"no {kind} bucket holds {size}"
         else:
             reason = f"{bucket} failed: {self._entries[bucket].report.failure}"
-        self._report.fallbacks[reason] += 1
+        self.report.fallbacks[reason] += 1
         if self.config.strict:
             raise StrictError(f"a step would run eagerly: {reason}")
         return None
@@ -117,17 +113,22 @@ class Runtime:
             if entry is None or entry.compiled is None:
                 STEPS[batch.kind](self.model, self.memory.caches, self.memory.state, size=batch.size)()
                 return
-            entry.compiled.launch()
+            if entry.compiled.graph:  # a replay can do nothing but replay
+                entry.compiled.launch()
+            else:
+                self._watch(entry.compiled.launch)
         entry.report.replays += 1
         entry.report.padded += entry.bucket.size - batch.size
-        if self.config.strict:
-            self._check_events()
 
-    def _check_events(self) -> None:
-        now = graph_events(self.model.device)
-        self._report.graph_events = {name: now[name] - count for name, count in self._events.items()}
-        if self.config.strict and any(self._report.graph_events.values()):
-            raise StrictError(f"since the start: {self._report.graph_events}, expected none")
+    def _watch(self, launch: Launch) -> None:
+        """Launch, and count what the compiler did meanwhile that it should not have."""
+        before = graph_events(self.model.device)
+        launch()
+        after = graph_events(self.model.device)
+        for name, count in after.items():
+            self.report.graph_events[name] += count - before[name]
+        if self.config.strict and after != before:
+            raise StrictError(f"a step was not a mere replay: {self.report.graph_events}")
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:

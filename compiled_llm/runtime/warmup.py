@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import NUM_TRASH_PAGES, allocate_caches, free_bytes, plan_pages, used_bytes
 from compiled_llm.runtime.report import BucketReport, Report
@@ -73,9 +73,11 @@ def compile_buckets(
     """Compile and capture each bucket, large to small. A bucket that fails is left to eager; with `strict` it is an error.
 
     Raises:
+        ValueError: an Inductor option is unknown.
         PassError: a pass found less than the model's config says, which no fallback may hide.
         StrictError: a bucket failed and the config is strict.
     """
+    check_options(config.compile.options)
     entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket))) for bucket in buckets]
     context = (tuple(layer.name for layer in layers), count_rotary_embeddings(model.config))
     with _progress(len(entries), enabled=progress) as show:

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime import step
-from compiled_llm.runtime.dispatch import graph_pool
+from compiled_llm.runtime.dispatch import graph_events, graph_pool
 from compiled_llm.runtime.runtime import Runtime
 from compiled_llm.runtime.state import PrefillChunk
 from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
@@ -62,11 +62,12 @@ def test_replay_equals_eager_as_lengths_tables_and_batches_change(dispatch: str)
     tokens = {}
     for mode in (dispatch, "eager"):
         with CompiledLLM(model, None, small_config(compile={"dispatch": mode}), progress=False) as llm:
-            tokens[mode] = []
+            before, tokens[mode] = graph_events(model.device), []
             for batch in prompts:
                 poison(llm)
                 tokens[mode].append(greedy(llm, batch, 20))
             report = llm.report()
+            assert graph_events(model.device) == before
             assert not any(report.graph_events.values())
             assert bool(report.fallbacks) == (mode == "eager")
     assert tokens[dispatch] == tokens["eager"]

@@ -39,7 +39,8 @@ def _model(kind: str, **values: object) -> torch.nn.Module:
 
 
 REFUSED = {
-    "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its attention does not go through transformers' attention interface"),
+    "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its forward takes no position_ids"),
+    "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "gptj: its attention does not go through transformers'"),
     "lfm2": ({"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}, "lfm2: layers of type conv are not supported"),
     "phimoe": (
         {"sliding_window": 8, "num_key_value_heads": 2, "num_local_experts": 2},
