@@ -1,4 +1,4 @@
-"""How a step is compiled and launched: one small protocol, three ways.
+"""How a step is compiled and launched: one small protocol, two ways.
 
 `direct` takes torch.compile(mode="reduce-overhead") apart so that each part can be kept: the step is compiled ahead of time
 without guards, the CUDA graph trees record it during two warm calls, and the recording that the tree holds is replayed from

@@ -56,7 +56,8 @@ class Report:
         facts: what was built, in words and numbers.
         graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
         fallbacks: steps that ran eagerly, by reason.
-        graph_events: graph skips, recompiles and re-records since the start; all zero in a healthy engine.
+        graph_events: graph skips, recompiles and re-records during steps; all zero in a healthy engine. A direct replay can
+            cause none, so it is not counted.
     """
 
     facts: dict[str, str | int] = field(default_factory=dict)
