@@ -6,7 +6,8 @@ P pages in the pool, B tokens a page (a power of two), N pages a sequence at mos
 Sequence s owns the queries `query_start[s] : query_start[s + 1]`, which are the last ones of its `seq_lens[s]` tokens;
 its token i lies in page `block_table[s, i // B]` at offset `i % B`. Lengths, starts and tables are int32 tensors and
 reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, and tokens past the last start, are
-zeros in the output, whatever the cache holds there.
+zeros in the output, whatever the cache holds there. With a window, pages that no query sees any more are not read, so
+they may serve others.
 
 The kernel computes softmax online, one tile of keys at a time (FlashAttention-2, arXiv:2307.08691), over pages found
 through the table (PagedAttention, arXiv:2309.06180); the query heads that share a key head fill one tile of rows.
@@ -30,8 +31,9 @@ def paged_attention_reference(
     options = (sinks_H, scale, window, softcap)
     if max_query_len == 1:
         lens = seq_lens_S.long()
-        keys, values = _gather(k_cache_PBGD, block_table_SN, lens), _gather(v_cache_PBGE, block_table_SN, lens)
-        attended = _attend(q_THD[:, None], keys, values, lens[:, None] - 1, lens, *options)[:, 0]
+        positions = lens[:, None] - 1
+        keys, values = (_gather(cache, block_table_SN, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
+        attended = _attend(q_THD[:, None], keys, values, positions, lens, *options)[:, 0]
         return torch.where(lens[:, None, None] > 0, attended, out_THE)
     starts = query_start.tolist()
     for s, length in enumerate(seq_lens_S.tolist()):
@@ -39,17 +41,18 @@ def paged_attention_reference(
             continue
         rows = slice(starts[s], starts[s + 1])
         table, lens = block_table_SN[s : s + 1], seq_lens_S[s : s + 1].long()
-        keys, values = _gather(k_cache_PBGD, table, lens), _gather(v_cache_PBGE, table, lens)
         positions = torch.arange(length - (rows.stop - rows.start), length, device=q_THD.device)[None]
+        keys, values = (_gather(cache, table, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
         out_THE[rows] = _attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
     return out_THE
 
 
-def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, lens_S: Tensor) -> Tensor:
-    """The cached tokens of each sequence, [S, longest, G, D]; shorter ones repeat their last token, which is masked later."""
+def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int) -> Tensor:
+    """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
     block_size = cache_PBGD.shape[1]
-    longest = max(1, int(lens_S.max()))
-    tokens_SK = torch.arange(longest, device=lens_S.device).minimum((lens_S[:, None] - 1).clamp(min=0))
+    last_S1 = positions_SQ[:, -1:].clamp(min=0)
+    first_S1 = (positions_SQ[:, :1] - window + 1).clamp(min=0) if window else torch.zeros_like(last_S1)
+    tokens_SK = torch.arange(int(last_S1.max()) + 1, device=last_S1.device).minimum(last_S1).maximum(first_S1)
     pages_SK = block_table_SN.long().gather(1, tokens_SK // block_size)
     return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[pages_SK * block_size + tokens_SK % block_size]
 
@@ -134,13 +137,14 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_E], tl.float32)
     # Keys that some row of the tile sees: from the first position's window to the last position.
-    begin = 0
+    oldest = 0
     if WINDOW > 0:
-        begin = tl.maximum(length - num_queries + first - WINDOW + 1, 0) // TILE_K * TILE_K
+        oldest = tl.maximum(length - num_queries + first - WINDOW + 1, 0)
+    begin = oldest // TILE_K * TILE_K
     end = tl.minimum(length - num_queries + first + TILE_Q, length)
     for base in range(begin, end, TILE_K):
         key = base + tl.arange(0, TILE_K)
-        cached = key < length
+        cached = (key >= oldest) & (key < length)
         page = tl.load(block_table + seq * table_stride + key // PAGE, mask=cached, other=0).to(tl.int64)
         slot = (page * PAGE + key % PAGE) * G + group
         k_DK = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=cached[None, :] & (d[:, None] < D), other=0.0)
@@ -172,6 +176,9 @@ def paged_attention_kernel(
     """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
     T, H, D = q_THD.shape
     _, page, G, E = v_cache_PBGE.shape
+    assert query_start.is_contiguous()
+    assert seq_lens_S.is_contiguous()
+    assert block_table_SN.stride(1) == 1
     S = seq_lens_S.shape[0]
     one_query = max_query_len == 1
     out_THE = q_THD.new_empty(T, H, E) if one_query else q_THD.new_zeros(T, H, E)

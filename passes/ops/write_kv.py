@@ -38,6 +38,7 @@ def write_kv_kernel(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_
     """Triton. k and v may have any strides; the caches are contiguous."""
     T, G, D = k_TGD.shape
     E = v_TGE.shape[-1]
+    assert slots_T.is_contiguous()
     _write_kv_kernel[(T, G)](
         k_TGD, v_TGE, k_cache_PBGD, v_cache_PBGE, slots_T,
         *k_TGD.stride(), *v_TGE.stride(),
