@@ -1,28 +1,29 @@
 """The Python API: a compiled model that generates."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm.config import Config, ModelConfig, load_config, parse_config
+from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
+from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
 from compiled_llm.models.discovery import attached, discover
 from compiled_llm.models.loading import load, resolve_device
-from compiled_llm.outputs import CompletionOutput, RequestOutput
+from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Runtime
 
-Message = dict[str, str]
-Prompt = str | Sequence[int]
 ConfigLike = Config | str | Path | dict[str, Any] | None
 
 
@@ -57,7 +58,8 @@ class CompiledLLM:
             with report.phase("examine model", model.device):
                 layers = discover(model)
             self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress)
-            self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), eos_token_ids=_eos_token_ids(model, tokenizer))
+            self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
+            self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)
         except BaseException:
             self._resources.close()
             raise
@@ -81,46 +83,119 @@ class CompiledLLM:
             loaded = load(resolved.model)
         return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report)
 
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What requests without params get: what the checkpoint's generation config sets, over the defaults."""
+        return self._jobs.default_params
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        progress: bool = True,
+        streamer: BaseStreamer | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts: text or token ids, one or many; the outputs come in their order.
+
+        Args:
+            prompts: one or many.
+            params: one for all or one for each; by default the checkpoint's.
+            priority: for each prompt; lower numbers go first.
+            progress: show a progress bar, where standard error is a terminal.
+            streamer: a transformers streamer that gets the tokens of a single prompt as they come.
 
         Raises:
             ValueError: a prompt or parameter cannot be served; nothing was run, and the engine goes on.
         """
         listed = _list_prompts(prompts)
-        requests = self._requests(listed, params)
-        for _ in self._alive().run(requests):
-            pass
-        return [self._output(prompt, request) for prompt, request in zip(listed, requests, strict=True)]
+        jobs = self._make_jobs(listed, params, priority, streaming=streamer is not None)
+        total = sum(len(job.requests) for job in jobs)
+        if streamer is not None and total != 1:
+            raise ValueError(f"a streamer takes one completion of one prompt, got {total}: use stream(), or drop it")
+        feed = feeder(streamer)
+        with progress_bar(total, enabled=progress and streamer is None) as show:
+            # By arrival, a queue that is always long enough is as good as all of them.
+            for request in self._run(jobs, at_once=2 * self.runtime.limits.max_num_seqs if priority is None else None):
+                feed(request)
+                show(request)
+        return [self._jobs.output(job) for job in jobs]
 
     def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the tokenizer's chat template."""
+        """Answer one conversation or several, through the tokenizer's chat template; options as in `generate`."""
         one = bool(messages) and isinstance(messages[0], dict)
-        conversations = cast(Sequence[Sequence[Message]], [messages] if one else messages)
-        return self.generate([self._chat_prompt(conversation) for conversation in conversations], params)
+        return self.generate(cast(Sequence[Prompt], [messages] if one else messages), params, **options)
 
     def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt, or answer one conversation, and yield its text as it comes, never splitting a character.
 
-        Closing the iterator ends the request.
+        Several streams may be open at once: each step serves them all. Closing the iterator ends the request.
         """
-        if not hasattr(self.tokenizer, "backend_tokenizer"):
-            raise ValueError("stream() yields text, and this model has no (fast) tokenizer: pass one, or use generate()")
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], dict):
-            prompt = self._chat_prompt(cast(Sequence[Message], prompt))
-        (request,) = self._requests([cast(Prompt, prompt)], params)
-        return self._stream(request)
+        if self.tokenizer is None:
+            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
+        if params is not None and params.n > 1:
+            raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
+        (job,) = self._make_jobs([cast(Prompt, prompt)], params, None, streaming=True)
+        return self._stream(job)
+
+    def as_completed(
+        self, prompts: Iterable[tuple[Prompt | Sequence[Message], SamplingParams | None]]
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Complete prompts or conversations, and yield each one's number, from 0, and output as soon as it has ended.
+
+        The iterable is read as there is room, about as many prompts ahead as run at once, so it may be of any length. An error
+        in it, or closing the iterator, ends what runs.
+
+        Args:
+            prompts: each with its sampling params, or None for the checkpoint's.
+
+        Raises:
+            ValueError: a prompt cannot be served; see `check`.
+        """
+        unfinished: dict[Request, tuple[int, Job]] = {}
+
+        def jobs() -> Iterator[Job]:
+            for number, (prompt, params) in enumerate(prompts):
+                job = self._make_job(prompt, params)
+                unfinished.update(dict.fromkeys(job.requests, (number, job)))
+                yield job
+
+        for request in self._run(jobs(), at_once=2 * self.runtime.limits.max_num_seqs):
+            if request.finish_reason is not None:
+                number, job = unfinished.pop(request)
+                if unfinished.keys().isdisjoint(job.requests):
+                    yield number, self._jobs.output(job)
+
+    def check(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> None:
+        """Raise the ValueError that generating from this prompt would raise; nothing is run."""
+        self._make_job(prompt, params)
+
+    def reset_prefix_cache(self) -> None:
+        """Share nothing of what was computed so far with prompts to come."""
+        self._alive().reset_prefix_cache()
 
     @property
     def runtime(self) -> Runtime:
-        """What runs the steps, for those who drive them without requests, as the benchmarks do."""
+        """What runs the steps."""
         self._alive()
         assert self._runtime is not None
         return self._runtime
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests, for those who step it themselves."""
+        return self._alive()
+
+    @property
+    def jobs(self) -> Jobs:
+        """What makes the engine's requests, and their outputs."""
+        return self._jobs
 
     def report(self) -> Report:
         """Phases, buckets, passes, fallbacks and graph events so far; prints as tables."""
@@ -148,62 +223,74 @@ class CompiledLLM:
             raise RuntimeError("this CompiledLLM is closed: make a new one")
         return self._engine
 
-    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
-        """Checked requests, or a ValueError that says which prompt is at fault."""
-        engine = self._alive()
-        listed = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else list(params)
-        if len(listed) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts were given {len(listed)} sampling params: expected one for all or one for each"
-            )
-        requests = []
-        for number, (prompt, wanted) in enumerate(zip(prompts, listed, strict=True)):
+    def _make_jobs(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        *,
+        streaming: bool,
+    ) -> list[Job]:
+        """Checked jobs, or a ValueError that says which prompt is at fault."""
+        count = len(prompts)
+        listed = [params] * count if isinstance(params, SamplingParams | None) else list(params)
+        priorities = [0] * count if priority is None else list(priority)
+        for name, given in (("sampling params", listed), ("priorities", priorities)):
+            if len(given) != count:
+                raise ValueError(f"{count} prompts were given {len(given)} {name}: expected one for all or one for each")
+        jobs = []
+        for number, (prompt, wanted, urgency) in enumerate(zip(prompts, listed, priorities, strict=True)):
             try:
-                request = Request(prompt_token_ids=self._encode(prompt), params=wanted)
-                engine.check(request)
+                jobs.append(self._make_job(prompt, wanted, priority=urgency, streaming=streaming))
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}") from None
-            requests.append(request)
-        return requests
+        return jobs
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str | Sequence):
-            raise ValueError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
-        if not isinstance(prompt, str):
-            return [_token_id(token) for token in prompt]
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give token ids, or pass a tokenizer")
-        if not prompt:
-            raise ValueError("the prompt is empty: expected at least one character")
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        return ids
+    def _make_job(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None, *, priority: int = 0, streaming: bool = False
+    ) -> Job:
+        engine = self._alive()
+        job = self._jobs.make(prompt, params, priority=priority, streaming=streaming)
+        engine.check(job.requests[0])
+        return job
 
-    def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
-        for message in conversation:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise ValueError(f"a message must be a dict with role and content, got {message!r}")
-        templated: Any = self.tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
-        ids: list[int] = templated["input_ids"]
-        return ids
+    def _run(self, jobs: Iterable[Job], *, at_once: int | None = None) -> Iterator[Request]:
+        """Run jobs to their ends; yields their requests as they get on, and each of them once when it has ended.
 
-    def _stream(self, request: Request) -> Iterator[str]:
-        assert self.tokenizer is not None
-        decoder = DecodeStream(skip_special_tokens=True)
-        for _ in self._alive().run([request]):
-            text = decoder.step(self.tokenizer.backend_tokenizer, request.token_ids[-1])
-            if text is not None:
+        Another iterator's steps serve these requests too, and may end them. Closing the iterator, or an error, ends them all.
+
+        Args:
+            jobs: read as there is room.
+            at_once: the most of their requests in the engine, running or waiting.
+        """
+        engine, running = self._alive(), set[Request]()
+        requests = (request for job in jobs for request in job.requests)
+        upcoming = next(requests, None)
+        try:
+            while running or upcoming is not None:
+                while upcoming is not None and engine.has_room and (at_once is None or len(running) < at_once):
+                    engine.add(upcoming)
+                    running.add(upcoming)
+                    upcoming = next(requests, None)
+                news = engine.step()
+                ended = [request for request in running if request.finish_reason is not None]
+                for request in dict.fromkeys([*news, *ended]):
+                    if request in running:
+                        if request.finish_reason is not None:
+                            running.discard(request)
+                        yield request
+        finally:
+            for request in running:
+                engine.abort(request)
+
+    def _stream(self, job: Job) -> Iterator[str]:
+        (request,) = job.requests
+        assert request.detokenizer is not None
+        for _ in self._run([job]):
+            text = request.detokenizer.take(final=request.finish_reason is not None)
+            if text:
                 yield text
-
-    def _output(self, prompt: Prompt, request: Request) -> RequestOutput:
-        text = "" if self.tokenizer is None else str(self.tokenizer.decode(request.token_ids, skip_special_tokens=True))
-        completion = CompletionOutput(index=0, text=text, token_ids=request.token_ids, finish_reason=request.finish_reason)
-        return RequestOutput(
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[completion],
-        )
+        raise_failure(request)
 
 
 def _resolve_config(config: ConfigLike) -> Config:
@@ -219,21 +306,9 @@ def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast(Sequence[Prompt], prompts))
 
 
-def _token_id(token: object) -> int:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise ValueError(f"token ids must be whole numbers, got {token!r}")
-    return token
-
-
 def _vocab_size(model: PreTrainedModel) -> int:
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, getattr(tokenizer, "eos_token_id", None)] if token is not None)
 
 
 def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
@@ -241,6 +316,11 @@ def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     return {
         "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
-        "KV cache": f"{memory.num_pages} pages of {memory.block_size} tokens",
+        "KV cache": ", ".join(_describe(group, memory.block_size) for group in memory.groups),
         "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
     }
+
+
+def _describe(group: PageGroup, block_size: int) -> str:
+    window = f" with a window of {group.window}" if group.window else ""
+    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"

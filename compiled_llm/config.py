@@ -4,10 +4,20 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from passes import PASSES
 
@@ -29,6 +39,7 @@ def _parse_bytes(value: object) -> object:
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Auto = Literal["auto"]
+Sampler = Literal["greedy", "random", "full", "scoring"]
 
 
 class ModelConfig(Section):
@@ -47,22 +58,39 @@ class ModelConfig(Section):
 
 
 class LimitsConfig(Section):
-    """The most of each at once. `auto`: 4 sequences, 256 tokens a step and 2048 a sequence on a CPU; 64, 2048 and 4096 on a GPU."""
+    """The most of each at once. `auto`: 4 sequences, 256 tokens a step and 2048 a sequence on a CPU; 64, 2048 and 4096 on a GPU.
+
+    max_waiting: requests that may wait for their turn; one more is refused. None: any number.
+    max_waiting_seconds: a request that has waited longer without having begun is aborted. None: it may wait for ever.
+    """
 
     max_num_seqs: PositiveInt | Auto = "auto"
     max_num_batched_tokens: PositiveInt | Auto = "auto"
     max_model_len: PositiveInt | Auto = "auto"
+    max_waiting: PositiveInt | None = None
+    max_waiting_seconds: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _a_token_for_each_sequence(self) -> Self:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if isinstance(seqs, int) and isinstance(tokens, int) and tokens < seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={tokens} cannot serve max_num_seqs={seqs} in one step: raise or lower one of them"
+            )
+        return self
 
 
 class CacheConfig(Section):
     """The paged KV cache.
 
     block_size: tokens a page, a power of two from 16.
+    prefix_caching: keep full pages of ended requests, and share pages of equal beginnings.
     memory: bytes of all pages; `auto` is what `max_num_seqs` sequences of `max_model_len` need, bounded by
     `gpu_memory_utilization` of the GPU, or a quarter of a CPU's available memory.
     """
 
     block_size: PositiveInt = 16
+    prefix_caching: bool = True
     memory: Bytes | Auto = "auto"
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
 
@@ -75,15 +103,25 @@ class CacheConfig(Section):
 
 
 class BucketsConfig(Section):
-    """Static shapes to compile: sequences of a decode step, tokens of a prefill step.
+    """Static shapes to compile: sequences of a decode step, tokens of a prefill step, and samplers for each of them.
 
-    `auto` generates them from the limits, each `growth` times the one before. The limit itself is always a bucket, except in
-    an empty list, which leaves all steps of its kind to eager.
+    `auto` generates sizes from the limits, each `growth` times the one before. The limit itself is always a bucket, except in
+    an empty list. Without prefill buckets, prefill runs eagerly. Without decode buckets, decoding runs in the prefill buckets:
+    with a single one of those, all steps have one shape, and the same request gives the same bits whatever runs beside it.
+
+    samplers: `greedy`; `random`, temperature and seed; `full`, everything; `scoring`, everything and logprobs of the prompt.
+    Each serves all that those before it serve, at a higher price; what none serves runs eagerly. `auto`: greedy and full.
     """
 
     decode: list[PositiveInt] | Auto = "auto"
     prefill: list[PositiveInt] | Auto = "auto"
     growth: float = Field(default=4.0, gt=1)
+    samplers: Annotated[list[Sampler], Field(min_length=1)] | Auto = "auto"
+
+    def listed_samplers(self) -> list[Sampler]:
+        """The samplers to compile, cheap to dear."""
+        listed: list[Sampler] = ["greedy", "full"] if self.samplers == "auto" else self.samplers
+        return [sampler for sampler in get_args(Sampler) if sampler in listed]
 
 
 class CompileConfig(Section):

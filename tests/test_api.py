@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm import CompiledLLM, QueueFullError, SamplingParams
 from tests.tiny import VOCAB_SIZE, Reference, greedy, prompt_of, small_config, tiny_model
 
 
@@ -16,7 +16,7 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[CompiledLLM]:
-    config = small_config(buckets={"decode": [4], "prefill": [48]})
+    config = small_config(buckets={"decode": [4], "prefill": [48], "samplers": ["greedy", "random"]})
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
         yield engine
 
@@ -83,7 +83,7 @@ def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, refere
 def test_params_must_fit_the_prompts(llm: CompiledLLM) -> None:
     with pytest.raises(ValueError, match="2 prompts were given 3 sampling params"):
         llm.generate([[5], [6]], [SamplingParams()] * 3)
-    with pytest.raises(ValueError, match=r"has no \(fast\) tokenizer"):
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
         llm.stream("text")
     with pytest.raises(ValueError, match="chat needs a tokenizer"):
         llm.chat([{"role": "user", "content": "hi"}])
@@ -104,24 +104,31 @@ def test_another_thread_is_refused(llm: CompiledLLM) -> None:
     assert "belongs to the thread that made it" in str(caught[0])
 
 
-def test_an_open_run_excludes_others_and_gives_everything_back(llm: CompiledLLM, reference: Reference) -> None:
-    request = llm._requests([prompt_of(9)], SamplingParams(max_tokens=50, ignore_eos=True))
-    run = llm._engine.run(request)
-    next(run)
-    with pytest.raises(RuntimeError, match="a stream is still open"):
-        llm.generate([5])
-    run.close()
-    assert llm._engine._pool.num_free == llm._engine._pool.capacity
-    assert greedy(llm, [prompt_of(9)], 5) == [reference(prompt_of(9), 5)]
+def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Reference) -> None:
+    free = llm.engine.cache.num_free
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    abandoned = llm._run(llm._make_jobs([prompt_of(9)], params, None, streaming=True))
+    slow = llm._make_jobs([prompt_of(30)], params, None, streaming=True)
+    run = llm._run(slow)
+    next(abandoned), next(run)
+    assert greedy(llm, [prompt_of(20)], 5) == [reference(prompt_of(20), 5)]
+    abandoned.close()
+    for _ in run:
+        pass
+    assert slow[0].requests[0].token_ids == reference(prompt_of(30), 50)
+    assert llm.engine.cache.num_free == free
+    llm.engine.cache.check()
 
 
 def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> None:
-    """Pages for one and a half sequences: nothing is lost and the order is kept."""
-    config = small_config(buckets={"decode": [4], "prefill": [48]}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4})
+    """Pages for one and a half sequences: requests are put off and computed again, and nothing is lost."""
+    config = small_config(compile={"dispatch": "eager"}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4})
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
-        assert engine._engine._pool.capacity == 12
-        prompts = [prompt_of(length) for length in (60, 90, 10, 50, 100)]
-        assert greedy(engine, prompts, 15) == [reference(prompt, 15) for prompt in prompts]
+        assert engine.engine.cache.num_free == [12]
+        prompts = [prompt_of(length) for length in (60, 45, 10, 50, 100, 30, 14)]
+        assert greedy(engine, prompts, 25) == [reference(prompt, 25) for prompt in prompts]
+        assert engine.report().scheduling.preemptions
+        assert engine.engine.cache.num_free == [12]
     with pytest.raises(ValueError, match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory"):
         CompiledLLM(tiny_model("llama"), None, small_config(cache={"memory": 1000}), progress=False)
 
@@ -150,3 +157,67 @@ def test_closing_restores_the_model_and_ends_the_engine() -> None:
         engine.generate([5])
     assert model.config._attn_implementation == "sdpa"
     assert Reference(model)(prompt_of(9), 5) == expected
+
+
+def test_a_request_that_waited_too_long_is_aborted(reference: Reference) -> None:
+    config = small_config(
+        limits={"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting_seconds": 0.05},
+        buckets={"decode": "auto"},
+        compile={"dispatch": "eager"},
+    )
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
+        params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+        first, second = engine.generate([prompt_of(9), prompt_of(20)], params)
+        assert first.outputs[0].token_ids == reference(prompt_of(9), 100)
+        assert (second.outputs[0].finish_reason, second.outputs[0].token_ids) == ("abort", [])
+        assert second.outputs[0].error == "it waited longer than limits.max_waiting_seconds=0.05"
+        assert greedy(engine, [prompt_of(20)], 5) == [reference(prompt_of(20), 5)]
+
+
+def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: Reference) -> None:
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 1}
+    with CompiledLLM(
+        tiny_model("llama"),
+        None,
+        small_config(limits=limits, buckets={"decode": "auto"}, compile={"dispatch": "eager"}),
+        progress=False,
+    ) as engine:
+        requests = [job.requests[0] for job in engine._make_jobs([prompt_of(9)] * 4, None, None, streaming=False)]
+        for request in requests[:3]:
+            engine.engine.add(request)
+        with pytest.raises(QueueFullError, match=r"3 requests are waiting.*limits.max_waiting"):
+            engine.engine.add(requests[3])
+        for request in requests[:3]:
+            engine.engine.abort(request)
+        prompts = [prompt_of(5 + number) for number in range(7)]
+        assert greedy(engine, prompts, 5) == [reference(prompt, 5) for prompt in prompts]
+
+
+def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, reference: Reference) -> None:
+    class Failing:
+        text = ""
+
+        def push(self, token_ids: list[int]) -> bool:
+            raise KeyError("no such token")
+
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    bad, good = llm._make_jobs([prompt_of(9), prompt_of(20)], params, None, streaming=False)
+    bad.requests[0].detokenizer = Failing()  # type: ignore[assignment]
+    for _ in llm._run([bad, good]):
+        pass
+    assert (bad.requests[0].finish_reason, bad.requests[0].error) == ("error", "KeyError: 'no such token'")
+    assert good.requests[0].token_ids == reference(prompt_of(20), 8)
+    llm.engine.cache.check()
+
+
+def test_higher_priorities_go_first() -> None:
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128}
+    with CompiledLLM(
+        tiny_model("llama"),
+        None,
+        small_config(limits=limits, buckets={"decode": "auto"}, compile={"dispatch": "eager"}),
+        progress=False,
+    ) as engine:
+        outputs = engine.generate([prompt_of(9)] * 4, SamplingParams(temperature=0, max_tokens=3), priority=[2, 1, 0, 1])
+        began = [output.outputs[0].metrics.queue for output in outputs if output.outputs[0].metrics is not None]
+        assert sorted(range(4), key=lambda number: began[number] or 0.0) == [2, 1, 3, 0]

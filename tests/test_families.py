@@ -22,6 +22,7 @@ def test_tokens_equal_transformers(family: str) -> None:
             poison(llm)
             expected = [reference(prompt, 20) for prompt in prompts]
             assert greedy(llm, prompts, 20) == expected, f"prompts of {lengths} tokens"
+            llm.engine.cache.check()
         report = llm.report()
     assert not report.fallbacks
     assert not any(report.graph_events.values())

@@ -66,14 +66,10 @@ class Reference:
 
 
 def small_config(**changes: Any) -> Config:
-    """Few and small buckets: 4 sequences, 48 tokens a step, 128 a sequence."""
-    return parse_config(
-        {
-            "limits": {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 128},
-            "buckets": {"decode": [2], "prefill": [16]},
-            **changes,
-        }
-    )
+    """Few and small buckets, greedy unless told otherwise: 4 sequences, 48 tokens a step, 128 a sequence."""
+    buckets = {"decode": [2], "prefill": [16], "samplers": ["greedy"], **changes.pop("buckets", {})}
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 128}
+    return parse_config({"limits": limits, "buckets": buckets, **changes})
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -88,6 +84,7 @@ def greedy(llm: CompiledLLM, prompts: Sequence[Sequence[int]], num_tokens: int) 
 
 def poison(llm: CompiledLLM) -> None:
     """Fill every page with NaN; to be called while no request runs, so that all of them are free or trash."""
+    llm.reset_prefix_cache()
     for cache in llm.runtime.memory.caches:
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))

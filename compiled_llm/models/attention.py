@@ -121,24 +121,26 @@ class PagedAttention:
     """Attention over the paged caches, for the tokens of one step; the caches go to the calls in their order.
 
     Attributes:
-        slots: [T] int64, where each token's key and value go.
-        block_table: [S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, as in `passes.ops.paged_attention`.
+        groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
+        slots: [G, T] int64, where each token's key and value go.
+        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, as in `passes.ops.paged_attention`.
         max_query_len: the most queries a sequence brings; 1 in decode.
     """
 
     caches: nn.ModuleList
+    groups: tuple[int, ...]
     slots: Tensor
-    block_table: Tensor
+    block_tables: Tensor
     query_start: Tensor
     seq_lens: Tensor
     max_query_len: int
     calls: int = field(default=0, init=False)
 
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-        layer, cache = self.calls, self.caches[self.calls]
+        layer, cache, group = self.calls, self.caches[self.calls], self.groups[self.calls]
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
-            q, k, v, cache.k, cache.v, self.slots, self.block_table, self.query_start, self.seq_lens,
+            q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
             call.sinks, layer, call.scale, call.window, call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

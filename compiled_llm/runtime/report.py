@@ -30,6 +30,7 @@ class BucketReport:
     """One bucket.
 
     Attributes:
+        size: tokens of a step.
         mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, see `failure`.
         compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
         bytes: device memory that its capture took.
@@ -38,6 +39,7 @@ class BucketReport:
     """
 
     bucket: str
+    size: int
     mode: str = "eager"
     compile_seconds: float = 0.0
     capture_seconds: float = 0.0
@@ -46,6 +48,29 @@ class BucketReport:
     padded: int = 0
     failure: str | None = None
     passes: list[PassReport] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SchedulingReport:
+    """What the engine's scheduler did.
+
+    Attributes:
+        steps, decode_steps: launched; those that only decoded.
+        tokens: computed, prompts and outputs.
+        cached_tokens: prompt tokens that were found in shared pages instead.
+        preemptions: times that a request made room and was computed again.
+        processor_calls: tokens chosen outside the graph, by requests' own logits processors.
+        host_seconds, wait_seconds: of the thread that steps: its own work, and waiting for the device.
+    """
+
+    steps: int = 0
+    decode_steps: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    processor_calls: int = 0
+    host_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -67,6 +92,13 @@ class Report:
     pool_bytes: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     graph_events: dict[str, int] = field(default_factory=dict)
+    scheduling: SchedulingReport = field(default_factory=SchedulingReport)
+
+    @property
+    def padding_waste(self) -> float:
+        """The share of padding in all tokens that the buckets' steps computed."""
+        padded = sum(bucket.padded for bucket in self.buckets)
+        return padded / max(1, sum(bucket.replays * bucket.size for bucket in self.buckets))
 
     @contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
@@ -83,6 +115,7 @@ class Report:
         for name, value in self.facts.items():
             console.print(f"{name}: {value}", highlight=False)
         console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False)
+        console.print(f"padding: {self.padding_waste:.1%} of the tokens computed in buckets", highlight=False)
         for table in self._tables():
             console.print(table)
         assert isinstance(console.file, io.StringIO)
@@ -95,6 +128,8 @@ class Report:
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
         yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
         yield _table("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
+        counts = [(name.replace("_", " "), f"{value:.6g}") for name, value in asdict(self.scheduling).items()]
+        yield _table("scheduling", ["what", "count"], counts)
         yield _table("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
 
 

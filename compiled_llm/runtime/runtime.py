@@ -1,22 +1,52 @@
-"""Batches to launches, a step at a time: find the bucket, fill its inputs, launch once.
+"""Batches to launches, a step at a time: find the bucket, stage its inputs, launch once, read the ids when they are there.
 
-Where no bucket serves a step, it runs eagerly on the same state and caches, and is counted by reason.
+Where no bucket serves a step, it runs eagerly on the same state and caches, and is counted by reason. A launch does not wait
+for the device: the ids of a step are read on a stream of their own, while the next steps run.
 """
 
 import threading
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from compiled_llm.config import Config
+from compiled_llm.config import Config, Sampler
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets, match
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
-from compiled_llm.runtime.state import PrefillChunk
-from compiled_llm.runtime.warmup import STEPS, Entry, StrictError, allocate, compile_buckets
+from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
+from compiled_llm.runtime.step import choose
+from compiled_llm.runtime.warmup import Entry, StrictError, allocate, compile_buckets
+from passes.ops.top_logprobs import top_logprobs
+
+
+class Logprobs(NamedTuple):
+    """As `passes.ops.top_logprobs` gives them: [..., 1 + M] float32 and int64, the chosen token (its rank as id) first."""
+
+    values: NDArray[np.float32]
+    ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowExtras:
+    """What a row brings that few rows do; None where it brings none.
+
+    Attributes:
+        bias: [V] float32, added to the logits.
+        counts: [V] int32, 2 * times generated + whether in the prompt.
+        bad_words: token sequences that must not be completed.
+    """
+
+    bias: NDArray[np.float32] | None = None
+    counts: NDArray[np.int32] | None = None
+    bad_words: list[list[int]] | None = None
 
 
 class Runtime:
@@ -24,7 +54,7 @@ class Runtime:
 
     Attributes:
         limits: the most sequences, tokens a step and tokens a sequence.
-        memory: the step's buffers and the paged caches; page 0 is the trash page, which no sequence may have.
+        memory: the step's buffers and the paged caches; page 0 of each group is its trash page, which no sequence may have.
         report: what was done so far and what it cost.
     """
 
@@ -39,6 +69,7 @@ class Runtime:
             "prefill": self._make_buckets("prefill", config.buckets.prefill, self.limits.max_num_batched_tokens),
         }
         self._entries: dict[Bucket, Entry] = {}
+        self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
             if config.compile.dispatch != "eager":
@@ -46,61 +77,97 @@ class Runtime:
                     buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
                     entries = compile_buckets(buckets, model, layers, self.memory, config, progress=progress)
                 self._entries = {entry.bucket: entry for entry in entries}
+        self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
         report.buckets = [entry.report for entry in self._entries.values()]
         report.graph_events = dict.fromkeys(graph_events(model.device), 0)
         self.report = report
 
-    def join(self, row: int, *, pages: Sequence[int], temperature: float, seed: int) -> None:
-        """A sequence takes a row, with pages for all the tokens it will ever have."""
+    @property
+    def prefill_sizes(self) -> list[int]:
+        """Tokens of the prefill buckets, small to large."""
+        return sorted({bucket.size for bucket in self._buckets["prefill"]})
+
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether steps that only decode have buckets of their own, or run eagerly; else they run in prefill buckets."""
+        return bool(self._buckets["decode"]) or not self._buckets["prefill"] or self.config.compile.dispatch == "eager"
+
+    def prefill(self, batch: PrefillBatch) -> Ticket:
+        """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
+        entry = self._find("prefill", len(batch.ids), batch.sampler)
+        size = entry.bucket.size if entry is not None else len(batch.ids)
+        self.memory.state.stage_prefill(batch, size)
+        return self._run(entry, Bucket("prefill", len(batch.ids), batch.sampler))
+
+    def decode(self, batch: DecodeBatch) -> Ticket:
+        """One more token for every row of the batch."""
+        entry = self._find("decode", len(batch.rows), batch.sampler)
+        if not batch.unchanged:
+            self.memory.state.stage_decode(batch)
+        return self._run(entry, Bucket("decode", len(batch.rows), batch.sampler))
+
+    def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
+        """[R + 1] the token that the step sampled in each of its rows; waits for the step."""
+        return self._readback.tokens(ticket)
+
+    def logprobs(self, ticket: Ticket) -> Logprobs:
+        """[R + 1, 1 + M] of a step of the full sampler, for the rows that wanted some; waits for the step."""
+        return Logprobs(*self._readback.logprobs(ticket))
+
+    def prompt_logprobs(self, num_tokens: int) -> Logprobs:
+        """[T, 1 + M] of the last step, if that was a prefill of `num_tokens` with the scoring sampler; waits for it."""
+        state = self.memory.state
+        return Logprobs(state.prompt_logprobs[:num_tokens].cpu().numpy(), state.prompt_ids[:num_tokens].cpu().numpy())
+
+    def set_extras(self, row: int, extras: RowExtras) -> None:
+        """Write what few rows need; the row's params must say what counts (see `RowParams`)."""
         self._check_thread()
-        self.memory.state.join(row, pages=pages, temperature=temperature, seed=seed)
+        state = self.memory.state
+        if extras.bias is not None:
+            state.bias[row].copy_(torch.from_numpy(extras.bias))
+        if extras.counts is not None:
+            state.counts[row].copy_(torch.from_numpy(extras.counts))
+        if extras.bad_words is not None:
+            words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_LEN), -1, np.int64)
+            for number, tokens in enumerate(extras.bad_words):
+                words[number, -len(tokens) :] = tokens
+            state.bad_words[row].copy_(torch.from_numpy(words))
 
-    def prefill(self, chunks: Sequence[PrefillChunk]) -> None:
-        """Cache the chunks' tokens, and sample for each row the token that follows its chunk.
+    def logits(self, row: int) -> torch.Tensor:
+        """[1, V] of the row's last step, a float32 copy, if that was of the full sampler."""
+        return self.memory.state.logits[row : row + 1].to(torch.float32, copy=True)
 
-        At most one chunk a row, `max_num_batched_tokens` tokens in all.
-        """
-        num_tokens = sum(len(chunk.tokens) for chunk in chunks)
-        entry = self._find("prefill", num_tokens)
-        size = entry.bucket.size if entry is not None else num_tokens
-        self.memory.state.stage_prefill(chunks, size)
-        self._run(entry, Bucket("prefill", num_tokens))
-
-    def activate(self, rows: Sequence[int]) -> None:
-        """Decode steps serve these rows from now on."""
-        self._check_thread()
-        self.memory.state.activate(rows)
-
-    def decode(self, num_rows: int) -> None:
-        """One more token for every active row among the first `num_rows`."""
-        self._run(self._find("decode", num_rows), Bucket("decode", num_rows))
-
-    def tokens(self, num_rows: int) -> list[int]:
-        """The token last sampled in each of the first rows; waits for the device."""
-        self._check_thread()
-        tokens: list[int] = self.memory.state.tokens[:num_rows].tolist()
-        return tokens
-
-    def leave(self, rows: Sequence[int]) -> None:
-        """These rows become padding; their pages may serve others."""
-        self._check_thread()
-        self.memory.state.leave(rows)
+    @torch.no_grad()
+    def choose(self, row: int, logits: torch.Tensor) -> tuple[int, Logprobs]:
+        """Sample the row's next token from these logits [1, V] instead, eagerly; waits for the device."""
+        state = self.memory.state
+        rows = torch.tensor([row], device=logits.device)
+        params = RowParams.of(state.params[rows])
+        sampled = choose(state, logits, rows, state.positions[rows], params, state.recent[rows], torch.ones_like(rows).bool())
+        state.tokens[rows] = sampled
+        values, ids = top_logprobs(state.logits[rows], sampled, params.logprobs, MAX_LOGPROBS)
+        return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
-        return make_buckets(kind, sizes, limit=limit, growth=self.config.buckets.growth)
+        config = self.config.buckets
+        return make_buckets(kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth)
 
-    def _find(self, kind: Kind, size: int) -> Entry | None:
-        """The entry that serves a batch of `size`, or None, counted by its reason."""
+    def _find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
+        """The entry that serves a batch, or None, counted by its reason."""
         self._check_thread()
-        bucket = match(self._buckets[kind], size)
+        entry = self._found.get((kind, size, sampler))
+        if entry is not None:
+            return entry
+        bucket = match(self._buckets[kind], size, sampler)
         entry = self._entries.get(bucket) if bucket is not None else None
         if entry is not None and entry.compiled is not None:
+            self._found[kind, size, sampler] = entry
             return entry
         if self.config.compile.dispatch == "eager":
             reason = "compile.dispatch is eager"
         elif bucket is None:
-            reason = f"no {kind} bucket holds {size}"
+            reason = f"no {kind} bucket holds {size} with the {sampler} sampler"
         else:
             reason = f"{bucket} failed: {self._entries[bucket].report.failure}"
         self.report.fallbacks[reason] += 1
@@ -108,17 +175,18 @@ class Runtime:
             raise StrictError(f"a step would run eagerly: {reason}")
         return None
 
-    def _run(self, entry: Entry | None, batch: Bucket) -> None:
+    def _run(self, entry: Entry | None, batch: Bucket) -> Ticket:
         with torch.no_grad():
             if entry is None or entry.compiled is None:
-                STEPS[batch.kind](self.model, self.memory.caches, self.memory.state, size=batch.size)()
-                return
+                self.memory.step(self.model, batch)()
+                return self._readback.start()
             if entry.compiled.graph:  # a replay can do nothing but replay
                 entry.compiled.launch()
             else:
                 self._watch(entry.compiled.launch)
         entry.report.replays += 1
         entry.report.padded += entry.bucket.size - batch.size
+        return self._readback.start()
 
     def _watch(self, launch: Launch) -> None:
         """Launch, and count what the compiler did meanwhile that it should not have."""

@@ -1,28 +1,151 @@
-"""The sampler: logits to next ids, as a part of the graph.
+"""The samplers: logits to next ids, as a part of the graph.
 
-Temperature sampling by the Gumbel-max trick: argmax(logits / temperature + noise), where the noise is a pure function of
-(seed, position, token id). The same request so draws the same ids in any batch, bucket or order, and no generator state
-exists to be captured. The hash is lowbias32 (C. Wellons, 2018, "Prospecting for Hash Functions"), in int64 arithmetic.
+Drawing is by the Gumbel-max trick: argmax(logits / temperature + noise), where the noise is a pure function of (seed,
+position, token id). The same request so draws the same ids in any batch, bucket or order, and no generator state exists to
+be captured. The hash is lowbias32 (C. Wellons, 2018, "Prospecting for Hash Functions"), in int64 arithmetic.
+
+Shapes: S sequences, V tokens in the vocabulary, W banned words of up to L tokens each.
 """
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from passes.ops.sampling_cutoff import sampling_cutoff
+
+MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LEN = 8
+
 _MASK = 0xFFFFFFFF
+_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_BIASED, _COUNTED, _BAD_WORDS, _EXTERNAL = 1, 2, 4, 8
 
 
-def sample(logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor) -> Tensor:
+class RowParams(NamedTuple):
+    """Sampling parameters of the rows, [S] each: int64, or float32 where `SamplingParams` has a float.
+
+    logprobs: how many top logprobs a row wants besides its own token's, -1 for none at all.
+    flags: 1 the row's bias counts, 2 its token counts, 4 its banned words, 8 its tokens are chosen outside the graph.
+    """
+
+    seed: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    logprobs: Any
+    flags: Any
+
+    @classmethod
+    def of(cls, packed_SC: Tensor) -> "RowParams":
+        """Unpack int64 rows; floats travel as the bits of a float64."""
+        columns = packed_SC.unbind(1)
+        return cls(*(c.view(torch.float64).float() if n in _FLOATS else c for n, c in zip(cls._fields, columns, strict=True)))
+
+    @staticmethod
+    def pack(
+        *,
+        seed: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logprobs: int = -1,
+        biased: bool = False,
+        counted: bool = False,
+        bad_words: bool = False,
+        external: bool = False,
+    ) -> NDArray[np.int64]:
+        """One row, [C]."""
+        flags = _BIASED * biased + _COUNTED * counted + _BAD_WORDS * bad_words + _EXTERNAL * external
+        floats = np.array([temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]).view(np.int64)
+        t, p, m, *penalties = floats.tolist()
+        return np.array([seed, t, top_k, p, m, *penalties, logprobs, flags], np.int64)
+
+    @property
+    def counted(self) -> Any:
+        return (self.flags & _COUNTED) > 0
+
+    @property
+    def external(self) -> Any:
+        return (self.flags & _EXTERNAL) > 0
+
+
+class History(NamedTuple):
+    """What the full sampler knows of the rows besides their parameters: [S, V], [S, V], [S, W, L], [S, L - 1]; see `StepState`."""
+
+    bias: Tensor
+    counts: Tensor
+    bad_words: Tensor
+    recent: Tensor
+
+
+def sample_greedy(logits_SV: Tensor) -> Tensor:
+    """The most likely ids [S] int64, the lowest of equals."""
+    return _argmax(logits_SV)
+
+
+def sample_random(logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor) -> Tensor:
     """Next ids [S] int64. Greedy where the temperature (float32) is 0; seeds and positions are int64."""
     logits_SV = logits_SV.float()
-    noisy = logits_SV / temperature_S.clamp(min=1e-6)[:, None] + _gumbel(seed_S, position_S, logits_SV.shape[1])
+    noisy = _scale(logits_SV, temperature_S) + _gumbel(seed_S, position_S, logits_SV.shape[1])
     return _argmax(torch.where(temperature_S[:, None] > 0, noisy, logits_SV))
+
+
+def sample_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor) -> Tensor:
+    """Next ids [S] int64, with all that `SamplingParams` has; in transformers' order."""
+    scores_SV = adjust(logits_SV.float(), params, history)
+    scaled_SV = _scale(scores_SV, params.temperature)
+    cutoff_S = sampling_cutoff(scaled_SV, params.top_k, params.top_p, params.min_p)
+    kept_SV = torch.where(scaled_SV >= cutoff_S[:, None], scaled_SV, float("-inf"))
+    noisy_SV = kept_SV + _gumbel(params.seed, position_S, logits_SV.shape[1])
+    return _argmax(torch.where(params.temperature[:, None] > 0, noisy_SV, scores_SV))
+
+
+def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:
+    """Logits after bias, penalties and banned words, float32."""
+    scores_SV = torch.where(((params.flags & _BIASED) > 0)[:, None], logits_SV + history.bias, logits_SV)
+    generated_SV = (history.counts >> 1).float()
+    factor_S1 = params.repetition_penalty[:, None]
+    repeated_SV = torch.where(scores_SV > 0, scores_SV / factor_S1, scores_SV * factor_S1)
+    penalised_SV = torch.where(history.counts > 0, repeated_SV, scores_SV)
+    penalised_SV = penalised_SV - params.frequency_penalty[:, None] * generated_SV
+    penalised_SV = penalised_SV - params.presence_penalty[:, None] * (generated_SV > 0)
+    scores_SV = torch.where(params.counted[:, None], penalised_SV, scores_SV)
+    return scores_SV + _ban(params, history, logits_SV.shape[1])
+
+
+def _ban(params: RowParams, history: History, vocab_size: int) -> Tensor:
+    """-inf [S, V] where a banned word would be completed, else 0."""
+    words_SWL, recent_S1R = history.bad_words, history.recent[:, None]
+    prefix_SWR, last_SW = words_SWL[..., :-1], words_SWL[..., -1]
+    begun_SW = ((prefix_SWR == recent_S1R) | (prefix_SWR < 0)).all(-1)
+    begun_SW = begun_SW & (last_SW >= 0) & ((params.flags & _BAD_WORDS) > 0)[:, None]
+    bans_SW = torch.where(begun_SW, float("-inf"), 0.0)
+    zeros_SV = torch.zeros(words_SWL.shape[0], vocab_size, device=words_SWL.device)
+    return zeros_SV.scatter_add(1, last_SW.clamp(min=0), bans_SW)
+
+
+def _scale(logits_SV: Tensor, temperature_S: Tensor) -> Tensor:
+    return logits_SV / temperature_S.clamp(min=1e-6)[:, None]
 
 
 def _gumbel(seed_S: Tensor, position_S: Tensor, vocab_size: int) -> Tensor:
     row_S = _mix(_mix(_mix(seed_S) ^ (seed_S >> 32)) + position_S * 0x9E3779B1)
     bits_SV = _mix(row_S[:, None] ^ _mix(torch.arange(vocab_size, device=seed_S.device))[None])
-    uniform = ((bits_SV >> 8).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform))
+    # Large noise comes from small numbers, where float32 is precise; 1 itself, to which large ones round, would give -inf.
+    uniform = ((bits_SV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
 
 
 def _mix(x: Tensor) -> Tensor:

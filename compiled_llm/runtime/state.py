@@ -1,139 +1,278 @@
-"""The step's inputs, as buffers at fixed addresses that every bucket shares.
+"""The step's inputs and outputs, as buffers at fixed addresses that every bucket shares.
 
-Row state lives on the device from the moment a request joins until it leaves, and the step itself advances it: a decode
-step needs nothing from the host. A prefill step brings its tokens in one copy from a staging buffer.
+Row state lives on the device from a sequence's first prefill chunk until another takes the row, and the steps advance it: a
+decode step needs nothing from the host unless rows joined or left or a sequence grew into a new page. What the host does have
+to say goes up in one copy from pinned memory.
 
-Shapes: R rows (the most requests at once) and one more, the trash row, that padding points to; N pages a row at most;
-T tokens of a prefill bucket and S = min(T, R) sequences in it.
+Shapes: R rows (the most sequences at once) and one more, the trash row, that padding points to; G groups of layers, each
+with pages of its own; N pages a row at most; V tokens in the vocabulary; C sampling parameters of a row (see `RowParams`);
+T tokens of a prefill bucket and S = min(T, R) sequences in it; K steps whose outputs are kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compiled_llm.config import Sampler
+from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
+
 TRASH_PAGE = 0
+RING = 4
+RECENT = MAX_BAD_WORD_LEN - 1
+
+Int64 = NDArray[np.int64]
+
+
+def _empty() -> Int64:
+    return np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillChunk:
-    """The next tokens of one row's sequence; `start` is the position of the first of them."""
+class DecodeBatch:
+    """One more token for each of some rows.
 
-    row: int
-    tokens: Sequence[int]
-    start: int
+    Attributes:
+        rows: [B] whose turn it is.
+        patch_index, patch_page: [P] entries of the flat block table that change, and what they become.
+        sampler: what the rows ask for, together.
+        unchanged: the rows are those of the decode batch before this one, and no entry changes.
+    """
+
+    rows: Int64
+    patch_index: Int64 = field(default_factory=_empty)
+    patch_page: Int64 = field(default_factory=_empty)
+    sampler: Sampler = "greedy"
+    unchanged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillBatch:
+    """The next tokens of some rows' sequences; a row that decodes brings one token, which the device knows.
+
+    Attributes:
+        ids: [T] token ids, -1 where it is the token last sampled in the row.
+        targets, scores: [T] for the scoring sampler: the token whose logprob is wanted after this one, and how many top
+            logprobs besides; -1 for nothing.
+        seq_rows, starts, lengths: [S] each sequence's row, the position of its first token here, and their number.
+        tables: [G, S, N] its pages; params: [S, C] its packed sampling parameters.
+        recent: [S, RECENT] the tokens that precede the one to be sampled, -1 where there are none.
+        fresh: [S] 1 for prompt tokens, where `recent` counts, 0 for a row that decodes.
+        samples: [S] 1 where the sampled token counts, 0 where more of the prompt follows.
+        sampler: what the sequences ask for, together.
+    """
+
+    ids: Int64
+    targets: Int64
+    scores: Int64
+    seq_rows: Int64
+    starts: Int64
+    lengths: Int64
+    tables: NDArray[np.int32]
+    params: Int64
+    recent: Int64
+    fresh: Int64
+    samples: Int64
+    sampler: Sampler = "greedy"
+
+
+class DecodeInputs(NamedTuple):
+    """One decode batch, as views of a single int64 buffer; padding is row R, and page 0 for the trash row's first entry."""
+
+    rows: Tensor
+    patch_index: Tensor
+    patch_page: Tensor
+
+    @classmethod
+    def of(cls, buffer: Tensor, size: int, max_num_seqs: int) -> "DecodeInputs":
+        rows, index, page = buffer.split([max_num_seqs, *[(buffer.shape[0] - max_num_seqs) // 2] * 2])
+        num_patches = index.shape[0] // max_num_seqs * size
+        return cls(rows[:size], index[:num_patches], page[:num_patches])
 
 
 class PrefillInputs(NamedTuple):
     """One prefill batch, as views of a single int64 buffer. Padding has row R, position 0 and length 0.
 
-    ids, positions, rows [T]: the tokens, their positions, and the row each belongs to.
-    seq_rows, seq_lens [S]: the rows that take part, and their lengths after this step.
-    query_start [S + 1]: where each one's tokens begin.
+    ids, positions, rows, targets, scores [T]: see `PrefillBatch`; the row of each token.
+    seq_rows, seq_lens, fresh, samples [S]: lengths count all tokens after this step.
+    query_start [S + 1]: where each sequence's tokens begin.
+    params [S * C], recent [S * RECENT], tables [G * S * N]: flat.
     """
 
     ids: Tensor
     positions: Tensor
     rows: Tensor
+    targets: Tensor
+    scores: Tensor
     seq_rows: Tensor
     seq_lens: Tensor
+    fresh: Tensor
+    samples: Tensor
     query_start: Tensor
+    params: Tensor
+    recent: Tensor
+    tables: Tensor
 
     @staticmethod
-    def sizes(num_tokens: int, max_num_seqs: int) -> list[int]:
-        num_seqs = min(num_tokens, max_num_seqs)
-        return [num_tokens, num_tokens, num_tokens, num_seqs, num_seqs, num_seqs + 1]
+    def sizes(num_tokens: int, max_num_seqs: int, table_size: int) -> list[int]:
+        """Elements of each field; `table_size` is G * N."""
+        S = min(num_tokens, max_num_seqs)
+        return [*[num_tokens] * 5, *[S] * 4, S + 1, S * len(RowParams._fields), S * RECENT, S * table_size]
 
     @classmethod
-    def of(cls, buffer: Tensor, num_tokens: int, max_num_seqs: int) -> "PrefillInputs":
-        sizes = cls.sizes(num_tokens, max_num_seqs)
+    def of(cls, buffer: Tensor, num_tokens: int, max_num_seqs: int, table_size: int) -> "PrefillInputs":
+        sizes = cls.sizes(num_tokens, max_num_seqs, table_size)
         return cls(*buffer[: sum(sizes)].split(sizes))
 
 
 class StepState(nn.Module):
-    """Buffers of the rows, and of the prefill batch.
+    """Buffers of the rows, of the batch, and of what the last steps gave.
 
     tokens, positions [R + 1] int64: the id that each row feeds next, and its position, which is also how many it has cached.
-    active [R + 1] int64: 1 where a decode step serves the row, 0 where the row is padding.
-    block_table [R + 1, N] int32; temperature [R + 1] float32; seed [R + 1] int64.
-    rows [R + 1] int64 and starts [R + 2] int32: 0, 1, 2, ...
-    prefill int64: see `PrefillInputs`.
+    params [R + 1, C] int64; block_table [G * (R + 1) * N] int32.
+    bias [R + 1, V] float32 is added to the logits; counts [R + 1, V] int32 is 2 * times generated + whether in the prompt;
+    bad_words [R + 1, W, L] int64 token sequences aligned right, -1 before them; recent [R + 1, RECENT] int64 the last tokens;
+    logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
+    decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
+    step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
+    what they sampled, at `step % K` (for logprobs see `passes.ops.top_logprobs`).
+    prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
     """
 
     tokens: Tensor
     positions: Tensor
-    active: Tensor
-    seed: Tensor
-    temperature: Tensor
+    params: Tensor
     block_table: Tensor
-    rows: Tensor
-    starts: Tensor
+    bias: Tensor
+    counts: Tensor
+    bad_words: Tensor
+    recent: Tensor
+    logits: Tensor
+    decode: Tensor
     prefill: Tensor
+    step: Tensor
+    ring_tokens: Tensor
+    ring_logprobs: Tensor
+    ring_ids: Tensor
+    prompt_logprobs: Tensor
+    prompt_ids: Tensor
 
-    def __init__(self, *, max_num_seqs: int, max_blocks: int, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        max_tokens: int,
+        num_groups: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
-        self.max_num_seqs = max_num_seqs
-        num_rows, prefill_size = max_num_seqs + 1, sum(PrefillInputs.sizes(max_tokens, max_num_seqs))
-        buffers = {
-            "tokens": torch.zeros(num_rows, dtype=torch.int64),
-            "positions": torch.zeros(num_rows, dtype=torch.int64),
-            "active": torch.zeros(num_rows, dtype=torch.int64),
-            "seed": torch.zeros(num_rows, dtype=torch.int64),
-            "temperature": torch.zeros(num_rows, dtype=torch.float32),
-            "block_table": torch.full((num_rows, max_blocks), TRASH_PAGE, dtype=torch.int32),
-            "rows": torch.arange(num_rows, dtype=torch.int64),
-            "starts": torch.arange(num_rows + 1, dtype=torch.int32),
-            "prefill": torch.zeros(prefill_size, dtype=torch.int64),
+        self.max_num_seqs, self.max_blocks, self.num_groups = max_num_seqs, max_blocks, num_groups
+        num_rows, vocabulary = max_num_seqs + 1, (max_num_seqs + 1, vocab_size)
+        prefill_size = sum(PrefillInputs.sizes(max_tokens, max_num_seqs, self.table_size))
+        decode_size = max_num_seqs * (1 + 2 * num_groups)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tokens": ((num_rows,), torch.int64),
+            "positions": ((num_rows,), torch.int64),
+            "params": ((num_rows, len(RowParams._fields)), torch.int64),
+            "block_table": ((num_groups * num_rows * max_blocks,), torch.int32),
+            "bias": (vocabulary, torch.float32),
+            "counts": (vocabulary, torch.int32),
+            "bad_words": ((num_rows, MAX_BAD_WORDS, MAX_BAD_WORD_LEN), torch.int64),
+            "recent": ((num_rows, RECENT), torch.int64),
+            "logits": (vocabulary, dtype),
+            "decode": ((decode_size,), torch.int64),
+            "prefill": ((prefill_size,), torch.int64),
+            "step": ((1,), torch.int64),
+            "ring_tokens": ((RING, num_rows), torch.int64),
+            "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),
+            "ring_ids": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.int64),
+            "prompt_logprobs": ((max_tokens, 1 + MAX_LOGPROBS), torch.float32),
+            "prompt_ids": ((max_tokens, 1 + MAX_LOGPROBS), torch.int64),
         }
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
-        self._staging = torch.zeros(prefill_size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        for name, (shape, element) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=element, device=device), persistent=False)
+        self._staging = [_Staging(max(prefill_size, decode_size), device) for _ in range(2)]
+        self._turn = 0
+
+    @property
+    def table_size(self) -> int:
+        return self.num_groups * self.max_blocks
+
+    def stage_decode(self, batch: DecodeBatch) -> None:
+        """Copy the batch's rows and patches in, padding included."""
+        staging = self._next_staging()
+        array = staging.array[: self.decode.shape[0]]
+        num_patches = self.max_num_seqs * self.num_groups
+        rows, index, page = np.split(array, [self.max_num_seqs, self.max_num_seqs + num_patches])
+        for section, values, padding in (
+            (rows, batch.rows, self.max_num_seqs),
+            (index, batch.patch_index, self.max_num_seqs * self.max_blocks),
+            (page, batch.patch_page, TRASH_PAGE),
+        ):
+            section[: len(values)] = values
+            section[len(values) :] = padding
+        staging.copy_to(self.decode)
+
+    def stage_prefill(self, batch: PrefillBatch, num_tokens: int) -> None:
+        """Lay the batch out for the bucket of `num_tokens`, padding included, and copy it in."""
+        staging = self._next_staging()
+        sizes = PrefillInputs.sizes(num_tokens, self.max_num_seqs, self.table_size)
+        array = staging.array[: sum(sizes)]
+        fields: Any = PrefillInputs._make(np.split(array, np.cumsum(sizes)[:-1]))  # of arrays here
+        T, S, seqs = len(batch.ids), min(num_tokens, self.max_num_seqs), len(batch.seq_rows)
+        array[:] = 0
+        for section in (fields.rows, fields.seq_rows):
+            section[:] = self.max_num_seqs
+        ends = np.cumsum(batch.lengths)
+        begins = ends - batch.lengths
+        fields.ids[:T] = batch.ids
+        fields.positions[:T] = np.arange(T) + np.repeat(batch.starts - begins, batch.lengths)
+        fields.rows[:T] = np.repeat(batch.seq_rows, batch.lengths)
+        fields.targets[:T], fields.scores[:] = batch.targets, -1
+        fields.scores[:T] = batch.scores
+        fields.seq_rows[:seqs], fields.seq_lens[:seqs] = batch.seq_rows, batch.starts + batch.lengths
+        fields.fresh[:seqs], fields.samples[:seqs] = batch.fresh, batch.samples
+        fields.query_start[:seqs], fields.query_start[seqs:] = begins, T
+        fields.params[: batch.params.size] = batch.params.reshape(-1)
+        fields.recent[: batch.recent.size] = batch.recent.reshape(-1)
+        fields.tables.reshape(self.num_groups, S, self.max_blocks)[:, :seqs] = batch.tables
+        staging.copy_to(self.prefill[: sum(sizes)])
+
+    def padding_batch(self) -> PrefillBatch:
+        """A prefill batch of nothing but padding."""
+        none, ids = _empty(), _empty()
+        return PrefillBatch(
+            ids=ids, targets=ids, scores=ids, seq_rows=none, starts=none, lengths=none,
+            tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32), params=none.reshape(0, len(RowParams._fields)),
+            recent=none.reshape(0, RECENT), fresh=none, samples=none,
+        )  # fmt: skip
+
+    def _next_staging(self) -> "_Staging":
+        self._turn = (self._turn + 1) % len(self._staging)
+        staging = self._staging[self._turn]
+        staging.wait()
+        return staging
+
+
+class _Staging:
+    """Pinned memory for one copy to the device; it may be written again when that copy has run."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._tensor = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.array: Int64 = self._tensor.numpy()
 
-    def join(self, row: int, *, pages: Sequence[int], temperature: float, seed: int) -> None:
-        """A request takes a row: its pages and sampling parameters are written; `activate` follows its prefill."""
-        table = torch.full((self.block_table.shape[1],), TRASH_PAGE, dtype=torch.int32)
-        table[: len(pages)] = torch.as_tensor(pages, dtype=torch.int32)
-        self.block_table[row].copy_(table)
-        self.temperature[row] = temperature
-        self.seed[row] = seed
-
-    def activate(self, rows: Sequence[int]) -> None:
-        """From now on decode steps serve these rows."""
-        self.active[torch.tensor(rows, device=self.active.device)] = 1
-
-    def leave(self, rows: Sequence[int]) -> None:
-        """These rows become padding."""
-        index = torch.tensor(rows, device=self.active.device)
-        self.active[index] = 0
-        self.positions[index] = 0
-        self.block_table[index] = TRASH_PAGE
-
-    def stage_prefill(self, chunks: Sequence[PrefillChunk], num_tokens: int) -> None:
-        """Lay the chunks out for the bucket of `num_tokens`, padding included, and copy them in.
-
-        Waits until the copy before this one has left the staging buffer, which it does when the step before has begun.
-        """
+    def wait(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
-        staged = PrefillInputs.of(self._staging, num_tokens, self.max_num_seqs)
-        for field in (staged.ids, staged.positions, staged.seq_lens):
-            field.zero_()
-        for field in (staged.rows, staged.seq_rows):
-            field.fill_(self.max_num_seqs)
-        end = 0
-        for s, chunk in enumerate(chunks):
-            begin, end = end, end + len(chunk.tokens)
-            staged.ids[begin:end] = torch.tensor(chunk.tokens)
-            staged.positions[begin:end] = torch.arange(chunk.start, chunk.start + len(chunk.tokens))
-            staged.rows[begin:end] = chunk.row
-            staged.seq_rows[s] = chunk.row
-            staged.seq_lens[s] = chunk.start + len(chunk.tokens)
-            staged.query_start[s] = begin
-        staged.query_start[len(chunks) :] = end
-        size = sum(PrefillInputs.sizes(num_tokens, self.max_num_seqs))
-        self.prefill[:size].copy_(self._staging[:size], non_blocking=True)
+
+    def copy_to(self, buffer: Tensor) -> None:
+        buffer.copy_(self._tensor[: buffer.shape[0]], non_blocking=True)
         if self._copied is not None:
             self._copied.record()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,9 +18,9 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.runtime.buckets import Bucket, Kind
 from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory import NUM_TRASH_PAGES, allocate_caches, free_bytes, plan_pages, used_bytes
+from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups, used_bytes
 from compiled_llm.runtime.report import BucketReport, Report
-from compiled_llm.runtime.state import StepState
+from compiled_llm.runtime.state import DecodeBatch, StepState
 from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
 from passes import PASSES, PassContext, PassError, Pipeline
 
@@ -36,8 +37,13 @@ class Memory:
 
     state: StepState
     caches: nn.ModuleList
-    num_pages: int
+    groups: list[PageGroup]
     block_size: int
+
+    def step(self, model: PreTrainedModel, bucket: Bucket) -> Step:
+        """The step of a bucket, not compiled."""
+        groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
+        return STEPS[bucket.kind](model, self.caches, tuple(groups.values()), self.state, bucket)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,18 +58,22 @@ class Entry:
 def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
     """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
     device, block_size = model.device, config.cache.block_size
+    vocab_size: int = model.get_output_embeddings().weight.shape[0]
     state = StepState(
         max_num_seqs=limits.max_num_seqs,
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
+        num_groups=len({layer.window for layer in layers}),
+        vocab_size=vocab_size,
+        dtype=model.dtype,
         device=device,
     )
     with report.phase("measure activations", device):
         reserved = _measure_activations(model, layers, state, block_size, limits)
     with report.phase("allocate KV cache", device):
-        num_pages = plan_pages(config.cache, layers, limits, device, reserved=reserved)
-        caches = allocate_caches(layers, num_pages, block_size, device)
-    return Memory(state=state, caches=caches, num_pages=num_pages, block_size=block_size)
+        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved)
+        caches = allocate_caches(layers, groups, block_size, device)
+    return Memory(state=state, caches=caches, groups=groups, block_size=block_size)
 
 
 def compile_buckets(
@@ -78,14 +88,12 @@ def compile_buckets(
         StrictError: a bucket failed and the config is strict.
     """
     check_options(config.compile.options)
-    entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket))) for bucket in buckets]
+    entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size)) for bucket in buckets]
     context = (tuple(layer.name for layer in layers), count_rotary_embeddings(model.config))
     with _progress(len(entries), enabled=progress) as show:
-        for entry in sorted(entries, key=lambda entry: entry.bucket.size, reverse=True):
-            step = STEPS[entry.bucket.kind](model, memory.caches, memory.state, size=entry.bucket.size)
-            if isinstance(step, PrefillStep):
-                memory.state.stage_prefill([], entry.bucket.size)
-            _compile(entry, step, _pipeline(config, entry.bucket, *context), config)
+        for entry in sorted(entries, key=lambda entry: entry.bucket.cost, reverse=True):
+            _stage_padding(memory.state, entry.bucket)
+            _compile(entry, memory.step(model, entry.bucket), _pipeline(config, entry.bucket, *context), config)
             show(entry, model.device)
     return entries
 
@@ -97,15 +105,25 @@ def _measure_activations(
     device = model.device
     if device.type != "cuda":
         return 0
-    trash = allocate_caches(layers, NUM_TRASH_PAGES, block_size, device)
-    state.stage_prefill([], limits.max_num_batched_tokens)
+    groups = trash_groups(layers)
+    caches = allocate_caches(layers, groups, block_size, device)
+    bucket = Bucket("prefill", limits.max_num_batched_tokens, "full")
+    _stage_padding(state, bucket)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    PrefillStep(model, trash, state, size=limits.max_num_batched_tokens)()
+    Memory(state=state, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     return peak
+
+
+def _stage_padding(state: StepState, bucket: Bucket) -> None:
+    """Give the step nothing to do."""
+    if bucket.kind == "prefill":
+        state.stage_prefill(state.padding_batch(), bucket.size)
+    else:
+        state.stage_decode(DecodeBatch(rows=np.empty(0, np.int64)))
 
 
 def _pipeline(config: Config, bucket: Bucket, layers: tuple[str, ...], rotary_embeddings: int) -> Pipeline:

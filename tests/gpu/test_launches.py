@@ -1,16 +1,17 @@
 """What only a GPU can show: one launch a step, nothing recorded twice, and graphs that say what eager says."""
 
+import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from compiled_llm import CompiledLLM
+from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.engine.request import Request
 from compiled_llm.runtime import step
 from compiled_llm.runtime.dispatch import graph_events, graph_pool
-from compiled_llm.runtime.runtime import Runtime
-from compiled_llm.runtime.state import PrefillChunk
 from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
 
 
@@ -26,31 +27,48 @@ def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]
     return counts
 
 
-def _start_decoding(runtime: Runtime, lengths: list[int]) -> None:
-    for row, length in enumerate(lengths):
-        runtime.join(row, pages=[1 + 8 * row + i for i in range(8)], temperature=0.0, seed=0)
-        runtime.prefill([PrefillChunk(row=row, tokens=prompt_of(length), start=0)])
-    runtime.activate(range(len(lengths)))
+def _add(llm: CompiledLLM, lengths: list[int], **params: Any) -> list[Request]:
+    wanted = SamplingParams(**{"temperature": 0, "max_tokens": 60, "ignore_eos": True, **params})
+    requests = [Request(prompt_token_ids=prompt_of(length), params=wanted, max_tokens=60, seed=7) for length in lengths]
+    for request in requests:
+        llm.engine.add(request)
+    return requests
 
 
-def test_a_decode_step_is_one_graph_launch() -> None:
-    with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        runtime = llm.runtime
-        _start_decoding(runtime, [20, 7, 33])
-        for num_rows in (1, 2, 3, 4):
-            assert _launches(lambda n=num_rows: runtime.decode(n)) == Counter({"cudaGraphLaunch": 1}), f"{num_rows} rows"
+def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
+    """Prefill brings one copy; decode one where rows join, leave or reach a new page, else none; each reads its ids back."""
+    config = small_config(buckets={"samplers": ["full"]})
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+        _add(llm, [20, 7, 33], temperature=0.8, top_p=0.9)
+        assert _launches(llm.engine.step) == Counter({"cudaGraphLaunch": 1, "cudaMemcpy": 2})
+        while llm.engine.num_waiting or not llm.report().scheduling.decode_steps:
+            llm.engine.step()
+        copies = Counter[int]()
+        for _ in range(20):
+            launches = _launches(llm.engine.step)
+            copies[launches.pop("cudaMemcpy")] += 1
+            assert launches == Counter({"cudaGraphLaunch": 1})
+        assert copies == Counter({1: 20 - copies[2], 2: copies[2]})
+        assert 3 <= copies[2] <= 4, "each of three rows reaches a new page once or twice"
         report = llm.report()
         assert report.graphs == len(report.buckets) == 4
         assert {bucket.mode for bucket in report.buckets} == {"graph"}
-        assert report.graph_events == {"graph skips": 0, "recompiles": 0, "re-records": 0}
+        assert not any(report.graph_events.values())
 
 
-def test_a_prefill_step_is_one_copy_and_one_graph_launch() -> None:
+def test_the_host_runs_ahead_of_the_device() -> None:
+    """A step is planned and launched while the one before it still runs: no wait for its tokens stands between them."""
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        runtime = llm.runtime
-        runtime.join(0, pages=[1, 2, 3], temperature=0.0, seed=0)
-        launches = _launches(lambda: runtime.prefill([PrefillChunk(row=0, tokens=prompt_of(30), start=0)]))
-        assert launches == Counter({"cudaGraphLaunch": 1, "cudaMemcpy": 1})
+        _add(llm, [20, 7, 33])
+        while llm.engine.num_waiting or not llm.report().scheduling.decode_steps:
+            llm.engine.step()
+        before = llm.report().scheduling.steps
+        torch.cuda._sleep(200_000_000)  # about 0.1 s on the device
+        began = time.perf_counter()
+        plan = llm.engine._plan()
+        llm.engine._launch(plan)
+        assert time.perf_counter() - began < 0.03
+        assert llm.report().scheduling.steps == before + 1
 
 
 @pytest.mark.parametrize("dispatch", ["direct", "torch"])
@@ -87,17 +105,17 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = step.sample
+    sample = step.sample_greedy
 
-    def failing(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return sample(wait(logits) if logits.shape[0] == 4 else logits, *parameters)
+    def failing(logits: torch.Tensor) -> torch.Tensor:
+        return sample(wait(logits) if logits.shape[0] == 4 else logits)
 
-    monkeypatch.setattr(step, "sample", failing)
+    monkeypatch.setattr(step, "sample_greedy", failing)
     model = tiny_model("llama")
     reference = Reference(model)
-    # Two prefill buckets of fewer than 4 sequences, and the decode buckets 4 (which fails), 2 and 1.
+    # The decode buckets are 4 (which fails), 2 and 1; of the prefill buckets, 8 fails too, since it has 4 sequences.
     config = small_config(
-        limits={"max_num_seqs": 4, "max_num_batched_tokens": 3, "max_model_len": 128}, buckets={"decode": [1, 2], "prefill": [2]}
+        limits={"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 128}, buckets={"decode": [1, 2], "prefill": [3]}
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         for lengths in ([5, 9, 30], [12], [6, 7], [3, 3, 3, 3]):
@@ -107,10 +125,10 @@ def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.Monk
     modes = {bucket.bucket: bucket.mode for bucket in report.buckets}
     failures = [bucket.failure for bucket in report.buckets]
     assert modes == {
-        "prefill-2": "graph", "prefill-3": "graph", "decode-1": "graph", "decode-2": "graph", "decode-4": "eager"
+        "prefill-3-greedy": "graph", "prefill-8-greedy": "eager", "decode-1-greedy": "graph", "decode-2-greedy": "graph",
+        "decode-4-greedy": "eager",
     }, failures  # fmt: skip
-    (reason,) = report.fallbacks
-    assert reason.startswith("decode-4 failed: ")
+    assert sorted(reason[: reason.index(" failed: ")] for reason in report.fallbacks) == ["decode-4-greedy", "prefill-8-greedy"]
     assert all(bucket.replays for bucket in report.buckets if bucket.mode == "graph")
 
 

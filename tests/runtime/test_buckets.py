@@ -9,27 +9,38 @@ from compiled_llm.runtime.buckets import Bucket, make_buckets, match
 @pytest.mark.parametrize("limit", [1, 2, 3, 63, 64, 65, 500])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_every_size_is_covered(kind, limit, growth) -> None:  # type: ignore[no-untyped-def]
-    buckets = make_buckets(kind, "auto", limit=limit, growth=growth)
-    assert buckets[-1] == Bucket(kind, limit)
-    assert buckets == sorted(set(buckets))
+    buckets = make_buckets(kind, "auto", ["greedy", "full"], limit=limit, growth=growth)
+    assert buckets[-1] == Bucket(kind, limit, "full")
+    assert buckets == sorted(set(buckets), key=lambda bucket: bucket.cost)
     for size in range(1, limit + 1):
-        found = match(buckets, size)
+        found = match(buckets, size, "greedy")
         assert found is not None
         assert found.size >= size
+        assert found.sampler == "greedy"
         assert all(bucket.size < size for bucket in buckets if bucket.size < found.size)
-    assert match(buckets, limit + 1) is None
+    assert match(buckets, limit + 1, "greedy") is None
+
+
+def test_the_cheapest_sampler_that_serves_is_taken() -> None:
+    buckets = make_buckets("prefill", [16], ["greedy", "full"], limit=64, growth=4)
+    assert match(buckets, 5, "greedy") == Bucket("prefill", 16, "greedy")
+    assert match(buckets, 5, "random") == match(buckets, 5, "full") == Bucket("prefill", 16, "full")
+    assert match(buckets, 5, "scoring") is None
+    assert match(buckets, 17, "random") == Bucket("prefill", 64, "full")
+    assert make_buckets("decode", [4], ["scoring"], limit=4, growth=4) == []
+    assert str(Bucket("decode", 8, "full")) == "decode-8-full"
 
 
 def test_listed_sizes_are_sorted_and_completed() -> None:
-    assert [bucket.size for bucket in make_buckets("decode", [8, 2, 8], limit=10, growth=2)] == [2, 8, 10]
-    assert make_buckets("prefill", [], limit=10, growth=2) == []
+    assert [bucket.size for bucket in make_buckets("decode", [8, 2, 8], ["greedy"], limit=10, growth=2)] == [2, 8, 10]
+    assert make_buckets("prefill", [], ["greedy"], limit=10, growth=2) == []
 
 
 def test_a_size_above_the_limit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"buckets.decode lists \[16\], above the limit of 10"):
-        make_buckets("decode", [2, 16], limit=10, growth=2)
+        make_buckets("decode", [2, 16], ["greedy"], limit=10, growth=2)
 
 
 def test_auto_sizes() -> None:
-    assert [bucket.size for bucket in make_buckets("decode", "auto", limit=64, growth=4)] == [1, 4, 16, 64]
-    assert [bucket.size for bucket in make_buckets("prefill", "auto", limit=256, growth=4)] == [64, 256]
+    assert [bucket.size for bucket in make_buckets("decode", "auto", ["greedy"], limit=64, growth=4)] == [1, 4, 16, 64]
+    assert [bucket.size for bucket in make_buckets("prefill", "auto", ["greedy"], limit=256, growth=4)] == [64, 256]

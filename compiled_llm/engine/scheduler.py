@@ -1,0 +1,189 @@
+"""Which rows and tokens make the next step.
+
+Each step has a budget of tokens. Rows that decode come first, one token each; what is left goes to prompts in the order of
+their admission, in chunks, and then to requests that wait, by priority and arrival, while rows and pages last. Where pages
+run out, the request that came last (of the lowest priority) makes room and is computed again later, from its tokens.
+"""
+
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compiled_llm.engine.kv_cache import KVCache
+from compiled_llm.engine.plan import Chunk, Plan, plan_decode, plan_prefill
+from compiled_llm.engine.request import Request
+from compiled_llm.engine.rows import Rows
+from compiled_llm.runtime.runtime import Runtime
+from compiled_llm.runtime.state import Int64
+
+
+class OutOfPagesError(Exception):
+    """There is no page for a row that decodes; what steps in flight will free is not known yet."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerLimits:
+    """The most tokens a step; the sizes of prefill buckets; whether steps that only decode are batches of their own."""
+
+    max_num_batched_tokens: int
+    prefill_sizes: Sequence[int]
+    decodes_apart: bool
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> "SchedulerLimits":
+        tokens = runtime.limits.max_num_batched_tokens
+        return cls(max_num_batched_tokens=tokens, prefill_sizes=runtime.prefill_sizes, decodes_apart=runtime.decodes_apart)
+
+
+class Scheduler:
+    """Keeps the queue, and plans steps over the rows and their pages."""
+
+    def __init__(self, rows: Rows, cache: KVCache, limits: SchedulerLimits) -> None:
+        self.rows, self.cache, self._limits = rows, cache, limits
+        self._queue: list[tuple[int, int, Request]] = []
+        self._arrivals: dict[Request, int] = {}
+        self._num_arrived = 0
+        self._last_decode: Int64 | None = None
+        self._joined: list[int] = []
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests in the queue, in no order."""
+        return [request for _, _, request in self._queue]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    def add(self, request: Request) -> None:
+        """Put a request into the queue."""
+        self._arrivals[request] = self._num_arrived
+        self._num_arrived += 1
+        heapq.heappush(self._queue, (request.priority, self._arrivals[request], request))
+
+    def remove(self, request: Request) -> bool:
+        """Take a request out of the queue; False when it is not there."""
+        left = [entry for entry in self._queue if entry[2] is not request]
+        found = len(left) < len(self._queue)
+        if found:
+            self._queue = left
+            heapq.heapify(self._queue)
+            del self._arrivals[request]
+        return found
+
+    def release(self, row: int) -> Request:
+        """End what runs in the row: it and its pages are free from the next step on."""
+        self.cache.release(row)
+        request = self.rows.leave(row)
+        del self._arrivals[request]
+        return request
+
+    def preempt(self) -> Request:
+        """Put the request that came last, of the lowest priority, back into the queue, at the place it had."""
+        row = max(self.rows.running, key=self._order)
+        self.cache.release(row)
+        request = self.rows.leave(row)
+        request.num_preemptions += 1
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs.clear()
+        heapq.heappush(self._queue, (request.priority, self._arrivals[request], request))
+        return request
+
+    def plan(self) -> Plan | None:
+        """The next step, or None when there is nothing to do until steps in flight have ended.
+
+        Raises:
+            OutOfPagesError: nothing has changed; learn what the steps in flight sampled, then preempt, then plan again.
+        """
+        rows = self.rows
+        decoding = np.flatnonzero(rows.decoding)
+        changed = self.cache.grow_decoding(decoding, rows.computed[decoding])
+        if changed is None:
+            raise OutOfPagesError
+        chunks = self._chunks(len(decoding))
+        if not chunks and not len(decoding):
+            if rows.prefilling:
+                raise OutOfPagesError  # for the next chunk of a window's pages
+            return None
+        lifted = np.flatnonzero(rows.remaining == rows.lift_at).tolist()
+        rows.lift_at[lifted] = -1
+        apart = not chunks and self._limits.decodes_apart
+        if apart:
+            same = self._last_decode is not None and np.array_equal(decoding, self._last_decode)
+            plan = plan_decode(rows, self.cache, decoding, changed, same_rows=same)
+        else:
+            plan = plan_prefill(rows, self.cache, decoding, chunks)
+        plan.joined.extend(self._joined)
+        plan.lifted.extend(lifted)
+        self._joined.clear()
+        rows.launch(decoding, 1)
+        rows.sample(plan.rows)
+        self._last_decode = decoding if apart else None
+        return plan
+
+    def _order(self, row: int) -> tuple[int, int]:
+        request = self.rows.request(row)
+        return request.priority, self._arrivals[request]
+
+    def _chunks(self, num_decoding: int) -> list[Chunk]:
+        """Chunks of prompts for what the decoding rows leave of the budget; requests from the queue take rows for them."""
+        chunks: list[Chunk] = []
+        budget, more = self._budget(num_decoding), True
+        begun = list(self.rows.prefilling)
+        while more and budget:
+            row = begun.pop(0) if begun else self._admit()
+            chunk = self._chunk(row, budget) if row is not None else None
+            more = chunk is not None
+            if chunk is not None:
+                chunks.append(chunk)
+                budget -= chunk.count
+        return chunks
+
+    def _budget(self, num_decoding: int) -> int:
+        """Tokens for prompts in this step: the budget, or fewer where more would spill just over the edge of a bucket.
+
+        To spill is worth it when the bucket pads less than the edge would put off.
+        """
+        rows, limit = self.rows, self._limits.max_num_batched_tokens
+        work = num_decoding + int((rows.target - rows.computed)[rows.prefilling].sum())
+        queued = (len(request.prompt_token_ids) + len(request.token_ids) for _, _, request in self._queue)
+        for _, length in zip(range(len(rows.free)), queued, strict=False):
+            work += length
+        work = min(work, limit)
+        edge = max((size for size in self._limits.prefill_sizes if size <= work), default=0)
+        above = min((size for size in self._limits.prefill_sizes if size >= work), default=work)
+        return (edge if edge > num_decoding and work - edge < above - work else limit) - num_decoding
+
+    def _admit(self) -> int | None:
+        """Give the first request of the queue a row, if there are pages for its tokens and a few to go on with."""
+        if not self._queue or not self.rows.free:
+            return None
+        row, request = self.rows.free[-1], self._queue[0][2]
+        tokens = np.array([*request.prompt_token_ids, *request.token_ids], np.int32)
+        may_hit = request.params.prompt_logprobs is None
+        cached = self.cache.admit(row, tokens, margin=len(self.rows.running), may_hit=may_hit)
+        if cached is None:
+            return None
+        heapq.heappop(self._queue)
+        self.rows.take(row, request, cached)
+        self._joined.append(row)
+        if request.timings.scheduled is None:
+            request.timings.scheduled, request.num_cached_tokens = time.perf_counter(), cached
+        return row
+
+    def _chunk(self, row: int, budget: int) -> Chunk | None:
+        """The next tokens of a row's prompt, or None when there is no page for them."""
+        rows = self.rows
+        start = int(rows.computed[row])
+        count = min(int(rows.target[row]) - start, budget)
+        if not self.cache.grow(row, start, start + count):
+            return None
+        rows.computed[row] += count
+        self.cache.register(row, rows.tokens[row, : start + count])
+        if start + count == rows.target[row]:
+            rows.prefilling.remove(row)
+        return Chunk(row, start, count)

@@ -1,0 +1,203 @@
+"""Prompts to requests, and requests to outputs: what the synchronous and the asynchronous API share."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from compiled_llm.engine.detokenizer import Detokenizer
+from compiled_llm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from compiled_llm.engine.request import Request
+from compiled_llm.engine.sampling_params import SamplingParams
+
+Message = dict[str, str]
+Prompt = str | Sequence[int]
+
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A prompt and the requests for its `n` completions."""
+
+    prompt: str | None
+    requests: list[Request]
+    request_id: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(request.finish_reason is not None for request in self.requests)
+
+
+class Jobs:
+    """Makes jobs for one model, and their outputs.
+
+    Args:
+        tokenizer: the model's, if it has one.
+        generation_config: the checkpoint's; it says what sampling parameters are the default, and which tokens end a text.
+        max_model_len: the most tokens of a prompt and its completion.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, generation_config: GenerationConfig | None, *, max_model_len: int
+    ) -> None:
+        self._tokenizer, self._max_model_len = tokenizer, max_model_len
+        self.default_params = SamplingParams.from_generation_config(generation_config)
+        self._eos = _eos_token_ids(tokenizer, generation_config)
+
+    def make(
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        streaming: bool = False,
+        request_id: str | None = None,
+    ) -> Job:
+        """A prompt's requests, not checked against the engine yet; raises ValueError."""
+        params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be a whole number, got {priority!r}")
+        text = prompt if isinstance(prompt, str) else None
+        ids = self._encode(prompt)
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        requests = [
+            Request(
+                prompt_token_ids=ids,
+                params=params,
+                seed=(seed + number) & _MAX_SEED,
+                max_tokens=min(params.max_tokens or self._max_model_len, max(1, self._max_model_len - len(ids))),
+                stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+                bad_words=self._bad_words(params),
+                priority=priority,
+                detokenizer=self._detokenizer(params, ids) if streaming or params.stop else None,
+                streaming=streaming,
+            )
+            for number in range(params.n)
+        ]
+        return Job(prompt=text, requests=requests, request_id=request_id)
+
+    def output(self, job: Job) -> RequestOutput:
+        """What has come of a job so far; text of running requests only where it streams."""
+        first = job.requests[0]
+        return RequestOutput(
+            prompt=job.prompt,
+            prompt_token_ids=list(first.prompt_token_ids),
+            outputs=[self._completion(number, request) for number, request in enumerate(job.requests)],
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            request_id=job.request_id,
+        )
+
+    def decode_token(self, token: int) -> str:
+        """One token's text, "" without a tokenizer."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
+
+    def _completion(self, number: int, request: Request) -> CompletionOutput:
+        logprobs = request.logprobs
+        return CompletionOutput(
+            index=number,
+            text=self._text(request),
+            token_ids=list(request.token_ids),
+            finish_reason=request.finish_reason,
+            logprobs=None if logprobs is None else logprobs[: len(request.token_ids)],
+            error=request.error,
+            metrics=_metrics(request),
+        )
+
+    def _text(self, request: Request) -> str:
+        if request.detokenizer is not None:
+            return request.detokenizer.text
+        detokenizer = self._detokenizer(request.params, request.prompt_token_ids)
+        if detokenizer is None or request.finish_reason is None:
+            return ""
+        try:
+            detokenizer.push(request.readable(request.token_ids))
+        except Exception as error:  # the tokenizer's own
+            request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
+        return detokenizer.text
+
+    def _detokenizer(self, params: SamplingParams, prompt: Sequence[int]) -> Detokenizer | None:
+        if self._tokenizer is None:
+            if params.stop:
+                raise ValueError("stop strings need a tokenizer, which this model has not: pass one, or use stop_token_ids")
+            return None
+        return Detokenizer(self._tokenizer, params, prompt)
+
+    def _encode(self, prompt: Prompt | Sequence[Message]) -> list[int]:
+        if not isinstance(prompt, str | Sequence):
+            raise ValueError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if not isinstance(prompt, str):
+            if prompt and isinstance(prompt[0], dict):
+                return self._chat_prompt(cast(Sequence[Message], prompt))
+            return [_token_id(token) for token in prompt]
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer: give token ids, or pass a tokenizer")
+        if not prompt:
+            raise ValueError("the prompt is empty: expected at least one character")
+        ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        return ids
+
+    def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
+        for message in conversation:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(f"a message must be a dict with role and content, got {message!r}")
+        try:
+            templated: Any = self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:  # what a template refuses, such as two messages of one role in a row
+            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        ids: list[int] = templated["input_ids"]
+        return ids
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Each word as it stands at the beginning of a text, and as it follows a space."""
+        if params.bad_words and self._tokenizer is None:
+            raise ValueError("bad_words need a tokenizer, which this model has not: pass one, or use logit_bias")
+        words: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word, " " + word.lstrip()):
+                assert self._tokenizer is not None
+                words[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
+        return [list(word) for word in words if word]
+
+
+def raise_failure(request: Request) -> None:
+    """For those who only see text: raise a RuntimeError if something ended the request before its time."""
+    if request.error is not None:
+        raise RuntimeError(f"the request ended with {request.finish_reason!r}: {request.error}")
+
+
+def _metrics(request: Request) -> RequestMetrics:
+    times, begin = request.timings, request.timings.arrived
+
+    def since(moment: float | None) -> float | None:
+        return None if moment is None else moment - begin
+
+    between = None
+    if times.first_token is not None and times.last_token is not None and len(request.token_ids) > 1:
+        between = (times.last_token - times.first_token) / (len(request.token_ids) - 1)
+    return RequestMetrics(
+        queue=since(times.scheduled),
+        time_to_first_token=since(times.first_token),
+        time_per_output_token=between,
+        total=since(times.last_token),
+    )
+
+
+def _token_id(token: object) -> int:
+    if not isinstance(token, int) or isinstance(token, bool):
+        raise ValueError(f"token ids must be whole numbers, got {token!r}")
+    return token
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, config: GenerationConfig | None) -> frozenset[int]:
+    ids = getattr(config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in [*listed, getattr(tokenizer, "eos_token_id", None)] if token is not None)
