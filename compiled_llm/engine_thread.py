@@ -1,0 +1,230 @@
+"""The thread that owns an engine, and the way from it to those who wait in event loops."""
+
+import asyncio
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+from compiled_llm.api import CompiledLLM
+from compiled_llm.engine.engine import QueueFullError
+from compiled_llm.engine.outputs import RequestOutput
+from compiled_llm.engine.request import Request
+from compiled_llm.jobs import Job
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Channel:
+    """A job's way from the engine's thread to its consumer, with room for one output, or the error that ended the thread.
+
+    Attributes:
+        latest: filled by the thread, emptied by the consumer.
+        notified: `arrived`, which belongs to the loop, is about to be set there.
+        settled: how many characters of each completion's text no stop string can take back.
+    """
+
+    job: Job
+    loop: asyncio.AbstractEventLoop
+    streaming: bool
+    latest: deque[RequestOutput | BaseException] = field(default_factory=lambda: deque(maxlen=1))
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    notified: bool = False
+    settled: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def request_id(self) -> str:
+        assert self.job.request_id is not None
+        return self.job.request_id
+
+    async def take(self) -> RequestOutput | BaseException:
+        while not self.latest:
+            self.arrived.clear()
+            await self.arrived.wait()
+        return self.latest.popleft()
+
+    def settle(self, output: RequestOutput) -> RequestOutput:
+        """Without the text that may become a stop string; in the thread, once for each new output."""
+        for index, request in enumerate(self.job.requests):
+            if request.detokenizer is not None:
+                self.settled[index] += len(request.detokenizer.take(final=request.finish_reason is not None))
+        texts = [done.text[: self.settled.get(done.index)] for done in output.outputs]
+        if texts == [done.text for done in output.outputs]:
+            return output
+        return replace(output, outputs=[replace(done, text=text) for done, text in zip(output.outputs, texts, strict=True)])
+
+    @staticmethod
+    def wake(channels: "list[Channel]") -> None:
+        """In the loop."""
+        for channel in channels:
+            channel.notified = False
+            channel.arrived.set()
+
+
+class EngineThread:
+    """Makes a CompiledLLM, and alternates between steps and commands: functions that others want it to run.
+
+    Graph trees are thread-local, so nothing of the engine may run elsewhere.
+    """
+
+    def __init__(self, make: Callable[[], CompiledLLM]) -> None:
+        self._commands: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._llm: CompiledLLM | None = None
+        self._cause: BaseException | None = None
+        self._closing = False
+        self._channels: dict[str, Channel] = {}
+        self._owners: dict[Request, Channel] = {}
+        started: Future[None] = Future()
+        self._thread = Thread(target=self._live, args=(make, started), name="compiled-llm-engine", daemon=True)
+        self._thread.start()
+        try:
+            started.result()
+        except BaseException:  # after an interrupt the thread goes on starting, and shall end when it has
+            self._commands.put((self._stop, Future()))
+            raise
+
+    @property
+    def llm(self) -> CompiledLLM:
+        """What the thread runs; a RuntimeError when it has ended."""
+        llm = self._llm
+        if llm is None:
+            raise self._ended()
+        return llm
+
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Have a function run before the next step."""
+        future: Future[T] = Future()
+        self._commands.put((command, future))
+        if self._llm is None:  # the thread looks no more, or has just looked for the last time
+            self._refuse()
+        return future
+
+    def abort_soon(self, channel: Channel) -> None:
+        """Also from finalizers, which may interrupt anything: SimpleQueue.put is reentrant."""
+        if self._llm is not None:
+            self._commands.put((partial(self._abort, channel), Future()))
+
+    def close(self) -> None:
+        """Abort what runs, and wait for the end."""
+        self.submit(self._stop)
+        self._thread.join()
+
+    def enter(self, channel: Channel) -> None:
+        """A command: let the engine have a job's requests, all or none."""
+        engine, requests = self.llm.engine, channel.job.requests
+        if channel.request_id in self._channels:
+            raise ValueError(f"request_id {channel.request_id!r} is that of a running request: expected another, or None")
+        try:
+            for request in requests:
+                engine.add(request)
+        except QueueFullError:
+            for request in requests:
+                engine.abort(request)
+            raise
+        self._channels[channel.request_id] = channel
+        self._owners.update(dict.fromkeys(requests, channel))
+
+    def abort_named(self, request_id: str) -> None:
+        """A command."""
+        if request_id in self._channels:
+            self._abort(self._channels[request_id])
+
+    def _live(self, make: Callable[[], CompiledLLM], started: Future[None]) -> None:
+        try:
+            llm = self._llm = make()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        del make, started
+        try:
+            self._work(llm)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # their variables would keep caches and graphs
+            self._cause = error
+            self._deliver(dict.fromkeys(self._channels.values(), error))
+        self._llm = None
+        self._refuse()
+        llm.close()
+        del llm
+
+    def _work(self, llm: CompiledLLM) -> None:
+        while not self._closing:
+            self._obey(wait=not llm.engine.has_work)
+            if llm.engine.has_work and not self._closing:
+                self._tell(llm.engine.step())
+        for channel in list(self._channels.values()):
+            self._abort(channel)
+
+    def _obey(self, *, wait: bool) -> None:
+        """Run the commands that have come, or wait for one."""
+        while wait or not self._commands.empty():
+            command, future = self._commands.get()
+            wait = False
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(command())
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _stop(self) -> None:
+        self._closing = True
+
+    def _abort(self, channel: Channel) -> None:
+        if self._channels.get(channel.request_id) is channel:
+            for request in channel.job.requests:
+                self.llm.engine.abort(request)
+            self._deliver({channel: self._output(channel)})
+
+    def _tell(self, news: list[Request]) -> None:
+        """Hand out what a step brought."""
+        channels = dict.fromkeys(self._owners[request] for request in news if request in self._owners)
+        ready = [channel for channel in channels if channel.streaming or channel.job.finished]
+        self._deliver({channel: self._output(channel) for channel in ready})
+
+    def _output(self, channel: Channel) -> RequestOutput:
+        return channel.settle(self.llm.jobs.output(channel.job))
+
+    def _deliver(self, items: dict[Channel, Any]) -> None:
+        """Fill channels with outputs or errors; one call for each event loop wakes those who wait there."""
+        wakes: defaultdict[asyncio.AbstractEventLoop, list[Channel]] = defaultdict(list)
+        for channel, item in items.items():
+            channel.latest.append(item)
+            if isinstance(item, BaseException) or item.finished:
+                self._forget(channel)
+            if not channel.notified or channel.loop.is_closed():
+                channel.notified = True
+                wakes[channel.loop].append(channel)
+        for loop, channels in wakes.items():
+            try:
+                loop.call_soon_threadsafe(Channel.wake, channels)
+            except RuntimeError:  # the loop is closed: nobody can wait there
+                for channel in channels:
+                    self._abort(channel)
+
+    def _forget(self, channel: Channel) -> None:
+        del self._channels[channel.request_id]
+        for request in channel.job.requests:
+            del self._owners[request]
+
+    def _refuse(self) -> None:
+        """Nobody runs these commands any more."""
+        with suppress(Empty):
+            while True:
+                _, future = self._commands.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(self._ended())
+
+    def _ended(self) -> RuntimeError:
+        if self._cause is None:
+            return RuntimeError("this AsyncCompiledLLM is closed: make a new one")
+        error = RuntimeError(f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: make a new one")
+        error.__cause__ = self._cause
+        return error
