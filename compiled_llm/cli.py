@@ -1,46 +1,66 @@
 """The command line: a thin face over the API. Bad input is one line on standard error and exit code 2."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compiled_llm.config import load_config
 
+if TYPE_CHECKING:  # torch takes seconds to import
+    from compiled_llm.api import CompiledLLM
+    from compiled_llm.engine.sampling_params import SamplingParams
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file such as configs/smollm2-gpu.yaml.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")]
+PromptsFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE.jsonl", help="Many prompts, one JSON line each.")]
+AnswersFile = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE.jsonl", help="Their answers; what it holds already is kept.")
+]
 Model = Annotated[str | None, typer.Option("--model", help="A directory, hub id or .gguf file; the default model when left out.")]
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to complete, or (by default) to answer.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to complete, or (by default) to answer.")] = None,
+    prompts: PromptsFile = None,
+    out: AnswersFile = None,
     config: ConfigFile = None,
     overrides: Overrides = [],  # noqa: B006  # typer reads the default
     model: Model = None,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens at least this likely, relative to the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="For reproducible sampling.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt as it is, without the chat template.")] = False,
+    stop: Annotated[list[str], typer.Option(help="End at this text; may be repeated.")] = [],  # noqa: B006
+    n: Annotated[int, typer.Option("--n", help="Completions of each prompt in --prompts.")] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete texts as they are, without the chat template.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Print what was done and what it cost, on standard error.")] = False,
 ) -> None:
-    """Answer a prompt, and print the text as it comes."""
+    """Answer a prompt, and print the text as it comes; or answer a file of prompts into another file.
+
+    A line of --prompts is a JSON string, or an object with "prompt" (text or token ids) or "messages", and optionally "id" and
+    "params". A line of --out is written as its prompt ends; a run that was killed goes on where it was when started again.
+    """
     from compiled_llm.api import CompiledLLM
     from compiled_llm.engine.sampling_params import SamplingParams
 
-    if not prompt:
-        raise ValueError("the prompt is empty: expected at least one character")
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with CompiledLLM.from_pretrained(model, config=load_config(config, overrides)) as llm:
-        templated = llm.tokenizer is not None and llm.tokenizer.chat_template and not raw
-        for text in llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params):
-            print(text, end="", flush=True)
-        print()
-        if report:
-            print(llm.report(), file=sys.stderr)
+    _check_inputs(prompt, prompts, out, n)
+    params = SamplingParams(
+        n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
+    )
+    start = partial(CompiledLLM.from_pretrained, model, config=load_config(config, overrides))
+    if prompts is not None and out is not None:
+        _answer_file(start, prompts, out, params, raw=raw, report=report)
+    elif prompt is not None:
+        _answer(start, prompt, params, raw=raw, report=report)
 
 
 @app.command()
@@ -50,6 +70,45 @@ def inspect(config: ConfigFile = None, overrides: Overrides = [], model: Model =
 
     with CompiledLLM.from_pretrained(model, config=load_config(config, overrides)) as llm:
         print(llm.report())
+
+
+def _check_inputs(prompt: str | None, prompts: Path | None, out: Path | None, n: int) -> None:
+    if (prompt is None) == (prompts is None):
+        raise ValueError(f"expected either a prompt or --prompts, got {'both' if prompts is not None else 'neither'}")
+    if (prompts is None) != (out is None):
+        raise ValueError(f"--prompts and --out go together, got only {'--out' if prompts is None else '--prompts'}")
+    if prompt == "":
+        raise ValueError("the prompt is empty: expected at least one character")
+    if prompt is not None and n != 1:
+        raise ValueError(f"a single prompt has one completion, got --n {n}: use --prompts")
+
+
+def _answer(start: Callable[[], "CompiledLLM"], prompt: str, params: "SamplingParams", *, raw: bool, report: bool) -> None:
+    with start() as llm:
+        templated = llm.tokenizer is not None and llm.tokenizer.chat_template and not raw
+        for text in llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params):
+            print(text, end="", flush=True)
+        print()
+        if report:
+            print(llm.report(), file=sys.stderr)
+
+
+def _answer_file(
+    start: Callable[[], "CompiledLLM"], prompts: Path, out: Path, params: "SamplingParams", *, raw: bool, report: bool
+) -> None:
+    from compiled_llm.batch import Batch
+
+    with Batch(prompts, out, params, raw=raw) as batch:
+        if len(batch.left) < batch.total:
+            print(f"resuming: {batch.total - len(batch.left)} of {batch.total} done", file=sys.stderr)
+        if batch.left:
+            with start() as llm:
+                batch.run(llm)
+                if report:
+                    print(llm.report(), file=sys.stderr)
+        if batch.num_failed:
+            print(f'{batch.num_failed} of {batch.total} prompts failed: see their "error" in {out}', file=sys.stderr)
+            raise typer.Exit(1)
 
 
 def main() -> None:
