@@ -2,8 +2,9 @@
 
     python bench/latency.py --config configs/qwen3-0.6b-gpu.yaml --set model.weights=random
 
-Prints the start-up phases, a table, and one JSON object as the last line. A step is timed on the device: `steps` steps are
-enqueued without waiting and the wall time to their end is divided by their number; the figure is the median of `rounds`.
+Prints the start-up phases, a table, and one JSON object as the last line. A step is the engine's: planned, launched, and the
+tokens of the one before it read. The wall time of `steps` steps is divided by their number; the figure is the median of
+`rounds`; host time is what the calling thread spends on a step besides waiting for the device.
 """
 
 import argparse
@@ -11,13 +12,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from compiled_llm import CompiledLLM, load_config
-from compiled_llm.runtime.runtime import Runtime
-from compiled_llm.runtime.state import PrefillChunk
+from compiled_llm import CompiledLLM, SamplingParams, load_config
+from compiled_llm.engine.request import Request
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         ready = time.perf_counter() - began
         print(llm.report())
         for batch in options.batch:
-            rows.append(_ours(llm.runtime, batch, options.context, options.steps, options.rounds))
+            rows.append(_ours(llm, batch, options.context, options.steps, options.rounds))
         report = llm.report()
         model = llm.model
     for row in [] if options.no_peer else rows:
@@ -60,28 +61,35 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _ours(runtime: Runtime, batch: int, context: int, steps: int, rounds: int) -> dict[str, float]:
+def _ours(llm: CompiledLLM, batch: int, context: int, steps: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of a decode step, microseconds of host time in it, and milliseconds to the first token of one prompt."""
-    pages = -(-(context + 2 * steps * rounds) // runtime.memory.block_size)
+    params = SamplingParams(temperature=0.0, max_tokens=1 + steps * (rounds + 1), ignore_eos=True)
     first_token = []
     for row in range(batch):
-        runtime.join(row, pages=[1 + row * pages + i for i in range(pages)], temperature=0.0, seed=0)
         begin = time.perf_counter()
-        runtime.prefill([PrefillChunk(row=row, tokens=[7 + row] * context, start=0)])
-        runtime.tokens(row + 1)
+        llm.generate([7 + row] * context, replace(params, max_tokens=1), progress=False)
         first_token.append((time.perf_counter() - begin) * 1e3)
-    runtime.activate(range(batch))
-    seconds, host = [], []
+    llm.reset_prefix_cache()
+    stats, seconds, host = llm.report().scheduling, [], []
+    requests = [
+        Request(prompt_token_ids=[7 + row] * context, params=params, max_tokens=params.max_tokens or 1) for row in range(batch)
+    ]
+    for request in requests:
+        llm.engine.add(request)
+    while llm.engine.num_waiting or not stats.decode_steps:
+        llm.engine.step()
     for _ in range(rounds):
         _wait()
-        begin = time.perf_counter()
+        begin, hosted = time.perf_counter(), stats.host_seconds
         for _ in range(steps):
-            runtime.decode(batch)
-        enqueued = time.perf_counter()
+            llm.engine.step()
         _wait()
         seconds.append((time.perf_counter() - begin) / steps)
-        host.append((enqueued - begin) / steps)
-    runtime.leave(range(batch))
+        host.append((stats.host_seconds - hosted) / steps)
+    for request in requests:
+        llm.engine.abort(request)
+    while llm.engine.has_work:
+        llm.engine.step()
     return {
         "batch": batch,
         "step_ms": round(statistics.median(seconds) * 1e3, 4),
