@@ -25,6 +25,8 @@ from compiled_llm.engine.sampling_params import LogitsProcessor
 from compiled_llm.runtime.warmup import StrictError
 from tests.tiny import VOCAB_SIZE, Reference, prompt_of, small_config, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 EAGER = {"dispatch": "eager"}
 LONG = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)

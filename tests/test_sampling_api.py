@@ -27,6 +27,8 @@ from compiled_llm.engine.outputs import CompletionOutput, Logprob
 from tests.conftest import DEVICE
 from tests.tiny import prompt_of, small_config, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 VOCAB = 264
 PAD, BOS, EOS = range(3)
 PAGE = 16

@@ -1,6 +1,6 @@
 """The samplers: what transformers' logits processors give, distributed as softmax says, and a function of the request alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,19 +34,29 @@ from compiled_llm.runtime.sampling import (
     sample_greedy,
     sample_random,
 )
+from tests.conftest import DEVICE
+
+pytestmark = pytest.mark.gpu
 
 VOCAB = 300
 INF = float("inf")
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    """New tensors are on the GPU where there is one."""
+    with torch.device(DEVICE):
+        yield
+
+
 def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
 
 
 def some_tokens(count: int, seed: int) -> list[int]:
     """Ids below 100, so that some repeat."""
-    return torch.randint(3, 100, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, 100, (count,), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
 
 
 def request(prompt: Sequence[int], output: Sequence[int] = (), *, bad_words: Any = (), stops: Any = (), **params: Any) -> Request:
@@ -74,7 +84,7 @@ def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
                 bad_words[row, number, -len(word) :] = torch.tensor(word)
         last = [*wanted.prompt_token_ids, *wanted.token_ids][-recent.shape[1] :]
         recent[row, recent.shape[1] - len(last) :] = torch.tensor(last)
-    params = RowParams.of(torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])))
+    params = RowParams.of(torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE))
     return params, History(bias, counts, bad_words, recent)
 
 
@@ -221,6 +231,7 @@ def warped(logits_SV: Tensor, temperature: float, top_k: int = 0, top_p: float =
 
 def fits(ids: Tensor, probabilities: Tensor) -> bool:
     """Whether the draws are distributed like that, and none is of probability 0; tokens seen less than 5 times are lumped."""
+    probabilities, ids = probabilities.cpu(), ids.cpu()
     expected, counts = probabilities.double() * len(ids), torch.bincount(ids, minlength=len(probabilities)).double()
     rare = expected < 5
     bins = [torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected)]
