@@ -6,7 +6,9 @@ then on, which costs the host a few microseconds. `torch` is the mode itself, gu
 """
 
 import difflib
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +57,14 @@ class Dispatch(Protocol):
     """Compiles a step with the passes and Inductor options given, and captures it; any failure raises."""
 
     def __call__(self, step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep: ...
+
+
+def prepare_thread() -> None:
+    """Let this thread have graph trees: torch gives them to the thread that imports it and to autograd's, and to no other."""
+    local = cudagraph_trees.local
+    if not hasattr(local, "tree_manager_containers"):
+        local.tree_manager_containers = {}
+        local.tree_manager_locks = defaultdict(threading.Lock)
 
 
 def direct(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep:
@@ -138,7 +148,8 @@ def _end_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
     except RuntimeError:
         return  # the failure was not inside a capture
     torch._C._cuda_releasePool(device.index, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # the generator leaves its capturing state when a capture ends well
+    # The generator leaves its capturing state when a capture ends well; what other threads do on the device is their own affair.
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros(1, device=device)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config, Sampler
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets, match
-from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool
+from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
@@ -63,6 +63,7 @@ class Runtime:
     ) -> None:
         self.model, self.config = model, config
         self._thread = threading.get_ident()
+        prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         self._buckets: dict[Kind, list[Bucket]] = {
             "decode": self._make_buckets("decode", config.buckets.decode, self.limits.max_num_seqs),

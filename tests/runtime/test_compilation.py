@@ -1,16 +1,19 @@
 """What the compiler makes of a step: passes, generated code, many buckets, failures."""
 
 import re
+import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from torch._inductor.cudagraph_trees import get_manager
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.runtime import warmup
+from compiled_llm.runtime.dispatch import prepare_thread
 from compiled_llm.runtime.warmup import StrictError
 from passes import PassError
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
@@ -136,3 +139,22 @@ def test_no_bucket_is_a_counted_fallback() -> None:
     strict = CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
     with strict, pytest.raises(StrictError, match="a step would run eagerly: no prefill bucket holds 20 with the greedy sampler"):
         greedy(strict, [prompt_of(20)], 8)
+
+
+def test_any_thread_can_have_graph_trees() -> None:
+    """torch itself fails an assertion in a thread that is new to it."""
+    found: list[object] = []
+
+    def look() -> None:
+        try:
+            get_manager(0, create_if_none_exists=False)
+        except AssertionError as error:
+            found.append(error)
+        prepare_thread()
+        found.append(get_manager(0, create_if_none_exists=False))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], AssertionError)
+    assert found[1:] == [None]

@@ -140,11 +140,11 @@ CASES: dict[str, tuple[Request, list[Processor]]] = {
     "as many bad words as there may be": (request(P, O, bad_words=MANY), [NoBadWordsLogitsProcessor(MANY)]),
     "min_tokens": (
         request(P, O, min_tokens=41, max_tokens=50, stops=EOS),
-        [MinNewTokensLengthLogitsProcessor(len(P), 41, EOS)],
+        [MinNewTokensLengthLogitsProcessor(len(P), 41, EOS, device=str(DEVICE))],
     ),
     "min_tokens reached": (
         request(P, O, min_tokens=40, max_tokens=50, stops=EOS),
-        [MinNewTokensLengthLogitsProcessor(len(P), 40, EOS)],
+        [MinNewTokensLengthLogitsProcessor(len(P), 40, EOS, device=str(DEVICE))],
     ),
     "all together": (
         request(
@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Request, list[Processor]]] = {
         ),
         [
             biased(BIAS), RepetitionPenaltyLogitsProcessor(1.2), openai_penalties(O, presence=0.3, frequency=0.2),
-            NoBadWordsLogitsProcessor(WORDS), MinNewTokensLengthLogitsProcessor(len(P), 41, EOS),
+            NoBadWordsLogitsProcessor(WORDS), MinNewTokensLengthLogitsProcessor(len(P), 41, EOS, device=str(DEVICE)),
         ],
     ),
 }  # fmt: skip
