@@ -14,7 +14,7 @@ from tests.conftest import DEVICE
 CONFIG = {
     "model": {"dtype": "float32"},
     "limits": {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 512},
-    "buckets": {"decode": [2], "prefill": [48]},
+    "buckets": {"decode": [2], "prefill": [48], "samplers": ["greedy"]},
 }
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n"]
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
