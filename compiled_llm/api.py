@@ -137,10 +137,7 @@ class CompiledLLM:
 
         Several streams may be open at once: each step serves them all. Closing the iterator ends the request.
         """
-        if self.tokenizer is None:
-            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
-        if params is not None and params.n > 1:
-            raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
+        self._jobs.check_stream(params)
         (job,) = self._make_jobs([cast(Prompt, prompt)], params, None, streaming=True)
         return self._stream(job)
 

@@ -97,10 +97,7 @@ class AsyncCompiledLLM:
         self, prompt: Input, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0
     ) -> AsyncGenerator[str, None]:
         """One completion's text in pieces: no character is split, and nothing is given that a stop string takes back."""
-        if self._thread.llm.tokenizer is None:
-            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
-        if params is not None and params.n > 1:
-            raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
+        self._thread.llm.jobs.check_stream(params)
         given = 0
         async with await self.add(prompt, params, request_id=request_id, priority=priority) as outputs:
             async for output in outputs:

@@ -82,6 +82,13 @@ class Jobs:
         ]
         return Job(prompt=text, requests=requests, request_id=request_id)
 
+    def check_stream(self, params: SamplingParams | None) -> None:
+        """Raise a ValueError unless a request with these params can be streamed as text."""
+        if self._tokenizer is None:
+            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
+        if params is not None and params.n > 1:
+            raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
+
     def output(self, job: Job) -> RequestOutput:
         """What has come of a job so far; text of running requests only where it streams."""
         first = job.requests[0]

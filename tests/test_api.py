@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -159,13 +160,14 @@ def test_closing_restores_the_model_and_ends_the_engine() -> None:
     assert Reference(model)(prompt_of(9), 5) == expected
 
 
+def eager_llm(limits: dict[str, Any]) -> CompiledLLM:
+    config = small_config(limits=limits, buckets={"decode": "auto"}, compile={"dispatch": "eager"})
+    return CompiledLLM(tiny_model("llama"), None, config, progress=False)
+
+
 def test_a_request_that_waited_too_long_is_aborted(reference: Reference) -> None:
-    config = small_config(
-        limits={"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting_seconds": 0.05},
-        buckets={"decode": "auto"},
-        compile={"dispatch": "eager"},
-    )
-    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting_seconds": 0.05}
+    with eager_llm(limits) as engine:
         params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
         first, second = engine.generate([prompt_of(9), prompt_of(20)], params)
         assert first.outputs[0].token_ids == reference(prompt_of(9), 100)
@@ -176,12 +178,7 @@ def test_a_request_that_waited_too_long_is_aborted(reference: Reference) -> None
 
 def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: Reference) -> None:
     limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 1}
-    with CompiledLLM(
-        tiny_model("llama"),
-        None,
-        small_config(limits=limits, buckets={"decode": "auto"}, compile={"dispatch": "eager"}),
-        progress=False,
-    ) as engine:
+    with eager_llm(limits) as engine:
         requests = [job.requests[0] for job in engine._make_jobs([prompt_of(9)] * 4, None, None, streaming=False)]
         for request in requests[:3]:
             engine.engine.add(request)
@@ -212,12 +209,7 @@ def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, referenc
 
 def test_higher_priorities_go_first() -> None:
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128}
-    with CompiledLLM(
-        tiny_model("llama"),
-        None,
-        small_config(limits=limits, buckets={"decode": "auto"}, compile={"dispatch": "eager"}),
-        progress=False,
-    ) as engine:
+    with eager_llm(limits) as engine:
         outputs = engine.generate([prompt_of(9)] * 4, SamplingParams(temperature=0, max_tokens=3), priority=[2, 1, 0, 1])
         began = [output.outputs[0].metrics.queue for output in outputs if output.outputs[0].metrics is not None]
         assert sorted(range(4), key=lambda number: began[number] or 0.0) == [2, 1, 3, 0]

@@ -77,15 +77,6 @@ class Reference:
         return logits
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Steps of a tiny model have nothing to share out, and threads that wait for each other take long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return Reference(tiny_model("llama", vocab_size=VOCAB))

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.runtime.memory import PageGroup
-from compiled_llm.runtime.state import TRASH_PAGE
+from compiled_llm.runtime.state import TRASH_PAGE, Int64
 
-Int64 = NDArray[np.int64]
 Tokens = NDArray[np.int32]
 
 

@@ -246,9 +246,9 @@ class StepState(nn.Module):
 
     def padding_batch(self) -> PrefillBatch:
         """A prefill batch of nothing but padding."""
-        none, ids = _empty(), _empty()
+        none = _empty()
         return PrefillBatch(
-            ids=ids, targets=ids, scores=ids, seq_rows=none, starts=none, lengths=none,
+            ids=none, targets=none, scores=none, seq_rows=none, starts=none, lengths=none,
             tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32), params=none.reshape(0, len(RowParams._fields)),
             recent=none.reshape(0, RECENT), fresh=none, samples=none,
         )  # fmt: skip
