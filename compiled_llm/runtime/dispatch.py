@@ -8,6 +8,7 @@ then on, which costs the host a few microseconds. `torch` is the mode itself, gu
 import difflib
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,28 +129,40 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
 def _recovery(device: torch.device) -> Iterator[None]:
     """Make a failed capture cost its own bucket alone.
 
-    Ending a capture that failed raises, and torch.cuda.graph then leaves three things undone, each of which would fail the
-    captures that follow: to go back to the stream, to end the allocations into the pool, and to tell the random generator.
+    Ending a capture that failed raises, and torch then leaves undone what would have followed: to go back to the stream, to end
+    the allocations into the pool, on the device and in pinned memory, and to tell the random generator. The end in pinned memory
+    cannot be made up for, so the trees go on in a pool of their own; what was recorded before keeps the old one.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         yield
-    except Exception:
+    except Exception as error:
         manager = _manager(device)
         if stream is not None and manager is not None:
             torch.cuda.set_stream(stream)
-            _end_failed_capture(device, manager.cuda_graphs_thread_pool)
+            _leave_failed_capture(device, manager, error)
         raise
 
 
-def _end_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
+# The allocator of pinned memory calls back, as long as the process lives, into a graph whose capture failed.
+_failed_graphs: list[torch.cuda.CUDAGraph] = []
+
+
+def _leave_failed_capture(device: torch.device, manager: Any, error: Exception) -> None:
+    pool = manager.cuda_graphs_thread_pool
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:
         return  # the failure was not inside a capture
     torch._C._cuda_releasePool(device.index, pool)
-    # The generator leaves its capturing state when a capture ends well; what other threads do on the device is their own affair.
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    _failed_graphs.extend(owner.cuda_graph for owner in owners if isinstance(owner, torch.cuda.graph))
+    # The generator leaves its capturing state with the next capture that ends well.
+    manager.graph, manager.cuda_graphs_thread_pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    capture = torch.cuda.graph(
+        manager.graph, pool=manager.cuda_graphs_thread_pool, stream=manager.stream, capture_error_mode="thread_local"
+    )
+    with capture:
         torch.zeros(1, device=device)
 
 
@@ -190,10 +203,11 @@ def graph_events(device: torch.device) -> dict[str, int]:
 
 
 def graph_pool(device: torch.device) -> tuple[int, int]:
-    """How many CUDA graphs this thread holds, and the bytes of the memory pool that they share."""
+    """How many CUDA graphs this thread holds, and the bytes of the memory that they work in."""
     manager = _manager(device)
     if manager is None:
         return 0, 0
-    pool = tuple(manager.cuda_graphs_thread_pool)
-    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) == pool]
-    return sum(map(len, manager.roots.values())), sum(segment["total_size"] for segment in segments)
+    nodes = [node for recorded in manager.roots.values() for node in recorded]
+    pools = {tuple(manager.cuda_graphs_thread_pool), *(tuple(node.cuda_graphs_pool) for node in nodes)}
+    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) in pools]
+    return len(nodes), sum(segment["total_size"] for segment in segments)

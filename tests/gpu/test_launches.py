@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.request import Request
@@ -88,6 +89,7 @@ def test_replay_equals_eager_as_lengths_tables_and_batches_change(dispatch: str)
             assert graph_events(model.device) == before
             assert not any(report.graph_events.values())
             assert bool(report.fallbacks) == (mode == "eager")
+    torch.compiler.reset()  # Dynamo holds what torch.compile made until it compiles the same code again
     assert tokens[dispatch] == tokens["eager"]
     assert tokens[dispatch] == [[reference(prompt, 20) for prompt in batch] for batch in prompts]
 
@@ -105,14 +107,24 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its own engine that come after it, and those that another engine recorded before it."""
+    model = tiny_model("llama")
+    reference = Reference(model)
+    prompt = prompt_of(12)
+    with CompiledLLM(model, None, small_config(), progress=False) as before:
+        assert greedy(before, [prompt], 20) == [reference(prompt, 20)]
+        _check_failed_captures(model, reference, monkeypatch)
+        assert greedy(before, [prompt], 20) == [reference(prompt, 20)]
+        assert not before.report().fallbacks
+
+
+def _check_failed_captures(model: PreTrainedModel, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = step.sample_greedy
 
     def failing(logits: torch.Tensor) -> torch.Tensor:
         return sample(wait(logits) if logits.shape[0] == 4 else logits)
 
     monkeypatch.setattr(step, "sample_greedy", failing)
-    model = tiny_model("llama")
-    reference = Reference(model)
     # The decode buckets are 4 (which fails), 2 and 1; of the prefill buckets, 8 fails too, since it has 4 sequences.
     config = small_config(
         limits={"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 128}, buckets={"decode": [1, 2], "prefill": [3]}
