@@ -20,6 +20,7 @@ from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
 from compiled_llm.models.discovery import attached, discover
 from compiled_llm.models.loading import load, resolve_device
+from compiled_llm.models.merging import linears_by_input, merged
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Runtime
@@ -56,7 +57,10 @@ class CompiledLLM:
         try:
             self._resources.enter_context(attached(model))
             with report.phase("examine model", model.device):
-                layers = discover(model)
+                with linears_by_input(model) as groups:
+                    layers = discover(model)
+                if self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order():
+                    self._resources.enter_context(merged(groups))
             self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
             self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)

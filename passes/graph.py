@@ -1,5 +1,8 @@
-"""Editing graphs: a new node with the fake value that later passes and lowering read from it."""
+"""Reading and editing graphs: what a node is, whatever views and casts stand before it; new nodes with their fake values."""
 
+from typing import TypeGuard
+
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, Target, map_arg
@@ -13,3 +16,30 @@ def emit(graph: Graph, target: Target, *args: Argument) -> Node:
     with modes[0]:
         node.meta["val"] = target(*values)  # type: ignore[operator]
     return node
+
+
+def is_op(node: object, *targets: Target) -> TypeGuard[Node]:
+    """Whether this is a call of one of the targets."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def reshape_source(node: object) -> Node:
+    """The node whose elements these are, in the same order, by way of reshapes."""
+    assert isinstance(node, Node)
+    while is_op(node, *_RESHAPES):
+        node = node.args[0]
+        assert isinstance(node, Node)
+    return node
+
+
+def value_source(node: object) -> Node:
+    """The same, by way of reshapes and casts."""
+    assert isinstance(node, Node)
+    while is_op(node, *_RESHAPES, torch.ops.prims.convert_element_type.default):
+        node = node.args[0]
+        assert isinstance(node, Node)
+    return node
+
+
+_aten = torch.ops.aten
+_RESHAPES = (_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default)

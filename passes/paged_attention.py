@@ -24,12 +24,12 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 
 def _rewrite(graph: Graph, marker: Node) -> int:
-    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, sinks, layer, *options = marker.args
+    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, arrivals, sinks, layer, *options = marker.args
     assert isinstance(layer, int)
     with graph.inserting_before(marker):
         q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
         emit(graph, write_kv, k, v, k_cache, v_cache, slots)
-        tables = (block_table, query_start, seq_lens)
+        tables = (block_table, query_start, seq_lens, arrivals)
         attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
     graph.erase_node(marker)

@@ -21,11 +21,13 @@ class PassContext:
     Attributes:
         layers: the qualified name of the module behind each attention call, in call order.
         rotary_embeddings: how many rotary embeddings the model computes a step.
+        merged_projections: how many groups of weights lie side by side in one storage.
         num_tokens: how many tokens the step takes.
     """
 
     layers: tuple[str, ...]
     rotary_embeddings: int
+    merged_projections: int
     num_tokens: int
 
 

@@ -123,7 +123,8 @@ class PagedAttention:
     Attributes:
         groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
         slots: [G, T] int64, where each token's key and value go.
-        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, as in `passes.ops.paged_attention`.
+        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, arrivals: int32, as in
+            `passes.ops.paged_attention`.
         max_query_len: the most queries a sequence brings; 1 in decode.
     """
 
@@ -133,6 +134,7 @@ class PagedAttention:
     block_tables: Tensor
     query_start: Tensor
     seq_lens: Tensor
+    arrivals: Tensor
     max_query_len: int
     calls: int = field(default=0, init=False)
 
@@ -141,6 +143,6 @@ class PagedAttention:
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
             q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            call.sinks, layer, call.scale, call.window, call.softcap, self.max_query_len,
+            self.arrivals, call.sinks, layer, call.scale, call.window, call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

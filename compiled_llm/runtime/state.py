@@ -22,6 +22,7 @@ from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_L
 
 TRASH_PAGE = 0
 RING = 4
+MIN_ARRIVALS = 4096
 RECENT = MAX_BAD_WORD_LEN - 1
 
 Int64 = NDArray[np.int64]
@@ -137,6 +138,7 @@ class StepState(nn.Module):
     bad_words [R + 1, W, L] int64 token sequences aligned right, -1 before them; recent [R + 1, RECENT] int64 the last tokens;
     logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
     decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
+    arrivals int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
     step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
     what they sampled, at `step % K` (for logprobs see `passes.ops.top_logprobs`).
     prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
@@ -153,6 +155,7 @@ class StepState(nn.Module):
     logits: Tensor
     decode: Tensor
     prefill: Tensor
+    arrivals: Tensor
     step: Tensor
     ring_tokens: Tensor
     ring_logprobs: Tensor
@@ -167,6 +170,7 @@ class StepState(nn.Module):
         max_blocks: int,
         max_tokens: int,
         num_groups: int,
+        num_kv_heads: int,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -188,6 +192,7 @@ class StepState(nn.Module):
             "logits": (vocabulary, dtype),
             "decode": ((decode_size,), torch.int64),
             "prefill": ((prefill_size,), torch.int64),
+            "arrivals": ((max(MIN_ARRIVALS, num_rows * num_kv_heads),), torch.int32),
             "step": ((1,), torch.int64),
             "ring_tokens": ((RING, num_rows), torch.int64),
             "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),

@@ -94,12 +94,15 @@ class DecodeStep(Step):
             block_tables=self._tables()[:, rows],
             query_start=torch.arange(self.size + 1, dtype=torch.int32, device=rows.device),
             seq_lens=lengths.int(),
+            arrivals=state.arrivals,
             max_query_len=1,
         )
         logits = self._logits(state.tokens[rows], positions, attention, None)
         self._sample(logits, rows, positions + 1, None, lengths)
-        # Not `positions[rows] = lengths`: Inductor's C++ gets a read and a write by one index in a kernel wrong (pytorch#181621).
-        state.positions.index_put_((rows,), live.long(), accumulate=True)
+        if rows.device.type == "cpu":  # Inductor's C++ gets a read and a write by one index in a kernel wrong (pytorch#181621)
+            state.positions.index_put_((rows,), live.long(), accumulate=True)
+        else:  # where accumulating would sort
+            state.positions[rows] = lengths
 
 
 class PrefillStep(Step):
@@ -119,6 +122,7 @@ class PrefillStep(Step):
             block_tables=self._tables()[:, seqs],
             query_start=inputs.query_start.int(),
             seq_lens=inputs.seq_lens.int(),
+            arrivals=state.arrivals,
             max_query_len=self.size,
         )
         last = (inputs.query_start[1:] - 1).clamp(min=0)

@@ -5,6 +5,7 @@ once the weights are there and the activations measured, and each bucket, large 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
+from compiled_llm.models.merging import count_merged
 from compiled_llm.runtime.buckets import Bucket, Kind
 from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options
 from compiled_llm.runtime.limits import Limits
@@ -64,6 +66,7 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
         num_groups=len({layer.window for layer in layers}),
+        num_kv_heads=max(layer.num_kv_heads for layer in layers),
         vocab_size=vocab_size,
         dtype=model.dtype,
         device=device,
@@ -89,11 +92,21 @@ def compile_buckets(
     """
     check_options(config.compile.options)
     entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size)) for bucket in buckets]
-    context = (tuple(layer.name for layer in layers), count_rotary_embeddings(model.config))
+    context = partial(
+        PassContext,
+        layers=tuple(layer.name for layer in layers),
+        rotary_embeddings=count_rotary_embeddings(model.config),
+        merged_projections=count_merged(model),
+    )
     with _progress(len(entries), enabled=progress) as show:
         for entry in sorted(entries, key=lambda entry: entry.bucket.cost, reverse=True):
             _stage_padding(memory.state, entry.bucket)
-            _compile(entry, memory.step(model, entry.bucket), _pipeline(config, entry.bucket, *context), config)
+            _compile(
+                entry,
+                memory.step(model, entry.bucket),
+                _pipeline(config, entry.bucket, context(num_tokens=entry.bucket.size)),
+                config,
+            )
             show(entry, model.device)
     return entries
 
@@ -126,10 +139,10 @@ def _stage_padding(state: StepState, bucket: Bucket) -> None:
         state.stage_decode(DecodeBatch(rows=np.empty(0, np.int64)))
 
 
-def _pipeline(config: Config, bucket: Bucket, layers: tuple[str, ...], rotary_embeddings: int) -> Pipeline:
+def _pipeline(config: Config, bucket: Bucket, context: PassContext) -> Pipeline:
     return Pipeline(
         passes=[PASSES[name] for name in config.pass_order()],
-        context=PassContext(layers=layers, rotary_embeddings=rotary_embeddings, num_tokens=bucket.size),
+        context=context,
         dump_dir=config.compile.dump / str(bucket) if config.compile.dump else None,
     )
 

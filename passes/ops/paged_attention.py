@@ -7,7 +7,7 @@ Sequence s owns the queries `query_start[s] : query_start[s + 1]`, which are the
 its token i lies in page `block_table[s, i // B]` at offset `i % B`. Lengths, starts and tables are int32 tensors and
 reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, and tokens past the last start, are
 zeros in the output, whatever the cache holds there. With a window, pages that no query sees any more are not read, so
-they may serve others.
+they may serve others. `arrivals` is the decode kernel's: zeros before and after (see `decode_attention`).
 
 The kernel computes softmax online, one tile of keys at a time (FlashAttention-2, arXiv:2307.08691), over pages found
 through the table (PagedAttention, arXiv:2309.06180); the query heads that share a key head fill one tile of rows.
@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define
 
 
 def paged_attention_reference(
     q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
+    arrivals: Tensor, sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture."""
     T, H, _ = q_THD.shape
@@ -86,34 +87,29 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     out, q, k_cache, v_cache, block_table, query_start, seq_lens, sinks, scale, softcap, num_seqs,
     q_stride_t, q_stride_h, q_stride_d, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ONE_QUERY: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_Q queries of one sequence, with all the query heads of one key head as the TILE_M rows of a tile."""
     tile = tl.program_id(0)
     group = tl.program_id(1)
-    if ONE_QUERY:
-        seq = tile
-        first = 0
-    else:
-        # Sequence s starts at tile `query_start[s] // TILE_Q + s`, which leaves room for its last, partial tile:
-        # find the last s whose first tile is not past ours.
-        low = 0
-        high = num_seqs - 1
-        for _ in range(SEARCH_STEPS):
-            middle = (low + high + 1) // 2
-            before = tl.load(query_start + middle) // TILE_Q + middle <= tile
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle - 1)
-        seq = low
-        first = (tile - (tl.load(query_start + seq) // TILE_Q + seq)) * TILE_Q
+    # Sequence s starts at tile `query_start[s] // TILE_Q + s`, which leaves room for its last, partial tile:
+    # find the last s whose first tile is not past ours.
+    low = 0
+    high = num_seqs - 1
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high + 1) // 2
+        before = tl.load(query_start + middle) // TILE_Q + middle <= tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    seq = low
+    first = (tile - (tl.load(query_start + seq) // TILE_Q + seq)) * TILE_Q
     start = tl.load(query_start + seq)
     num_queries = tl.load(query_start + seq + 1) - start
     length = tl.load(seq_lens + seq)
-    if not ONE_QUERY:  # noqa: SIM102  # in decode every row is written, so that its output needs no fill
-        if first >= num_queries or length == 0:
-            return
+    if first >= num_queries or length == 0:
+        return
 
     GROUP: tl.constexpr = H // G
     rows = tl.arange(0, TILE_M)
@@ -171,28 +167,28 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
 
 def paged_attention_kernel(
     q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
+    arrivals: Tensor, sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
+    if max_query_len == 1:
+        return decode_attention(
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, arrivals, sinks_H, scale, window, softcap
+        )
     T, H, D = q_THD.shape
     _, page, G, E = v_cache_PBGE.shape
     assert query_start.is_contiguous()
     assert seq_lens_S.is_contiguous()
     assert block_table_SN.stride(1) == 1
     S = seq_lens_S.shape[0]
-    one_query = max_query_len == 1
-    out_THE = q_THD.new_empty(T, H, E) if one_query else q_THD.new_zeros(T, H, E)
+    out_THE = q_THD.new_zeros(T, H, E)
     group = H // G
-    tile_m = max(16, triton.next_power_of_2(group))
-    if not one_query:
-        tile_m = max(tile_m, 64)
-    tile_q = 1 if one_query else max(1, tile_m // group)
+    tile_m = max(64, triton.next_power_of_2(group))
+    tile_q = max(1, tile_m // group)
     wide = max(D, E) > 128 or q_THD.dtype == torch.float32
-    _paged_attention_kernel[(S if one_query else T // tile_q + S, G)](
+    _paged_attention_kernel[(T // tile_q + S, G)](
         out_THE, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S,
         sinks_H, scale, softcap, S, *q_THD.stride(), block_table_SN.stride(0),
-        H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window,
-        HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0, ONE_QUERY=one_query,
+        H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window, HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0,
         TILE_Q=tile_q, TILE_M=tile_m, TILE_K=32 if wide else 64,
         TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
         SEARCH_STEPS=S.bit_length(), num_warps=4, num_stages=1 if wide else 2,
@@ -206,7 +202,7 @@ def _paged_attention_fake(q_THD: Tensor, k_cache: Tensor, v_cache_PBGE: Tensor, 
 
 paged_attention = define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-    "Tensor? sinks, float scale, int window, float softcap, int max_query_len) -> Tensor",
+    "Tensor arrivals, Tensor? sinks, float scale, int window, float softcap, int max_query_len) -> Tensor",
     reference=paged_attention_reference,
     kernel=paged_attention_kernel,
     fake=_paged_attention_fake,

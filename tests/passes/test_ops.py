@@ -48,11 +48,12 @@ class Case:
         # Heads before tokens in memory, as a model leaves them: the ops must honour strides.
         self.q = rand(heads, sum(new) + pad_tokens, dim).transpose(0, 1)
         self.sinks = rand(heads) if sinks else None
+        self.arrivals = torch.zeros(len(lens) * kv_heads, dtype=torch.int32, device=DEVICE)
 
     def run(self, op, *, scale=0.3, window=0, softcap=0.0, max_query_len=None):  # type: ignore[no-untyped-def]
         most = int((self.starts[1:] - self.starts[:-1]).max()) if max_query_len is None else max_query_len
         options = (self.sinks, scale, window, softcap, most)
-        return op(self.q, self.k_cache, self.v_cache, self.table, self.starts, self.lens, *options)
+        return op(self.q, self.k_cache, self.v_cache, self.table, self.starts, self.lens, self.arrivals, *options)
 
     def plain(self, *, scale: float = 0.3, window: int = 0, softcap: float = 0.0) -> Tensor:
         """Attention in float64 on contiguous tensors, a token at a time."""
@@ -104,7 +105,22 @@ def test_kernel_is_the_reference(batch, shape, options, dtype) -> None:  # type:
     expected = case.plain(**options)
     actual = case.run(paged_attention_kernel, **options).double()
     assert torch.isfinite(actual).all()
+    assert not case.arrivals.any()
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lens", [[1300, 64, 65, 127, 128, 129, 700], [2000]], ids=["ragged", "one"])
+@pytest.mark.parametrize(("shape", "options"), [({}, {}), ({"sinks": True}, {"softcap": 3.0}), ({}, {"window": 300})])
+def test_decode_splits_long_sequences(lens, shape, options, dtype) -> None:  # type: ignore[no-untyped-def]
+    """Twice, because the second launch finds what the first one left behind."""
+    case = Case(lens, [1] * len(lens), **shape, dtype=dtype)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    expected = case.plain(**options)
+    for _ in range(2):
+        torch.testing.assert_close(case.run(paged_attention_kernel, **options).double(), expected, rtol=tolerance, atol=tolerance)
+        assert not case.arrivals.any()
 
 
 @pytest.mark.gpu

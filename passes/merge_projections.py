@@ -1,0 +1,83 @@
+"""Matrix products of one input with several weights -> one product with all of them.
+
+Matches: `mm` nodes of the same tokens with transposed weights that lie side by side in one storage, as
+`compiled_llm.models.merging` lays them: q, k and v; gate and up.
+Emits: one `mm` with the weights read as one (`as_strided` over the first), and a slice of its result for each.
+Assumes: weights are graph inputs, whose fake tensors share a fake storage where the real ones share one. Each output element
+is the same sum as before; a GEMM kernel chosen for another width may round it otherwise.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.graph import emit, is_op, reshape_source
+from passes.pipeline import GraphPass, PassContext
+
+aten = torch.ops.aten
+
+
+def _run(graph: Graph, context: PassContext) -> list[str]:
+    groups: dict[tuple[Node, tuple[int, ...], int], list[Node]] = {}
+    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
+        weight = transposed_weight(product)
+        if weight is not None:
+            tokens, storage = product.args[0], weight.meta["val"].untyped_storage()
+            groups.setdefault((reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []).append(product)
+    merged = [group for group in groups.values() if len(group) > 1 and _side_by_side([_value(product) for product in group])]
+    for group in merged:
+        _merge(graph, group)
+    return [_label(number) for number in range(len(merged))]
+
+
+def transposed_weight(product: Node) -> Node | None:
+    """The weight [N, K] of an `mm` with a graph input transposed."""
+    transpose = product.args[1]
+    if not is_op(transpose, aten.permute.default) or transpose.args[1] != [1, 0]:
+        return None
+    weight = transpose.args[0]
+    return weight if isinstance(weight, Node) and weight.op == "placeholder" else None
+
+
+def _value(product: Node) -> Tensor:
+    weight = transposed_weight(product)
+    assert weight is not None
+    value: Tensor = weight.meta["val"]
+    return value
+
+
+def _side_by_side(weights: list[Tensor]) -> bool:
+    ordered = sorted(weights, key=lambda weight: weight.storage_offset())
+    ends = [weight.storage_offset() + weight.numel() for weight in ordered]
+    begins = [weight.storage_offset() for weight in ordered]
+    return all(weight.is_contiguous() for weight in ordered) and begins[1:] == ends[:-1]
+
+
+def _merge(graph: Graph, group: list[Node]) -> None:
+    """Replace the products; the new one stands where the first stood, whose input exists by then."""
+    products = sorted(group, key=lambda product: _value(product).storage_offset())
+    sizes = [_value(product).shape[0] for product in products]
+    bounds = list(pairwise([0, *(sum(sizes[: n + 1]) for n in range(len(sizes)))]))
+    with graph.inserting_before(group[0]):
+        first = transposed_weight(products[0])
+        assert first is not None
+        num_in, offset = _value(products[0]).shape[1], _value(products[0]).storage_offset()
+        weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], offset)
+        product = emit(graph, aten.mm.default, group[0].args[0], emit(graph, aten.permute.default, weight, [1, 0]))
+        parts = [emit(graph, aten.slice.Tensor, product, 1, begin, end) for begin, end in bounds]
+    for old, part in zip(products, parts, strict=True):
+        old.replace_all_uses_with(part)
+        graph.erase_node(old)
+
+
+def _label(number: int) -> str:
+    return f"projection group {number}"
+
+
+MERGE_PROJECTIONS = GraphPass(
+    name="merge_projections",
+    run=_run,
+    expected=lambda context: [_label(number) for number in range(context.merged_projections)],
+)

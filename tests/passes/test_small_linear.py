@@ -1,0 +1,88 @@
+"""The linear kernel against its reference, and the pass against the graphs of real models."""
+
+import pytest
+import torch
+
+from compiled_llm import CompiledLLM
+from passes import small_linear
+from passes.ops import small_linear as op
+from passes.ops.small_linear import small_linear_kernel, small_linear_reference
+from tests.conftest import DEVICE
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("gated", "residual"), [(False, False), (True, False), (False, True)], ids=["plain", "gated", "residual"])
+@pytest.mark.parametrize(
+    ("num_tokens", "norm", "size"),
+    [(1, False, (96, 160)), (1, True, (100, 72)), (3, False, (96, 160)), (16, False, (100, 72)), (17, False, (96, 512))],
+)
+def test_kernel_is_the_reference(num_tokens, norm, size, gated, residual, dtype) -> None:  # type: ignore[no-untyped-def]
+    """Twice, because the second launch finds the arrivals as the first one left them."""
+    torch.manual_seed(0)
+    num_out, num_in = size
+    x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[:, :num_in]  # rows apart, as slices of a product are
+    weight = torch.randn(num_out * (1 + gated), num_in, device=DEVICE, dtype=dtype) / num_in**0.5
+    scale = torch.rand(num_in, device=DEVICE, dtype=dtype) + 0.5 if norm else None
+    kept = torch.randn(num_tokens, num_out, device=DEVICE, dtype=dtype) if residual else None
+    arrivals = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    arguments = (x, weight, arrivals, scale, 1e-6, kept, gated)
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    expected = small_linear_reference(*wide) if not norm else small_linear_reference(*arguments).double()
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for _ in range(2):
+        actual = small_linear_kernel(*arguments)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+        assert not arrivals.any()
+
+
+def _found(llm: CompiledLLM) -> dict[str, int]:
+    return {
+        bucket.bucket: graph_pass.matches
+        for bucket in llm.report().buckets
+        for graph_pass in bucket.passes
+        if graph_pass.name == "small_linear"
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "olmo2"])
+def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the reference stands for the kernel."""
+    labels: dict[int, list[str]] = {}
+    rewrite = small_linear._rewrite
+
+    def noting(graph, product, arrivals):  # type: ignore[no-untyped-def]
+        num_tokens = product.meta["val"].shape[0]
+        labels.setdefault(num_tokens, []).append(rewrite(graph, product, arrivals))
+        return labels[num_tokens][-1]
+
+    monkeypatch.setattr(small_linear, "_is_served", lambda product: True)
+    monkeypatch.setattr(small_linear, "_rewrite", noting)
+    model = tiny_model(family)
+    reference = Reference(model)
+    config = small_config(
+        buckets={"decode": [1, 4], "prefill": [80]},
+        limits={"max_num_seqs": 4, "max_num_batched_tokens": 80, "max_model_len": 128},
+        compile={"options": {"fx_graph_cache": False}},
+    )
+    prompts = [prompt_of(length) for length in (5, 30, 40)]
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
+        assert greedy(llm, prompts[:1], 12) == [reference(prompts[0], 12)]
+        assert not llm.report().fallbacks
+        assert _found(llm)["prefill-80-greedy"] == 0
+    if family in ("llama", "qwen3"):
+        layer = ["linear", "linear+residual", "linear+gate", "linear+residual"]
+        assert labels[4] == [*layer, *layer, "linear"]
+        layer = ["linear+norm", "linear+residual", "linear+norm+gate", "linear+residual"]
+        assert labels[1] == [*layer, *layer, "linear+norm"]
+
+
+def test_split_shares_cover_any_size() -> None:
+    for num_out, num_in in ((64, 4096), (4096, 64), (2**15, 128), (12288, 4096)):
+        tile, splits, _ = op._few_tokens_tiles(num_out, num_in)
+        assert splits >= 1
+        assert -(-num_out // tile) <= 4096 or splits == 1, "more programs than there are arrivals to count"
