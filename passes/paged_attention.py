@@ -1,18 +1,18 @@
 """Attention marker -> write of the keys and values to their slots, then paged attention.
 
 Matches: every `attention_marker`, one for each attention call of the model.
-Emits: `write_kv`, which mutates the layer's caches (graph inputs), and `paged_attention`; Inductor keeps their order
-because the second reads what the first mutates.
+Emits: `index_put_`, which mutates the layer's caches (graph inputs) and which Inductor fuses with what makes the keys and values,
+and `paged_attention`; Inductor keeps their order because the second reads what the first mutates.
 Assumes: a functionalised graph, in which no other node touches the caches.
 """
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from passes.graph import emit
 from passes.ops.marker import attention_marker
 from passes.ops.paged_attention import paged_attention
-from passes.ops.write_kv import write_kv
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -28,12 +28,22 @@ def _rewrite(graph: Graph, marker: Node) -> int:
     assert isinstance(layer, int)
     with graph.inserting_before(marker):
         q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
-        emit(graph, write_kv, k, v, k_cache, v_cache, slots)
+        _write(graph, k, k_cache, slots)
+        _write(graph, v, v_cache, slots)
         tables = (block_table, query_start, seq_lens, arrivals)
         attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
     graph.erase_node(marker)
     return layer
+
+
+def _write(graph: Graph, values: Node, cache: Argument, slots: Argument) -> None:
+    """Store [T, G, D] in the slots of a cache [P, B, G, D]: a scatter that fuses with what makes the values."""
+    assert isinstance(cache, Node)
+    shift = cache.meta["val"].shape[1].bit_length() - 1
+    page = emit(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift)
+    offset = emit(graph, aten.bitwise_and.Scalar, slots, (1 << shift) - 1)
+    emit(graph, aten.index_put_.default, cache, [page, offset], values)
 
 
 def _tokens_first(graph: Graph, heads_first: object) -> Node:

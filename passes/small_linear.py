@@ -1,9 +1,10 @@
 """Linear layers over few tokens -> kernels that do what stands around them on the way.
 
-Matches: `mm` of at most `MAX_TOKENS` tokens in 16 bits with a transposed weight, on a GPU; with
-- the root mean square norm that makes its input, for a single token (the norm of llama and its kin, weight last);
-- `silu(gate) * up` of its halves, where gate and up were merged;
-- the addition of its result to a residual.
+Matches: `mm` in 16 bits with a transposed weight, on a GPU. Of a single token, any; of 2 to `MAX_TOKENS`, those that cuBLAS is
+slow at: with no more features out than in, which leave a GPU half empty, or very many (an lm_head). With
+- the addition of its result to a residual;
+- for a single token, the root mean square norm that makes its input (the norm of llama and its kin, weight last);
+- for a single token, `silu(gate) * up` of its halves, where gate and up were merged.
 Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
@@ -39,7 +40,13 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_served(product: Node) -> bool:
     x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
-    return bool(x.is_cuda and x.dtype.itemsize == 2 and x.shape[0] <= MAX_TOKENS and weight.stride() == (1, weight.shape[0]))
+    return bool(
+        x.is_cuda and x.dtype.itemsize == 2 and weight.stride() == (1, weight.shape[0]) and _pays(x.shape[0], *weight.shape)
+    )
+
+
+def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
+    return num_tokens == 1 or num_out <= num_in or num_out >= 2**16
 
 
 def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
@@ -49,7 +56,7 @@ def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
     assert isinstance(transpose, Node)
     num_tokens, num_in = x.meta["val"].shape
     norm = _norm(x) if num_tokens == 1 else None
-    gate = _gated_user(product)
+    gate = _gated_user(product) if num_tokens == 1 else None
     addition = _addition(product) if gate is None else None
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):

@@ -1,8 +1,8 @@
 """A linear layer over few tokens, with what stands before and after it.
 
-Where few tokens meet a large weight, the time is that of reading the weight; so one kernel reads it once and does the rest on
-the way: for a single token the root mean square norm of its input, and after it the gate of a gated feed-forward layer, or
-the residual. Launched early (programmatic dependent launch), it fetches weights while the kernel before it still runs.
+Where few tokens meet a large weight, the time is that of reading the weight; so one kernel reads it once and does the rest
+on the way: the addition to a residual and, for a single token, the root mean square norm of its input and the gate of a gated
+feed-forward layer. Launched early (programmatic dependent launch), it fetches weights while the kernel before it still runs.
 
 Shapes: T tokens, K features in, N features out; a gated weight is [2 N, K], the gate's rows first.
 """
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from passes.ops.library import define, early_launch
 
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 
 
 def small_linear_reference(
@@ -34,15 +34,10 @@ def small_linear_reference(
 
 
 @triton.jit
-def _finish(acc, acc_up, residual, mask, dtype: tl.constexpr, GATED: tl.constexpr, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """From the sums to what is stored, rounded where a model would round."""
-    result = acc.to(dtype)
-    if GATED:
-        gate = result.to(tl.float32)
-        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * acc_up.to(dtype).to(tl.float32)).to(dtype)
+def _add(result, residual, mask, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
     if HAS_RESIDUAL:
         kept = tl.load(residual, mask=mask, other=0.0)
-        result = (kept.to(tl.float32) + result.to(tl.float32)).to(dtype)
+        result = (kept.to(tl.float32) + result.to(tl.float32)).to(result.dtype)
     return result
 
 
@@ -84,15 +79,19 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
     factor = 1.0
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares) / K + eps)
-    sum_up = tl.sum(acc_up, 1) * factor if GATED else 0.0
-    result = _finish(tl.sum(acc, 1) * factor, sum_up, residual + n, n < N, out.dtype.element_ty, GATED, HAS_RESIDUAL)
-    tl.store(out + n, result, mask=n < N)
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = (tl.sum(acc, 1) * factor).to(dtype)
+    if GATED:  # rounded where a model would round
+        gate = result.to(tl.float32)
+        up = (tl.sum(acc_up, 1) * factor).to(dtype).to(tl.float32)
+        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
+    tl.store(out + n, _add(result, residual + n, n < N, HAS_RESIDUAL), mask=n < N)
 
 
 @triton.jit
 def _few_tokens_kernel(  # type: ignore[no-untyped-def]
     out, x, weight, residual, shares, arrivals, x_stride, residual_stride,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
     SPLITS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_N features of all tokens, over one of SPLITS shares of K; the last to arrive adds the shares, in order."""
@@ -102,7 +101,6 @@ def _few_tokens_kernel(  # type: ignore[no-untyped-def]
     EVEN: tl.constexpr = N % TILE_N == 0 and K % (TILE_K * SPLITS) == 0
     SHARE: tl.constexpr = tl.cdiv(tl.cdiv(K, TILE_K), SPLITS) * TILE_K
     acc = tl.zeros([TILE_T, TILE_N], tl.float32)
-    acc_up = tl.zeros([TILE_T, TILE_N], tl.float32)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -116,29 +114,18 @@ def _few_tokens_kernel(  # type: ignore[no-untyped-def]
         x_TK = tl.load(x + t[:, None] * x_stride + k[None, :], mask=x_live, other=0.0)
         w_KN = tl.load(weight + n[None, :].to(tl.int64) * K + k[:, None], mask=w_live, other=None if EVEN else 0.0)
         acc = tl.dot(x_TK, w_KN, acc, input_precision="ieee")
-        if GATED:
-            up_KN = tl.load(weight + (n[None, :].to(tl.int64) + N) * K + k[:, None], mask=w_live, other=None if EVEN else 0.0)
-            acc_up = tl.dot(x_TK, up_KN, acc_up, input_precision="ieee")
     live = (t[:, None] < T) & (n[None, :] < N)
     if SPLITS > 1:
-        WIDTH: tl.constexpr = N * (1 + GATED)
-        mine = shares + (split * T + t[:, None]) * WIDTH + n[None, :]
-        tl.store(mine, acc, mask=live)
-        if GATED:
-            tl.store(mine + N, acc_up, mask=live)
+        tl.store(shares + (split * T + t[:, None]) * N + n[None, :], acc, mask=live)
         tl.debug_barrier()  # every thread's share is written before one of them says so
         if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") != SPLITS - 1:
             return
         tl.store(arrivals + tl.program_id(0), 0)  # as it was found, for the next launch
         acc = tl.zeros([TILE_T, TILE_N], tl.float32)
-        acc_up = tl.zeros([TILE_T, TILE_N], tl.float32)
         for other in tl.static_range(SPLITS):
-            theirs = shares + (other * T + t[:, None]) * WIDTH + n[None, :]
-            acc += tl.load(theirs, mask=live, other=0.0, cache_modifier=".cg")
-            if GATED:
-                acc_up += tl.load(theirs + N, mask=live, other=0.0, cache_modifier=".cg")
+            acc += tl.load(shares + (other * T + t[:, None]) * N + n[None, :], mask=live, other=0.0, cache_modifier=".cg")
     kept = residual + t[:, None] * residual_stride + n[None, :]
-    result = _finish(acc, acc_up, kept, live, out.dtype.element_ty, GATED, HAS_RESIDUAL)
+    result = _add(acc.to(out.dtype.element_ty), kept, live, HAS_RESIDUAL)
     tl.store(out + t[:, None] * N + n[None, :], result, mask=live)
 
 
@@ -152,18 +139,20 @@ def small_linear_kernel(
     assert weight.is_contiguous()
     assert residual_TN is None or residual_TN.stride(1) == 1
     out_TN = x_TK.new_empty(T, N)
-    flags = {"HAS_RESIDUAL": residual_TN is not None, "GATED": gated, **early_launch()}
+    flags = {"HAS_RESIDUAL": residual_TN is not None, **early_launch()}
     residual = out_TN if residual_TN is None else residual_TN
     if T == 1:
         tile_n, tile_k, stages, num_warps = _one_token_tiles(N, K, gated)
         _one_token_kernel[(triton.cdiv(N, tile_n),)](
             out_TN, x_TK, weight, norm_K, residual, eps,
-            N=N, K=K, HAS_NORM=norm_K is not None, TILE_N=tile_n, TILE_K=tile_k, STAGES=stages, num_warps=num_warps, **flags,
+            N=N, K=K, HAS_NORM=norm_K is not None, GATED=gated, TILE_N=tile_n, TILE_K=tile_k, STAGES=stages,
+            num_warps=num_warps, **flags,
         )  # fmt: skip
         return out_TN
-    assert norm_K is None, "the norm is part of the kernel for one token alone"
+    assert norm_K is None, "the norm is for one token alone"
+    assert not gated, "the gate is for one token alone"
     tile_n, splits, stages = _few_tokens_tiles(N, K)
-    shares = x_TK.new_empty(splits, T, N * (1 + gated), dtype=torch.float32) if splits > 1 else None
+    shares = x_TK.new_empty(splits, T, N, dtype=torch.float32) if splits > 1 else None
     _few_tokens_kernel[(triton.cdiv(N, tile_n), splits)](
         out_TN, x_TK, weight, residual, shares, arrivals, x_TK.stride(0), residual.stride(0),
         T=T, N=N, K=K, SPLITS=splits, TILE_T=max(16, triton.next_power_of_2(T)), TILE_N=tile_n,

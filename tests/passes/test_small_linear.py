@@ -13,15 +13,20 @@ from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
+PLAIN, GATED, RESIDUAL = (False, False), (True, False), (False, True)
+CASES = [
+    *((1, norm, size, kind) for norm, size in ((False, (96, 160)), (True, (100, 72))) for kind in (PLAIN, GATED, RESIDUAL)),
+    *((num_tokens, False, size, kind) for num_tokens, size in ((3, (96, 160)), (16, (100, 72)), (17, (96, 512)), (32, (40, 600)))
+      for kind in (PLAIN, RESIDUAL)),
+]  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("gated", "residual"), [(False, False), (True, False), (False, True)], ids=["plain", "gated", "residual"])
-@pytest.mark.parametrize(
-    ("num_tokens", "norm", "size"),
-    [(1, False, (96, 160)), (1, True, (100, 72)), (3, False, (96, 160)), (16, False, (100, 72)), (17, False, (96, 512))],
-)
-def test_kernel_is_the_reference(num_tokens, norm, size, gated, residual, dtype) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("num_tokens", "norm", "size", "kind"), CASES)
+def test_kernel_is_the_reference(num_tokens, norm, size, kind, dtype) -> None:  # type: ignore[no-untyped-def]
     """Twice, because the second launch finds the arrivals as the first one left them."""
+    gated, residual = kind
     torch.manual_seed(0)
     num_out, num_in = size
     x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[:, :num_in]  # rows apart, as slices of a product are
@@ -75,14 +80,21 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
         assert not llm.report().fallbacks
         assert _found(llm)["prefill-80-greedy"] == 0
     if family in ("llama", "qwen3"):
-        layer = ["linear", "linear+residual", "linear+gate", "linear+residual"]
+        layer = ["linear", "linear+residual", "linear", "linear+residual"]
         assert labels[4] == [*layer, *layer, "linear"]
         layer = ["linear+norm", "linear+residual", "linear+norm+gate", "linear+residual"]
         assert labels[1] == [*layer, *layer, "linear+norm"]
 
 
+def test_several_tokens_are_served_where_that_pays() -> None:
+    """Of an 8B model: q, k and v; o; gate and up; down; lm_head."""
+    shapes = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
+    assert [small_linear._pays(8, *shape) for shape in shapes] == [False, True, False, True, True]
+    assert all(small_linear._pays(1, *shape) for shape in shapes)
+
+
 def test_split_shares_cover_any_size() -> None:
-    for num_out, num_in in ((64, 4096), (4096, 64), (2**15, 128), (12288, 4096)):
+    for num_out, num_in in ((64, 4096), (4096, 4096), (2**17, 128), (8192, 28672)):
         tile, splits, _ = op._few_tokens_tiles(num_out, num_in)
         assert splits >= 1
         assert -(-num_out // tile) <= 4096 or splits == 1, "more programs than there are arrivals to count"

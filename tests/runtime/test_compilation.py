@@ -15,14 +15,14 @@ from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.runtime import warmup
 from compiled_llm.runtime.dispatch import prepare_thread
 from compiled_llm.runtime.warmup import StrictError
-from passes import PassError
+from passes import PASSES, PassError
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 ONE_EACH = {"buckets": {"decode": [4], "prefill": [48]}}
 
 
 def test_generated_code_copies_no_cache() -> None:
-    """No allocation is as large as a cache, and each cache goes to its ops as it is."""
+    """No allocation is as large as a cache, and each cache is written by one kernel, and goes to attention as it is."""
     codes: list[str] = []
     with (
         fresh_cache(),
@@ -42,7 +42,7 @@ def test_generated_code_copies_no_cache() -> None:
         for name in caches:
             uses = [line for line in body.splitlines() if re.search(rf"\b{name}\b", line) and "assert_size" not in line]
             calls = [line for line in uses if not re.match(r" +del |.* = args$", line)]
-            assert [re.search(r"compiled_llm\.(\w+)", line).group(1) for line in calls] == ["write_kv", "paged_attention"]
+            assert [re.search(r"fused|paged_attention", line).group() for line in calls] == ["fused", "paged_attention"]
 
 
 def test_passes_report_and_dump(tmp_path: Path) -> None:
@@ -50,9 +50,11 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
     with fresh_cache(), CompiledLLM(tiny_model("qwen3"), None, config, progress=False) as llm:
         reports = {bucket.bucket: bucket.passes for bucket in llm.report().buckets}
     for name in ("prefill-48-greedy", "decode-4-greedy"):
-        attention, rotary = reports[name]
+        attention, rotary, merge, linear = reports[name]
         assert (attention.name, attention.matches, attention.expected) == ("paged_attention", 2, 2)
         assert (rotary.name, rotary.matches, rotary.expected) == ("rotary_outer_product", 1, 1)
+        assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
+        assert (linear.name, linear.matches) == ("small_linear", 0), "it is for GPUs"
         assert attention.ops_after > attention.ops_before
         before = (tmp_path / name / "0-paged_attention-before.txt").read_text()
         after = (tmp_path / name / "0-paged_attention-after.txt").read_text()
@@ -60,7 +62,7 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
         assert "attention_marker" not in after
 
 
-@pytest.mark.parametrize("off", ["paged_attention", "rotary_outer_product"])
+@pytest.mark.parametrize("off", list(PASSES))
 def test_a_pass_that_is_off_changes_no_token(off: str) -> None:
     model = tiny_model("llama")
     reference = Reference(model)
