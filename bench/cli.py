@@ -113,6 +113,9 @@ def stream(
     from bench.commands import run_stream
 
     names = check_names(_names(systems))
+    ours = [name for name in SYSTEMS if name.startswith("ours")]
+    if any(name not in ours for name in names):
+        raise ValueError(f"--systems {systems}: stream looks into engines of ours, expected some of {', '.join(ours)}")
     run_stream(_begin(config, overrides, out, limit), names, batch=batch, context=context, steps=steps, rounds=rounds)
 
 

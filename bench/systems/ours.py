@@ -62,12 +62,12 @@ class Ours:
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase of the start; tracing is what Dynamo took before it called the compiler."""
-        from torch._dynamo.utils import calculate_time_spent
+        from torch._dynamo.utils import compilation_time_metrics
 
         report = self.llm.report()
         phases = {phase.name: phase.seconds for phase in report.phases}
-        spent = calculate_time_spent()
-        trace = spent.get("entire_frame_compile", 0.0) - spent.get("backend_compile", 0.0)
+        attempts = [sum(seconds) for name, seconds in compilation_time_metrics.items() if name.startswith("compile_attempt_")]
+        trace = sum(attempts) - sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", []))
         return {
             "import": self._import_seconds,
             "load": phases.get("load weights", 0.0),
