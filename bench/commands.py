@@ -185,9 +185,7 @@ def run_buckets(bench: Bench, *, context: int, steps: int, rounds: int, largest:
         lines(rows, x="batch", y="padded_share", by="series", labels=("batch", "share of padding"), log=False),
     ]
     arguments = {"context": context, "steps": steps, "rounds": rounds, "largest": last}
-    note = (
-        cliff and f"steepest: from batch {cliff['batch'] - 1} to {cliff['batch']}, {cliff['step_ratio']:.2f}x, in {cliff['bucket']}"
-    )
+    note = f"the steepest step is to batch {cliff['batch']}, {cliff['step_ratio']:.2f}x, in {cliff['bucket']}" if cliff else None
     bench.finish("buckets", arguments, result, columns, draws, note)
 
 

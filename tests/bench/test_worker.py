@@ -1,6 +1,7 @@
 """Systems in processes of their own: what they print, how they fail, and that a failure stays theirs."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from bench.remote import Worker, WorkerError
 from bench.session import Options, Session
 from bench.systems import SYSTEMS, Setup
 from bench.workloads import offline
-from tests.bench.local import made_up_card
+from tests.bench.local import made_up_card, write_architecture
 
 _SETUP = Setup(config={}, dtype="float32", device="cpu", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128)
 
@@ -54,6 +55,35 @@ def test_an_unknown_target_is_an_error() -> None:
 def test_vllm_without_vllm_is_left_out_with_a_sentence() -> None:
     with pytest.raises(WorkerError, match="vllm is not importable here: install it, or pass --vllm-pythonpath DIR"):
         Worker(SYSTEMS["vllm"], {**_fields(), "config": {}})
+
+
+_VLLM = """
+import sys
+__version__ = "0.0"
+class SamplingParams:
+    def __init__(self, **values): self.values = values
+class _Output:
+    def __init__(self, n): self.token_ids = [7] * n; self.outputs = [self]
+class LLM:
+    def __init__(self, model, **options):
+        assert not {"compiled_llm", "torch", "pydantic"} & sys.modules.keys(), "vLLM's environment may have none of these"
+        with open(model + "/config.json") as file: assert "llama" in file.read()
+        assert options["load_format"] == "dummy" and options["gpu_memory_utilization"] == 0.25, options
+    def generate(self, prompts, params, use_tqdm):
+        assert all(prompt["prompt_token_ids"] for prompt in prompts)
+        return [_Output(each.values["max_tokens"]) for each in params]
+"""
+
+
+def test_vllm_is_found_in_a_path_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text(_VLLM)
+    model = {"name": str(write_architecture(tmp_path)), "weights": "random"}
+    arguments = {**_fields(), "config": {"model": model}, "memory_share": 0.25}
+    with Worker(SYSTEMS["vllm"], arguments, pythonpath=str(tmp_path)) as worker:
+        assert worker.call("start") > 0
+        assert worker.call("generate", prompts=[[1], [2, 3]], output_lengths=[4, 5], temperature=0.6)["counts"] == [4, 5]
+        assert worker.call("describe") == {"version": "0.0"}
+        worker.call("close")
 
 
 def test_one_system_s_crash_leaves_the_others_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
