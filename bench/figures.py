@@ -53,7 +53,7 @@ def bars(rows: Sequence[dict[str, Any]], *, x: str, ys: Sequence[str], label: st
         kept = [row for row in rows if any(row.get(y) is not None for y in ys)]
         bottoms = [0.0] * len(kept)
         for y in ys:
-            heights = [max(0.0, row.get(y) or 0.0) for row in kept]
+            heights = [row.get(y) or 0.0 for row in kept]
             axes.bar(range(len(kept)), heights, bottom=bottoms, label=y.replace("_", " "))
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         axes.set_xticks(range(len(kept)), [str(row[x]) for row in kept], rotation=25, ha="right", fontsize=8)

@@ -5,6 +5,7 @@ difference of two calls, which generate `lead + steps` and `lead` tokens, divide
 prompts have joined the batch before the first one leaves it, so both calls differ in full steps of `batch` rows alone.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(session: Session, names: list[str], plan: Plan, card: Card) -> list[Cell
     """Every batch size on every system: warmed up, then in rounds, in each of which the systems take turns."""
     cells = []
     for batch in plan.batches:
+        print(f"timing batch {batch} ...", file=sys.stderr)
         row = [_begin(session, name, batch, plan, card) for name in names]
         for number in range(1, plan.rounds + 1):
             for cell in row:
@@ -69,10 +71,10 @@ def run(session: Session, names: list[str], plan: Plan, card: Card) -> list[Cell
 
 
 def table(cells: list[Cell], plan: Plan, card: Card) -> list[dict[str, Any]]:
-    """A row for each cell: medians, spreads, what reading alone would take, and ours against each peer at the same batch."""
+    """A row for each cell: medians, spreads, what reading alone would take, and ratios to the first system at the same batch."""
     rows = []
     for cell in cells:
-        ours = next((other for other in cells if other.batch == cell.batch and other.system == cells[0].system), cell)
+        base = next(other for other in cells if other.batch == cell.batch and other.system == cells[0].system)
         row: dict[str, Any] = {"system": cell.system, "batch": cell.batch, "failure": cell.failure}
         if cell.failure is None:
             step, first = figure(cell.step_ms), figure(cell.first_ms)
@@ -83,8 +85,8 @@ def table(cells: list[Cell], plan: Plan, card: Card) -> list[dict[str, Any]]:
                 "tokens_per_second": cell.batch / step.median * 1e3 if step.median > 0 else None,
                 "first_token_ms": first.median,
                 "first_spread": first.spread,
-                "step_ratio": ratio(cell.step_ms, ours.step_ms),
-                "first_ratio": ratio(cell.first_ms, ours.first_ms),
+                "step_ratio": ratio(cell.step_ms, base.step_ms),
+                "first_ratio": ratio(cell.first_ms, base.first_ms),
                 "host_us": figure(cell.host_us).median if cell.host_us else None,
                 "padded_share": cell.padded_share,
                 "fallbacks": cell.fallbacks,

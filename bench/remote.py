@@ -47,7 +47,7 @@ class Worker:
         env: Mapping[str, str] | None = None,
         limit: float = 3600.0,
     ) -> None:
-        self._limit, self._late = limit, False
+        self._limit, self._late, self._busy = limit, False, False
         name = target.rpartition(":")[2].lower()
         with tempfile.NamedTemporaryFile("w", prefix=f"compiled-llm-bench-{name}-", suffix=".log", delete=False) as log:
             self.log = Path(log.name)
@@ -68,6 +68,7 @@ class Worker:
         assert self._process.stdout is not None
         timer = threading.Timer(self._limit, self._kill_late)
         timer.start()
+        self._busy = True
         try:
             self._process.stdin.write(json.dumps({"call": method, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
@@ -78,13 +79,19 @@ class Worker:
             timer.cancel()
         if not line:
             raise WorkerError(self._obituary(), alive=False)
+        self._busy = False
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"], alive=True)
         return answer["result"]
 
     def close(self) -> None:
-        """End the process, and those it started. A second call does nothing."""
+        """Let the object free what it holds, unless it is still at work, and end the process, and those it started."""
+        if self._busy:
+            self._kill()
+        elif self._process.poll() is None:
+            with suppress(WorkerError):
+                self.call("close")
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -85,8 +85,6 @@ class Session:
     def close(self) -> None:
         """End all processes."""
         for name in list(self.workers):
-            with suppress(WorkerError):
-                self.workers[name].call("close")
             self.drop(name)
 
     def _lose(self, name: str, error: WorkerError) -> None:

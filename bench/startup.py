@@ -42,6 +42,5 @@ def _start(name: str, config: Config, card: Card, options: Options, env: dict[st
         first = worker.call("generate", prompts=prompts, output_lengths=[1], temperature=0.0)["seconds"]
         total = time.perf_counter() - began
         phases: dict[str, float] = worker.call("phases") if name.startswith("ours") else {}
-        worker.call("close")
     known = {"process": made, **phases, "first token": first}
-    return {"total": total, **known, "other": total - sum(known.values()), "ready": ready}
+    return {"total": total, **known, "other": max(0.0, total - sum(known.values())), "ready": ready}

@@ -1,5 +1,6 @@
 """`bench throughput`: output tokens a second of a whole workload, all prompts submitted at once, for every system."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ def run(session: Session, names: list[str], workload: Workload, *, rounds: int) 
     runs = [Run(system=name, rounds=[]) for name in names]
     warm_up = replace(workload, output_lengths=[min(_WARM_UP, n) for n in workload.output_lengths])
     for number in range(rounds + 1):
+        print(f"round {number} of {rounds} ..." if number else "warming up ...", file=sys.stderr)
         for each in runs:
             generated = _generate(session, each, workload if number else warm_up)
             if number and generated is not None:

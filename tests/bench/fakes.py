@@ -33,7 +33,7 @@ class Fake:
         raise ValueError("it cannot\ndo this")
 
     def close(self) -> None:
-        pass
+        print("let go")
 
 
 class Crashing(Fake):

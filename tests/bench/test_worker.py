@@ -47,6 +47,13 @@ def test_a_call_that_takes_too_long_is_ended() -> None:
     assert time.perf_counter() - began < 10
 
 
+def test_closing_lets_the_object_go_first() -> None:
+    worker = Worker("tests.bench.fakes:Fake", {})
+    worker.close()
+    assert "let go" in worker.log.read_text()
+    worker.close()
+
+
 def test_an_unknown_target_is_an_error() -> None:
     with pytest.raises(WorkerError, match="no attribute 'Nothing'"):
         Worker("tests.bench.fakes:Nothing", {})
