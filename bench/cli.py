@@ -55,7 +55,8 @@ def throughput(
     rounds: Rounds = 5, out: Out = None, limit: Limit = 3600.0, vllm_pythonpath: VllmPath = None,
 ) -> None:  # fmt: skip
     """Output tokens a second, all prompts at once; the defaults are the offline workload of nano-vllm and mini-sglang."""
-    from bench.commands import Mix, run_throughput
+    from bench.commands import run_throughput
+    from bench.throughput import Mix
 
     mix = Mix(
         prompts=prompts, prompt_lengths=_range(prompt_lengths, "--prompt-lengths"),

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import buckets, kernel_runs, latency, passes, sharegpt, startup, stream, throughput
+from bench import buckets, kernel_runs, latency, passes, startup, stream, throughput
 from bench.card import Card
 from bench.display import Column, number, percent, show_card, show_table, times
 from bench.figures import Draw, bars, lines, save_figure, timelines
 from bench.record import make_record, model_name, save
 from bench.session import Options, Session, fitted, measured_card, started
 from bench.trace import idle_between_launches
-from bench.workloads import Workload, of_lengths, offline
+from bench.workloads import Workload
 from compiled_llm.config import Config
 
 _TEXT: Any = str
@@ -95,28 +95,7 @@ def run_latency(bench: Bench, names: list[str], plan: latency.Plan) -> None:
     bench.finish("latency", {"systems": names, **asdict(plan)}, result, columns, draws)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mix:
-    """Which workload: lengths from a ShareGPT-style file, or random ones between two ends; W1 by default."""
-
-    prompts: int = 256
-    prompt_lengths: tuple[int, int] = (100, 1024)
-    output_lengths: tuple[int, int] = (100, 1024)
-    temperature: float = 0.6
-    sharegpt: Path | None = None
-
-    def workload(self, config: Config, card: Card) -> Workload:
-        """Its prompts; raises ValueError where the file cannot be used."""
-        if self.sharegpt is None:
-            lengths = {"prompt_lengths": self.prompt_lengths, "output_lengths": self.output_lengths}
-            return offline(self.prompts, temperature=self.temperature, vocab_size=card.vocab_size, **lengths)
-        count, words = sharegpt.token_counter(config.model.name)
-        print(f"lengths of {self.sharegpt} are counted in {words}", file=sys.stderr)
-        found = sharegpt.read_lengths(self.sharegpt, count, limit=self.prompts, longest=card.max_model_len)
-        return of_lengths(found, temperature=self.temperature, vocab_size=card.vocab_size)
-
-
-def run_throughput(bench: Bench, names: list[str], mix: Mix, *, rounds: int, profile: int) -> None:
+def run_throughput(bench: Bench, names: list[str], mix: throughput.Mix, *, rounds: int, profile: int) -> None:
     workload = mix.workload(bench.config, bench.card)
     bench.fit(workload.longest)
     with started(names, bench.config, bench.card, bench.options) as session:

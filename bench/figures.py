@@ -37,6 +37,10 @@ def lines(rows: Sequence[dict[str, Any]], *, x: str, y: str, by: str, labels: tu
         if log:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            ticks = sorted({row[x] for row in rows})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                which("{x:.3g}")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.grid(alpha=0.3)

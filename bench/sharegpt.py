@@ -32,13 +32,16 @@ def read_lengths(path: Path, count_tokens: Callable[[str], int], *, limit: int, 
 
 
 def token_counter(model: str | None) -> tuple[Callable[[str], int], str]:
-    """Counts tokens with the model's tokenizer, or words where it has none; and which of the two, in words."""
+    """Counts tokens with the tokenizer of a config's `model.name`, or words where it has none; and which of the two, in words."""
     from transformers import AutoTokenizer
 
-    has_one = model is not None and not model.endswith(".json")
-    if has_one:
+    from compiled_llm.models.default import default_model
+
+    path = Path(default_model() if model is None else model)
+    place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    if path.suffix != ".json":
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(place, **file)
         except (OSError, ValueError):
             pass
         else:

@@ -2,14 +2,39 @@
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from bench.card import Card
 from bench.samples import figure, ratio
 from bench.session import Session
+from bench.sharegpt import read_lengths, token_counter
 from bench.systems import Generated
-from bench.workloads import Workload
+from bench.workloads import Workload, of_lengths, offline
+from compiled_llm.config import Config
 
 _WARM_UP = 16  # tokens of each output when warming up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Which workload: lengths from a ShareGPT-style file, or random ones between two ends; W1 by default."""
+
+    prompts: int = 256
+    prompt_lengths: tuple[int, int] = (100, 1024)
+    output_lengths: tuple[int, int] = (100, 1024)
+    temperature: float = 0.6
+    sharegpt: Path | None = None
+
+    def workload(self, config: Config, card: Card) -> Workload:
+        """Its prompts; raises ValueError where the file cannot be used."""
+        if self.sharegpt is None:
+            lengths = {"prompt_lengths": self.prompt_lengths, "output_lengths": self.output_lengths}
+            return offline(self.prompts, temperature=self.temperature, vocab_size=card.vocab_size, **lengths)
+        count, words = token_counter(config.model.name)
+        print(f"lengths of {self.sharegpt} are counted in {words}", file=sys.stderr)
+        found = read_lengths(self.sharegpt, count, limit=self.prompts, longest=card.max_model_len)
+        return of_lengths(found, temperature=self.temperature, vocab_size=card.vocab_size)
 
 
 @dataclass(slots=True, kw_only=True)
