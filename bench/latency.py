@@ -1,139 +1,141 @@
-"""Milliseconds of a decode step over a sweep of batch sizes, beside transformers' own eager decode in the same process.
+"""`bench latency`: milliseconds of a decode step and to the first token, over batch sizes, for every system in the same way.
 
-    python bench/latency.py --config configs/qwen3-0.6b-gpu.yaml --set model.weights=random
-
-Prints the start-up phases, a table, and one JSON object as the last line. A step is the engine's: planned, launched, and the
-tokens of the one before it read. The wall time of `steps` steps is divided by their number; the figure is the median of
-`rounds`; host time is what the calling thread spends on a step besides waiting for the device.
+The time to the first token is that of a call which generates one token for each of `batch` prompts. A decode step is the
+difference of two calls, which generate `lead + steps` and `lead` tokens, divided by `steps`: `lead` is long enough that all
+prompts have joined the batch before the first one leaves it, so both calls differ in full steps of `batch` rows alone.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
+from bench.card import Card
+from bench.samples import figure, ratio
+from bench.session import Session
+from bench.systems import Generated
+from bench.workloads import fresh_prompts
 
-from compiled_llm import CompiledLLM, SamplingParams, load_config
-from compiled_llm.engine.request import Request
+_LEAD = 4  # tokens in which a system gets over what only its first steps do
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=C")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
-    options = parser.parse_args()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is timed: batch sizes, prompt tokens of each sequence, decode steps of a sample, samples of each system."""
 
-    began = time.perf_counter()
+    batches: list[int]
+    context: int
+    steps: int
+    rounds: int
+
+    def longest(self, max_num_batched_tokens: int) -> int:
+        """Tokens of the longest sequence."""
+        return self.context + self.lead(max(self.batches), max_num_batched_tokens) + self.steps
+
+    def lead(self, batch: int, max_num_batched_tokens: int) -> int:
+        """Tokens after which all prompts of a batch have joined, at so many tokens a step."""
+        return _LEAD + -(-batch * self.context // max_num_batched_tokens)
+
+
+@dataclass(slots=True, kw_only=True)
+class Cell:
+    """One system at one batch size: its samples, round by round, or the reason why there are none.
+
+    Attributes:
+        first_ms, step_ms: of each round.
+        host_us, padded_share: of the decode steps, for systems that count them.
+        fallbacks: steps that ran eagerly, for systems that count them.
+    """
+
+    system: str
+    batch: int
+    first_ms: list[float]
+    step_ms: list[float]
+    host_us: list[float]
+    padded_share: float | None = None
+    fallbacks: int | None = None
+    failure: str | None = None
+
+
+def run(session: Session, names: list[str], plan: Plan, card: Card) -> list[Cell]:
+    """Every batch size on every system: warmed up, then in rounds, in each of which the systems take turns."""
+    cells = []
+    for batch in plan.batches:
+        print(f"timing batch {batch} ...", file=sys.stderr)
+        row = [_begin(session, name, batch, plan, card) for name in names]
+        for number in range(1, plan.rounds + 1):
+            for cell in row:
+                if cell.failure is None:
+                    _sample(session, cell, plan, card, number)
+        cells += row
+    return cells
+
+
+def table(cells: list[Cell], plan: Plan, card: Card) -> list[dict[str, Any]]:
+    """A row for each cell: medians, spreads, what reading alone would take, and ratios to the first system at the same batch."""
     rows = []
-    with CompiledLLM.from_pretrained(config=load_config(options.config, options.overrides)) as llm:
-        ready = time.perf_counter() - began
-        print(llm.report())
-        for batch in options.batch:
-            rows.append(_ours(llm, batch, options.context, options.steps, options.rounds))
-        report = llm.report()
-        model = llm.model
-    for row in [] if options.no_peer else rows:
-        row["transformers_ms"] = _transformers(model, row["batch"], options.context, options.rounds)
-    _print(rows)
-    result = {
-        "model": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
-        "context": options.context,
-        "ready_s": round(ready, 2),
-        "phases": {phase.name: round(phase.seconds, 2) for phase in report.phases},
-        "graphs": report.graphs,
-        "pool_bytes": report.pool_bytes,
-        "fallbacks": dict(report.fallbacks),
-        "graph_events": report.graph_events,
-        "rows": rows,
-    }
-    print(json.dumps(result))
+    for cell in cells:
+        base = next(other for other in cells if other.batch == cell.batch and other.system == cells[0].system)
+        row: dict[str, Any] = {"system": cell.system, "batch": cell.batch, "failure": cell.failure}
+        if cell.failure is None:
+            step, first = figure(cell.step_ms), figure(cell.first_ms)
+            row |= {
+                "step_ms": step.median,
+                "step_spread": step.spread,
+                "least_ms": card.least_ms(cell.batch, plan.context),
+                "tokens_per_second": cell.batch / step.median * 1e3 if step.median > 0 else None,
+                "first_token_ms": first.median,
+                "first_spread": first.spread,
+                "step_ratio": ratio(cell.step_ms, base.step_ms),
+                "first_ratio": ratio(cell.first_ms, base.first_ms),
+                "host_us": figure(cell.host_us).median if cell.host_us else None,
+                "padded_share": cell.padded_share,
+                "fallbacks": cell.fallbacks,
+            }
+        rows.append(row)
+    return rows
 
 
-def _ours(llm: CompiledLLM, batch: int, context: int, steps: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a decode step, microseconds of host time in it, and milliseconds to the first token of one prompt."""
-    params = SamplingParams(temperature=0.0, max_tokens=1 + steps * (rounds + 1), ignore_eos=True)
-    first_token = []
-    for row in range(batch):
-        begin = time.perf_counter()
-        llm.generate([7 + row] * context, replace(params, max_tokens=1), progress=False)
-        first_token.append((time.perf_counter() - begin) * 1e3)
-    llm.reset_prefix_cache()
-    stats, seconds, host = llm.report().scheduling, [], []
-    requests = [
-        Request(prompt_token_ids=[7 + row] * context, params=params, max_tokens=params.max_tokens or 1) for row in range(batch)
-    ]
-    for request in requests:
-        llm.engine.add(request)
-    while llm.engine.num_waiting or not stats.decode_steps:
-        llm.engine.step()
-    for _ in range(rounds):
-        _wait()
-        begin, hosted = time.perf_counter(), stats.host_seconds
-        for _ in range(steps):
-            llm.engine.step()
-        _wait()
-        seconds.append((time.perf_counter() - begin) / steps)
-        host.append((stats.host_seconds - hosted) / steps)
-    for request in requests:
-        llm.engine.abort(request)
-    while llm.engine.has_work:
-        llm.engine.step()
-    return {
-        "batch": batch,
-        "step_ms": round(statistics.median(seconds) * 1e3, 4),
-        "host_us": round(statistics.median(host) * 1e6, 2),
-        "first_token_ms": round(statistics.median(first_token), 3),
-    }
+def samples(cells: list[Cell]) -> list[dict[str, Any]]:
+    """All that was measured."""
+    return [asdict(cell) for cell in cells]
 
 
-def _transformers(model: PreTrainedModel, batch: int, context: int, rounds: int) -> float:
-    """Median milliseconds of a decode step of the same model, eager, with sdpa attention and transformers' own cache."""
-    model.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        output = model(torch.full((batch, context), 7, device=model.device), use_cache=True)
-        token = torch.full((batch, 1), 7, device=model.device)
-
-        def step() -> None:
-            model(token, past_key_values=output.past_key_values, use_cache=True)
-
-        return round(_median_seconds(step, steps=10, rounds=rounds) * 1e3, 4)
-
-
-def _median_seconds(step: Callable[[], None], *, steps: int, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):
-        _wait()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            step()
-        _wait()
-        times.append((time.perf_counter() - begin) / steps)
-    return statistics.median(times[1:])
+def _begin(session: Session, name: str, batch: int, plan: Plan, card: Card) -> Cell:
+    """An empty cell, its system warmed up for it."""
+    cell = Cell(system=name, batch=batch, first_ms=[], step_ms=[], host_us=[])
+    if name not in session.workers:
+        cell.failure = session.failures.get(name, "it did not start")
+    elif batch > card.max_num_seqs:
+        cell.failure = f"limits.max_num_seqs is {card.max_num_seqs}"
+    else:
+        for length in (plan.lead(batch, card.max_num_batched_tokens) + plan.steps, 1):
+            if cell.failure is None:
+                _generate(session, cell, plan, card, length, seed=0)
+    return cell
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _sample(session: Session, cell: Cell, plan: Plan, card: Card, number: int) -> None:
+    """One round of one cell; prompts are the same for all systems, and new in every call."""
+    lead = plan.lead(cell.batch, card.max_num_batched_tokens)
+    first = _generate(session, cell, plan, card, 1, seed=3 * number)
+    short = _generate(session, cell, plan, card, lead, seed=3 * number + 1)
+    long = _generate(session, cell, plan, card, lead + plan.steps, seed=3 * number + 2)
+    if first is None or short is None or long is None:
+        return
+    cell.first_ms.append(first.seconds * 1e3)
+    cell.step_ms.append((long.seconds - short.seconds) / plan.steps * 1e3)
+    if long.counters:
+        grown = {name: long.counters[name] - short.counters[name] for name in long.counters}
+        cell.host_us.append(grown["host_seconds"] / max(1.0, grown["steps"]) * 1e6)
+        cell.padded_share = grown["padded"] / grown["computed"] if grown["computed"] > 0 else None
+        cell.fallbacks = (cell.fallbacks or 0) + int(sum(each.counters["fallbacks"] for each in (first, short, long)))
 
 
-def _print(rows: list[dict[str, float]]) -> None:
-    names = list(rows[0])
-    print("  ".join(f"{name:>16}" for name in names))
-    for row in rows:
-        print("  ".join(f"{row[name]:>16}" for name in names))
-
-
-if __name__ == "__main__":
-    main()
+def _generate(session: Session, cell: Cell, plan: Plan, card: Card, length: int, *, seed: int) -> Generated | None:
+    if cell.failure is not None:
+        return None
+    prompts = fresh_prompts(cell.batch, plan.context, vocab_size=card.vocab_size, seed=1000 * cell.batch + seed)
+    generated = session.generate(cell.system, prompts, [length] * cell.batch, 0.0)
+    if generated is None:
+        cell.failure = session.failures[cell.system]
+    return generated

@@ -72,6 +72,20 @@ def inspect(config: ConfigFile = None, overrides: Overrides = [], model: Model =
         print(llm.report())
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def bench(context: typer.Context) -> None:
+    """Run the benchmark suite; `compiled-llm bench --help` lists its commands."""
+    try:
+        from bench.cli import app as suite
+    except ModuleNotFoundError as error:
+        if error.name not in {"bench", "bench.cli"}:
+            raise
+        raise ValueError("the benchmark suite is not installed: run this from a checkout of the project, or install one") from None
+    suite(args=context.args, prog_name="compiled-llm bench")
+
+
 def _check_inputs(prompt: str | None, prompts: Path | None, out: Path | None, n: int) -> None:
     if (prompt is None) == (prompts is None):
         raise ValueError(f"expected either a prompt or --prompts, got {'both' if prompts is not None else 'neither'}")

@@ -1,0 +1,104 @@
+"""This project, as configured."""
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from bench.systems import Generated, Setup
+
+if TYPE_CHECKING:
+    from compiled_llm import CompiledLLM
+
+
+class Ours:
+    """The engine with the config as it is; see `System`."""
+
+    dispatch: str | None = None
+
+    def __init__(self, **setup: Any) -> None:
+        self.setup = Setup(**setup)
+        self._llm: CompiledLLM | None = None
+        self._import_seconds = 0.0
+
+    @property
+    def llm(self) -> "CompiledLLM":
+        assert self._llm is not None, "start() comes first"
+        return self._llm
+
+    def start(self) -> float:
+        began = time.perf_counter()
+        from compiled_llm import CompiledLLM
+        from compiled_llm.config import parse_config
+
+        self._import_seconds = time.perf_counter() - began
+        self._llm = CompiledLLM.from_pretrained(config=parse_config(self._values()))
+        return time.perf_counter() - began
+
+    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+        from compiled_llm import SamplingParams
+
+        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in output_lengths]
+        self.llm.reset_prefix_cache()
+        before = self._counters()
+        began = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, progress=False)
+        seconds = time.perf_counter() - began
+        counters = {name: value - before[name] for name, value in self._counters().items()}
+        counts = [len(output.outputs[0].token_ids) for output in outputs]
+        return asdict(Generated(counts=counts, seconds=seconds, counters=counters))
+
+    def describe(self) -> dict[str, Any]:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            ours = version("compiled-llm")
+        except PackageNotFoundError:
+            ours = "from source"
+        return {"version": ours, "dispatch": self.llm.config.compile.dispatch, "passes": self.llm.config.pass_order()}
+
+    def report(self) -> dict[str, Any]:
+        """What the engine counted, and the seconds that importing it took."""
+        return {**self.llm.report().to_dict(), "import_seconds": self._import_seconds}
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of the start; tracing is what Dynamo took before it called the compiler."""
+        from torch._dynamo.utils import compilation_time_metrics
+
+        report = self.llm.report()
+        phases = {phase.name: phase.seconds for phase in report.phases}
+        attempts = [sum(seconds) for name, seconds in compilation_time_metrics.items() if name.startswith("compile_attempt_")]
+        trace = sum(attempts) - sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", []))
+        return {
+            "import": self._import_seconds,
+            "load": phases.get("load weights", 0.0),
+            "prepare": sum(seconds for name, seconds in phases.items() if name not in {"load weights", "compile and capture"}),
+            "trace": trace,
+            "compile": max(0.0, sum(bucket.compile_seconds for bucket in report.buckets) - trace),
+            "capture": sum(bucket.capture_seconds for bucket in report.buckets),
+        }
+
+    def close(self) -> None:
+        if self._llm is not None:
+            self._llm.close()
+
+    def _values(self) -> dict[str, Any]:
+        values, setup = {**self.setup.config}, self.setup
+        if setup.memory_share is not None:
+            share = min(0.95, setup.memory_before + setup.memory_share)  # ours counts what others hold, too
+            values["cache"] = {**values.get("cache", {}), "gpu_memory_utilization": share}
+        if self.dispatch is not None:
+            values["compile"] = {**values.get("compile", {}), "dispatch": self.dispatch}
+            values["strict"] = False
+        return values
+
+    def _counters(self) -> dict[str, float]:
+        report = self.llm.report()
+        stats = report.scheduling
+        return {
+            "steps": stats.steps,
+            "host_seconds": stats.host_seconds,
+            "padded": sum(bucket.padded for bucket in report.buckets),
+            "computed": sum(bucket.replays * bucket.size for bucket in report.buckets),
+            "preemptions": stats.preemptions,
+            "fallbacks": sum(report.fallbacks.values()),
+        }
