@@ -59,8 +59,8 @@ class CompiledLLM:
             with report.phase("examine model", model.device):
                 with linears_by_input(model) as groups:
                     layers = discover(model)
-                if self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order():
-                    self._resources.enter_context(merged(groups))
+                wanted = self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order()
+                self._resources.enter_context(merged(model, groups if wanted else []))
             self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
             self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)

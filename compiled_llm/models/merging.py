@@ -1,12 +1,13 @@
 """Weights of linear layers that share an input, side by side in one storage, so that a pass can read them as one weight.
 
-The modules stay as they are: each parameter becomes a view of the common storage, and its own tensor again at the end. Only one
-group at a time is held twice.
+The modules stay as they are: each parameter becomes a view of the common storage, and remains one. Only one group at a time is
+held twice.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +40,23 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
             groups.append(alike)
 
 
+_num_engines: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 @contextmanager
-def merged(groups: list[list[nn.Linear]]) -> Iterator[None]:
-    """Hold the weights of each group in one storage, in order."""
-    try:
+def merged(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
+    """Hold the weights of each group in one storage, in order, where they stay as long as this is open.
+
+    Where another engine works on the model, its graphs know the weights by their addresses: then none is moved.
+    """
+    if not _num_engines.get(model):
         for group in groups:
-            together = torch.cat([module.weight.data for module in group])
-            for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):
-                module.weight.data = weight
+            _merge(group)
+    _num_engines[model] = _num_engines.get(model, 0) + 1
+    try:
         yield
     finally:
-        for module in (module for group in groups for module in group):
-            module.weight.data = module.weight.data.clone()
+        _num_engines[model] -= 1
 
 
 def count_merged(model: nn.Module) -> int:
@@ -60,6 +66,14 @@ def count_merged(model: nn.Module) -> int:
         if isinstance(module, nn.Linear) and not _has_bias(module):
             parts.setdefault(module.weight.untyped_storage().data_ptr(), set()).add(module.weight.storage_offset())
     return sum(len(offsets) > 1 for offsets in parts.values())
+
+
+def _merge(group: list[nn.Linear]) -> None:
+    if len({module.weight.untyped_storage().data_ptr() for module in group}) == 1:
+        return
+    together = torch.cat([module.weight.data for module in group])
+    for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):
+        module.weight.data = weight
 
 
 def _has_bias(module: nn.Module) -> bool:
