@@ -69,12 +69,10 @@ class AsyncCompiledLLM:
             ValueError: the request cannot be served; nothing was run.
             QueueFullError: as many requests wait as `limits.max_waiting` allows; nothing was run.
         """
-        loop, llm = asyncio.get_running_loop(), self._thread.llm
+        loop, jobs = asyncio.get_running_loop(), self._thread.llm.jobs
 
         def make() -> Job:
-            job = llm.jobs.make(prompt, params, priority=priority, streaming=streaming, request_id=request_id or uuid.uuid4().hex)
-            llm.engine.check(job.requests[0])
-            return job
+            return jobs.make(prompt, params, priority=priority, streaming=streaming, request_id=request_id or uuid.uuid4().hex)
 
         channel = Channel(job=await loop.run_in_executor(self._tokenizing, make), loop=loop, streaming=streaming)
         stream = RequestStream(channel, self._thread.abort_soon)

@@ -117,8 +117,9 @@ class EngineThread:
         self._thread.join()
 
     def enter(self, channel: Channel) -> None:
-        """A command: let the engine have a job's requests, all or none."""
+        """A command: let the engine have a job's requests, all or none; raises ValueError and QueueFullError."""
         engine, requests = self.llm.engine, channel.job.requests
+        engine.check(requests[0])
         if channel.request_id in self._channels:
             raise ValueError(f"request_id {channel.request_id!r} is that of a running request: expected another, or None")
         try:
@@ -148,7 +149,7 @@ class EngineThread:
             self._work(llm)
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # their variables would keep caches and graphs
-            self._cause = error
+            self._cause, self._llm = error, None  # whoever is told, and asks for more, shall be refused for this cause
             self._deliver(dict.fromkeys(self._channels.values(), error))
         self._llm = None
         self._refuse()

@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, QueueFullError, RequestOutput, SamplingParams
 from compiled_llm.async_api import RequestStream
 from compiled_llm.engine.sampling_params import LogitsProcessor
+from compiled_llm.engine_thread import EngineThread
+from compiled_llm.jobs import Jobs
 from compiled_llm.runtime.warmup import StrictError
 from tests.tiny import VOCAB_SIZE, Reference, prompt_of, small_config, tiny_model
 
@@ -340,11 +342,22 @@ def test_a_failing_logits_processor_ends_its_request_alone(llm: AsyncCompiledLLM
     assert other.outputs[0].token_ids == reference(prompt_of(20), 100)
 
 
-def test_an_error_in_a_step_ends_everything_and_is_named() -> None:
+def test_an_error_in_a_step_ends_everything_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
         raise StrictError("a step would run eagerly: no reason")
 
+    def slowly(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            result = function(*args, **named)
+            time.sleep(seconds)
+            return result
+
+        return call
+
     async def main() -> None:
+        # What comes while the thread is ending shall be told the cause too.
+        monkeypatch.setattr(EngineThread, "_deliver", slowly(0.1, EngineThread._deliver))
+        monkeypatch.setattr(Jobs, "make", slowly(0.2, Jobs.make))
         llm = await asyncio.to_thread(AsyncCompiledLLM, make_llm)
         streams = [await llm.add(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
         runtime = await llm.call(lambda engine: weakref.ref(engine.runtime))
