@@ -22,7 +22,7 @@ aten = torch.ops.aten
 def _run(graph: Graph, context: PassContext) -> list[str]:
     groups: dict[tuple[Node, tuple[int, ...], int], list[Node]] = {}
     for product in graph.find_nodes(op="call_function", target=aten.mm.default):
-        weight = transposed_weight(product)
+        weight = _transposed_weight(product)
         if weight is not None:
             tokens, storage = product.args[0], weight.meta["val"].untyped_storage()
             groups.setdefault((reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []).append(product)
@@ -32,7 +32,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     return [_label(number) for number in range(len(merged))]
 
 
-def transposed_weight(product: Node) -> Node | None:
+def _transposed_weight(product: Node) -> Node | None:
     """The weight [N, K] of an `mm` with a graph input transposed."""
     transpose = product.args[1]
     if not is_op(transpose, aten.permute.default) or transpose.args[1] != [1, 0]:
@@ -42,7 +42,7 @@ def transposed_weight(product: Node) -> Node | None:
 
 
 def _value(product: Node) -> Tensor:
-    weight = transposed_weight(product)
+    weight = _transposed_weight(product)
     assert weight is not None
     value: Tensor = weight.meta["val"]
     return value
@@ -61,7 +61,7 @@ def _merge(graph: Graph, group: list[Node]) -> None:
     sizes = [_value(product).shape[0] for product in products]
     bounds = list(pairwise([0, *(sum(sizes[: n + 1]) for n in range(len(sizes)))]))
     with graph.inserting_before(group[0]):
-        first = transposed_weight(products[0])
+        first = _transposed_weight(products[0])
         assert first is not None
         num_in, offset = _value(products[0]).shape[1], _value(products[0]).storage_offset()
         weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], offset)

@@ -28,8 +28,10 @@ def _rewrite(graph: Graph, marker: Node) -> int:
     assert isinstance(layer, int)
     with graph.inserting_before(marker):
         q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
-        _write(graph, k, k_cache, slots)
-        _write(graph, v, v_cache, slots)
+        places = _places(graph, k_cache, slots)
+        for cache, values in ((k_cache, k), (v_cache, v)):
+            # A scatter, which Inductor fuses with what makes the values.
+            emit(graph, aten.index_put_.default, cache, places, values)
         tables = (block_table, query_start, seq_lens, arrivals)
         attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
@@ -37,13 +39,12 @@ def _rewrite(graph: Graph, marker: Node) -> int:
     return layer
 
 
-def _write(graph: Graph, values: Node, cache: Argument, slots: Argument) -> None:
-    """Store [T, G, D] in the slots of a cache [P, B, G, D]: a scatter that fuses with what makes the values."""
+def _places(graph: Graph, cache: Argument, slots: Argument) -> list[Node]:
+    """Page and offset of each slot in a cache [P, B, G, D]; B is a power of two."""
     assert isinstance(cache, Node)
     shift = cache.meta["val"].shape[1].bit_length() - 1
     page = emit(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift)
-    offset = emit(graph, aten.bitwise_and.Scalar, slots, (1 << shift) - 1)
-    emit(graph, aten.index_put_.default, cache, [page, offset], values)
+    return [page, emit(graph, aten.bitwise_and.Scalar, slots, (1 << shift) - 1)]
 
 
 def _tokens_first(graph: Graph, heads_first: object) -> Node:
