@@ -32,6 +32,12 @@ _DYNAMO = {"enable_aot_compile": True, "recompile_limit": 4096, "accumulated_rec
 _INDUCTOR = {"graph_partition": False, "triton.cudagraph_or_error": True, "assert_indirect_indexing": False}
 
 
+if not torch.cuda.is_available():
+    # Without a GPU, the first thread that traces puts up a guard of its own for CUDA devices, which dies with it, while every
+    # other thread that traces goes on to use it: a crash. So it shall be the thread that imports this, most likely the main one.
+    torch._C._ensureCUDADeviceGuardSet()
+
+
 class CaptureError(RuntimeError):
     """A compiled step was not recorded as one CUDA graph."""
 

@@ -1,6 +1,9 @@
 """What the compiler makes of a step: passes, generated code, many buckets, failures."""
 
 import re
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 from unittest import mock
@@ -160,3 +163,25 @@ def test_any_thread_can_have_graph_trees() -> None:
     thread.join()
     assert isinstance(found[0], AssertionError)
     assert found[1:] == [None]
+
+
+def test_a_thread_that_traced_may_end() -> None:
+    """Without a GPU, the next trace crashes the process if torch is left to itself."""
+    code = """
+        import threading
+        import torch
+        import compiled_llm.runtime.dispatch
+        from torch._subclasses import FakeTensorMode
+
+        def trace():
+            with FakeTensorMode():
+                torch.empty(2) + 1
+
+        thread = threading.Thread(target=trace)
+        thread.start()
+        thread.join()
+        kept = [torch.randn(n) for n in range(10000)]
+        trace()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
