@@ -86,7 +86,7 @@ class Pipeline(CustomGraphPass):
         """Everything the rewritten graph depends on: the passes, their order, the context, and all of this package's source."""
         names = ",".join(graph_pass.name for graph_pass in self.passes)
         digest = hashlib.sha256(f"{names}|{self.context}".encode())
-        for path in sorted(Path(__file__).parent.rglob("*.py")):
+        for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".cpp")):
             digest.update(path.read_bytes())
         return digest.digest()
 

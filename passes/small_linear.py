@@ -1,10 +1,11 @@
 """Linear layers over few tokens -> kernels that do what stands around them on the way.
 
-Matches: `mm` in 16 bits with a transposed weight, on a GPU. Of a single token, any; of 2 to `MAX_TOKENS`, those that cuBLAS is
-slow at: with no more features out than in, which leave a GPU half empty, or very many (an lm_head). With
+Matches: `mm` of at most `MAX_TOKENS` tokens with a transposed weight: in float32 on a CPU, and in 16 bits on a GPU, there of a
+single token any, of more those that cuBLAS is slow at: with no more features out than in, which leave a GPU half empty, or very
+many (an lm_head). With
 - the addition of its result to a residual;
-- for a single token, the root mean square norm that makes its input (the norm of llama and its kin, weight last);
-- for a single token, `silu(gate) * up` of its halves, where gate and up were merged.
+- for a single token on a GPU, the root mean square norm that makes its input (the norm of llama and its kin, weight last);
+- for a single token on a GPU, `silu(gate) * up` of its halves, where gate and up were merged.
 Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
@@ -40,9 +41,16 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_served(product: Node) -> bool:
     x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
-    return bool(
-        x.is_cuda and x.dtype.itemsize == 2 and weight.stride() == (1, weight.shape[0]) and _pays(x.shape[0], *weight.shape)
-    )
+    if weight.stride() != (1, weight.shape[0]):
+        return False
+    if not x.is_cuda:
+        return bool(x.dtype == torch.float32)
+    return bool(x.dtype.itemsize == 2) and _pays(x.shape[0], *weight.shape)
+
+
+def _takes_norm_and_gate(product: Node) -> bool:
+    value = product.meta["val"]
+    return bool(value.is_cuda and value.shape[0] == 1)
 
 
 def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
@@ -55,8 +63,7 @@ def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
     assert isinstance(x, Node)
     assert isinstance(transpose, Node)
     num_tokens, num_in = x.meta["val"].shape
-    norm = _norm(x) if num_tokens == 1 else None
-    gate = _gated_user(product) if num_tokens == 1 else None
+    norm, gate = (_norm(x), _gated_user(product)) if _takes_norm_and_gate(product) else (None, None)
     addition = _addition(product) if gate is None else None
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):

@@ -25,6 +25,7 @@ def define(
     reference: Callable[..., object],
     kernel: Callable[..., object],
     fake: Callable[..., object],
+    cpu: Callable[..., object] | None = None,
 ) -> torch._ops.OpOverload:
     """Define one op.
 
@@ -33,6 +34,7 @@ def define(
         reference: the plain-PyTorch implementation, which runs wherever `kernel` does not.
         kernel: the CUDA implementation.
         fake: shapes and dtypes of the result, for tracing.
+        cpu: the CPU implementation, where the reference is not good enough.
 
     Returns:
         The op's default overload.
@@ -42,6 +44,8 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     LIBRARY.impl(name, kernel, "CUDA")
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload

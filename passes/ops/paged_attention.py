@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from passes.ops import cpu
 from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define
 
@@ -196,6 +197,19 @@ def paged_attention_kernel(
     return out_THE
 
 
+def paged_attention_cpu(
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
+    arrivals: Tensor, sinks_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
+) -> Tensor:  # fmt: skip
+    """C++ for one query a sequence in float32, else the reference."""
+    if max_query_len > 1 or q_THD.dtype != torch.float32:
+        return paged_attention_reference(
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, arrivals,
+            sinks_H, scale, window, softcap, max_query_len,
+        )  # fmt: skip
+    return cpu.decode_attention(q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, sinks_H, scale, window, softcap)
+
+
 def _paged_attention_fake(q_THD: Tensor, k_cache: Tensor, v_cache_PBGE: Tensor, *_: object) -> Tensor:
     return q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_cache_PBGE.shape[-1])
 
@@ -206,4 +220,5 @@ paged_attention = define(
     reference=paged_attention_reference,
     kernel=paged_attention_kernel,
     fake=_paged_attention_fake,
+    cpu=paged_attention_cpu,
 )

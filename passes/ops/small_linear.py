@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from passes.ops import cpu
 from passes.ops.library import define, early_launch
 
 MAX_TOKENS = 32
@@ -179,6 +180,15 @@ def _few_tokens_tiles(N: int, K: int) -> tuple[int, int, int]:
     return 32, splits, 6 if N * K >= 2**23 else 4
 
 
+def small_linear_cpu(
+    x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+) -> Tensor:
+    """C++ in float32, without norm and gate; else the reference."""
+    if x_TK.dtype != torch.float32 or norm_K is not None or gated:
+        return small_linear_reference(x_TK, weight, arrivals, norm_K, eps, residual_TN, gated)
+    return cpu.small_linear(x_TK, weight, residual_TN)
+
+
 def _small_linear_fake(
     x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
@@ -190,4 +200,5 @@ small_linear = define(
     reference=small_linear_reference,
     kernel=small_linear_kernel,
     fake=_small_linear_fake,
+    cpu=small_linear_cpu,
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.ops.paged_attention import paged_attention_kernel, paged_attention_reference
+from passes.ops.paged_attention import paged_attention_cpu, paged_attention_kernel, paged_attention_reference
 from passes.ops.write_kv import write_kv_kernel, write_kv_reference
 from tests.conftest import DEVICE
 
@@ -107,6 +107,15 @@ def test_kernel_is_the_reference(batch, shape, options, dtype) -> None:  # type:
     assert torch.isfinite(actual).all()
     assert not case.arrivals.any()
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
+@pytest.mark.parametrize("lens", [DECODE[0], [1300, 64, 65, 700]], ids=["short", "long"])
+@pytest.mark.parametrize(("shape", "options"), SHAPES)
+def test_cpp_decode_is_the_reference(lens, shape, options) -> None:  # type: ignore[no-untyped-def]
+    case = Case(lens, [1] * len(lens), **shape)
+    actual = case.run(paged_attention_cpu, **options)
+    torch.testing.assert_close(actual, case.plain(**options).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

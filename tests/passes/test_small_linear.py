@@ -6,7 +6,7 @@ import torch
 from compiled_llm import CompiledLLM
 from passes import small_linear
 from passes.ops import small_linear as op
-from passes.ops.small_linear import small_linear_kernel, small_linear_reference
+from passes.ops.small_linear import small_linear_cpu, small_linear_kernel, small_linear_reference
 from tests.conftest import DEVICE
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -44,6 +44,20 @@ def test_kernel_is_the_reference(num_tokens, norm, size, kind, dtype) -> None:  
         assert not arrivals.any()
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (8, (64, 100)), (9, (130, 64))])
+def test_cpp_is_the_reference(num_tokens, size, residual) -> None:  # type: ignore[no-untyped-def]
+    """Sizes that leave tiles of features, of tokens and of sums unfinished."""
+    torch.manual_seed(0)
+    num_out, num_in = size
+    x, weight = torch.randn(num_tokens, 2 * num_in)[:, :num_in], torch.randn(num_out, num_in) / num_in**0.5
+    arguments = (torch.zeros(0), None, 1e-6, torch.randn(num_tokens, num_out) if residual else None, False)
+    torch.testing.assert_close(small_linear_cpu(x, weight, *arguments), small_linear_reference(x, weight, *arguments))
+    alone = [small_linear_cpu(x[t : t + 1], weight, torch.zeros(0), None, 1e-6, None, False) for t in range(num_tokens)]
+    together = small_linear_cpu(x, weight, torch.zeros(0), None, 1e-6, None, False)
+    assert torch.equal(torch.cat(alone), together), "a token's sums do not depend on the others"
+
+
 def _found(llm: CompiledLLM) -> dict[str, int]:
     return {
         bucket.bucket: graph_pass.matches
@@ -65,6 +79,7 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
         return labels[num_tokens][-1]
 
     monkeypatch.setattr(small_linear, "_is_served", lambda product: True)
+    monkeypatch.setattr(small_linear, "_takes_norm_and_gate", lambda product: product.meta["val"].shape[0] == 1)
     monkeypatch.setattr(small_linear, "_rewrite", noting)
     model = tiny_model(family)
     reference = Reference(model)

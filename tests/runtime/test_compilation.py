@@ -19,6 +19,7 @@ from compiled_llm.runtime import warmup
 from compiled_llm.runtime.dispatch import prepare_thread
 from compiled_llm.runtime.warmup import StrictError
 from passes import PASSES, PassError
+from tests.conftest import DEVICE
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 ONE_EACH = {"buckets": {"decode": [4], "prefill": [48]}}
@@ -57,7 +58,8 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
         assert (attention.name, attention.matches, attention.expected) == ("paged_attention", 2, 2)
         assert (rotary.name, rotary.matches, rotary.expected) == ("rotary_outer_product", 1, 1)
         assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
-        assert (linear.name, linear.matches) == ("small_linear", 0), "it is for GPUs"
+        # Over few tokens and in float32, this is for CPUs: qkv, o, gate and up, down, twice, and the lm_head.
+        assert (linear.name, linear.matches) == ("small_linear", 9 if DEVICE.type == "cpu" and name.startswith("decode") else 0)
         assert attention.ops_after > attention.ops_before
         before = (tmp_path / name / "0-paged_attention-before.txt").read_text()
         after = (tmp_path / name / "0-paged_attention-after.txt").read_text()
