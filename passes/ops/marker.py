@@ -11,7 +11,7 @@ The batch dim of 1 is the model's: all of a step's tokens travel as one row.
 from torch import Tensor
 
 from passes.ops.library import define
-from passes.ops.paged_attention import paged_attention
+from passes.ops.paged_attention import paged_attention, paged_attention_reference
 from passes.ops.write_kv import write_kv
 
 
@@ -26,7 +26,8 @@ def attention_marker_reference(
     marker and nothing else in a step touches it.
     """
     write_kv(k_1GTD[0].transpose(0, 1), v_1GTE[0].transpose(0, 1), k_cache, v_cache, slots_T)
-    attended: Tensor = paged_attention(
+    attend = paged_attention if q_1HTD.is_cuda else paged_attention_reference  # on a CPU, eager steps wait for no compiler
+    attended: Tensor = attend(
         q_1HTD[0].transpose(0, 1), k_cache, v_cache, block_table_SN, query_start, seq_lens_S,
         arrivals, sinks_H, scale, window, softcap, max_query_len,
     )  # fmt: skip
