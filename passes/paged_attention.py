@@ -20,15 +20,20 @@ aten = torch.ops.aten
 
 def _run(graph: Graph, context: PassContext) -> list[str]:
     markers = graph.find_nodes(op="call_function", target=attention_marker)
-    return [context.layers[_rewrite(graph, marker)] for marker in markers]
+    places: dict[object, list[Node]] = {}
+    return [context.layers[_rewrite(graph, marker, places)] for marker in markers]
 
 
-def _rewrite(graph: Graph, marker: Node) -> int:
+def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -> int:
     q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, arrivals, sinks, layer, *options = marker.args
     assert isinstance(layer, int)
+    assert isinstance(k_cache, Node)
+    assert isinstance(slots, Node)
     with graph.inserting_before(marker):
         q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
-        places = _places(graph, k_cache, slots)
+        size = k_cache.meta["val"].shape[1]
+        key = (slots.target, slots.args, size)  # each layer selects its group's slots anew
+        places = all_places.get(key) or all_places.setdefault(key, _places(graph, slots, size))
         for cache, values in ((k_cache, k), (v_cache, v)):
             # A scatter, which Inductor fuses with what makes the values.
             emit(graph, aten.index_put_.default, cache, places, values)
@@ -39,12 +44,13 @@ def _rewrite(graph: Graph, marker: Node) -> int:
     return layer
 
 
-def _places(graph: Graph, cache: Argument, slots: Argument) -> list[Node]:
-    """Page and offset of each slot in a cache [P, B, G, D]; B is a power of two."""
-    assert isinstance(cache, Node)
-    shift = cache.meta["val"].shape[1].bit_length() - 1
-    page = emit(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift)
-    return [page, emit(graph, aten.bitwise_and.Scalar, slots, (1 << shift) - 1)]
+def _places(graph: Graph, slots: Argument, size: int) -> list[Node]:
+    """Page and offset of each slot in a cache [P, size, G, D]; the size is a power of two."""
+    shift = size.bit_length() - 1
+    return [
+        emit(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift),
+        emit(graph, aten.bitwise_and.Scalar, slots, size - 1),
+    ]
 
 
 def _tokens_first(graph: Graph, heads_first: object) -> Node:

@@ -54,9 +54,10 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
     with fresh_cache(), CompiledLLM(tiny_model("qwen3"), None, config, progress=False) as llm:
         reports = {bucket.bucket: bucket.passes for bucket in llm.report().buckets}
     for name in ("prefill-48-greedy", "decode-4-greedy"):
-        attention, rotary, merge, linear = reports[name]
+        attention, rotary, once, merge, linear = reports[name]
         assert (attention.name, attention.matches, attention.expected) == ("paged_attention", 2, 2)
         assert (rotary.name, rotary.matches, rotary.expected) == ("rotary_outer_product", 1, 1)
+        assert (once.name, once.matches) == ("once_a_step", 4), "cosine, sine, page and offset"
         assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
         # Over few tokens and in float32, this is for CPUs: qkv, o, gate and up, down, twice, and the lm_head.
         assert (linear.name, linear.matches) == ("small_linear", 9 if DEVICE.type == "cpu" and name.startswith("decode") else 0)

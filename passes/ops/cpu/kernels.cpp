@@ -8,7 +8,7 @@
 namespace {
 
 constexpr long WIDTH = 16;
-constexpr long AHEAD = 12;  // rows of a weight that are fetched before their turn
+constexpr long AHEAD = 24;  // rows of a weight that are fetched into the second cache before their turn
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
 
 inline Vector load(const float* from) {
@@ -17,10 +17,19 @@ inline Vector load(const float* from) {
     return vector;
 }
 
+inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof(vector)); }
+
+// Halves onto halves.
 inline float sum(Vector vector) {
-    float total = 0;
-    for (long lane = 0; lane < WIDTH; ++lane) total += vector[lane];
-    return total;
+    typedef float Half __attribute__((vector_size(8 * sizeof(float))));
+    typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
+    Half halves[2];
+    std::memcpy(halves, &vector, sizeof(vector));
+    const Half half = halves[0] + halves[1];
+    Quarter quarters[2];
+    std::memcpy(quarters, &half, sizeof(half));
+    const Quarter quarter = quarters[0] + quarters[1];
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 inline float dot(const float* a, const float* b, long size) {
@@ -32,15 +41,34 @@ inline float dot(const float* a, const float* b, long size) {
     return total;
 }
 
+inline void fetch(const float* from, long size) {
+    for (long i = 0; i < size; i += WIDTH) __builtin_prefetch(from + i, 0, 2);
+}
+
+// out[E] += the sum of weights[count] * values[count, E].
+inline void add_weighted(const float* weights, long count, const float* values, long stride, float* out, long E) {
+    constexpr long CHUNK = 4 * WIDTH;
+    long e = 0;
+    for (; e + CHUNK <= E; e += CHUNK) {
+        Vector sums[4];
+        for (long part = 0; part < 4; ++part) sums[part] = load(out + e + part * WIDTH);
+        for (long i = 0; i < count; ++i)
+            for (long part = 0; part < 4; ++part) sums[part] += weights[i] * load(values + i * stride + e + part * WIDTH);
+        for (long part = 0; part < 4; ++part) store(out + e + part * WIDTH, sums[part]);
+    }
+    for (long i = 0; i < count; ++i)
+        for (long rest = e; rest < E; ++rest) out[rest] += weights[i] * values[i * stride + rest];
+}
+
 // A tile of ROWS features for TOKENS tokens: each weight is loaded once, each input ROWS times.
-template <int ROWS, int TOKENS, bool FETCH>
-inline void tile(const float* x, long x_stride, const float* weight, long K, float* out, long N) {
+template <int ROWS, int TOKENS>
+inline void tile(const float* x, long x_stride, const float* weight, bool fetch, long K, float* out, long N) {
     Vector sums[ROWS][TOKENS] = {};
     long k = 0;
     for (; k + WIDTH <= K; k += WIDTH)
         for (int row = 0; row < ROWS; ++row) {
             const Vector loaded = load(weight + row * K + k);
-            if (FETCH) __builtin_prefetch(weight + (row + AHEAD) * K + k);
+            if (fetch) __builtin_prefetch(weight + (row + AHEAD) * K + k, 0, 2);
             for (int token = 0; token < TOKENS; ++token) sums[row][token] += loaded * load(x + token * x_stride + k);
         }
     for (int token = 0; token < TOKENS; ++token)
@@ -51,15 +79,16 @@ inline void tile(const float* x, long x_stride, const float* weight, long K, flo
         }
 }
 
+// Some features for all tokens, as many at a time as registers hold; the first tile fetches.
 template <int ROWS>
 inline void rows(const float* x, long x_stride, const float* weight, long T, long K, float* out, long N) {
     long token = 0;
-    if (T >= 4) {
-        tile<ROWS, 4, true>(x, x_stride, weight, K, out, N);
-        for (token = 4; token + 4 <= T; token += 4)
-            tile<ROWS, 4, false>(x + token * x_stride, x_stride, weight, K, out + token * N, N);
+    for (; token + 8 <= T; token += 8) tile<ROWS, 8>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
+    if (token + 4 <= T) {
+        tile<ROWS, 4>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
+        token += 4;
     }
-    for (; token < T; ++token) tile<ROWS, 1, true>(x + token * x_stride, x_stride, weight, K, out + token * N, N);
+    for (; token < T; ++token) tile<ROWS, 1>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
 }
 
 }  // namespace
@@ -67,7 +96,7 @@ inline void rows(const float* x, long x_stride, const float* weight, long T, lon
 extern "C" void small_linear(
     const float* x, long x_stride, const float* weight, const float* residual, long residual_stride, float* out,
     long T, long N, long K) {
-    constexpr long ROWS = 4;
+    constexpr long ROWS = 2;
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < N; n += ROWS) {
         if (n + ROWS <= N)
@@ -97,15 +126,27 @@ extern "C" void decode_attention(
                 std::fill(outs, outs + group * E, 0.0f);
                 if (length == 0) continue;
                 weights.resize(group * seen);
-                for (long i = 0; i < seen; ++i) {
-                    const long token = oldest + i;
-                    const float* key = k_cache + ((table[token / page] * page + token % page) * G + g) * D;
-                    for (long h = 0; h < group; ++h) {
-                        float score = dot(q + s * q_stride_s + (g * group + h) * q_stride_h, key, D) * scale;
-                        if (softcap > 0) score = softcap * std::tanh(score / softcap);
-                        weights[h * seen + i] = score;
+                const auto place_of = [&](long token) { return (table[token / page] * page + token % page) * G + g; };
+                // Calls visit(first token since the oldest, how many, their place in the caches) for each page.
+                const auto for_each_page = [&](auto visit) {
+                    for (long begin = oldest, end; begin < length; begin = end) {
+                        end = std::min(length, (begin / page + 1) * page);
+                        visit(begin - oldest, end - begin, place_of(begin));
                     }
-                }
+                };
+                for_each_page([&](long first, long count, long place) {
+                    const long next = place_of(std::min(oldest + first + count, length - 1));
+                    for (long i = 0; i < count; ++i) {
+                        fetch(k_cache + (next + i * G) * D, D);
+                        fetch(v_cache + (place + i * G) * E, E);
+                        for (long h = 0; h < group; ++h) {
+                            const float* query = q + s * q_stride_s + (g * group + h) * q_stride_h;
+                            float score = dot(query, k_cache + (place + i * G) * D, D) * scale;
+                            if (softcap > 0) score = softcap * std::tanh(score / softcap);
+                            weights[h * seen + first + i] = score;
+                        }
+                    }
+                });
                 for (long h = 0; h < group; ++h) {
                     float* row = weights.data() + h * seen;
                     float peak = *std::max_element(row, row + seen), total = 0;
@@ -114,14 +155,10 @@ extern "C" void decode_attention(
                     if (sinks) total += std::exp(sinks[g * group + h] - peak);
                     for (long i = 0; i < seen; ++i) row[i] /= total;
                 }
-                for (long i = 0; i < seen; ++i) {
-                    const long token = oldest + i;
-                    const float* value = v_cache + ((table[token / page] * page + token % page) * G + g) * E;
-                    for (long h = 0; h < group; ++h) {
-                        const float weight = weights[h * seen + i];
-                        for (long e = 0; e < E; ++e) outs[h * E + e] += weight * value[e];
-                    }
-                }
+                for_each_page([&](long first, long count, long place) {
+                    for (long h = 0; h < group; ++h)
+                        add_weighted(weights.data() + h * seen + first, count, v_cache + place * E, G * E, outs + h * E, E);
+                });
             }
     }
 }
