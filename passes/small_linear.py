@@ -4,8 +4,8 @@ Matches: `mm` of at most `MAX_TOKENS` tokens with a transposed weight: in float3
 single token any, of more those that cuBLAS is slow at: with no more features out than in, which leave a GPU half empty, or very
 many (an lm_head). With
 - the addition of its result to a residual;
-- for a single token on a GPU, the root mean square norm that makes its input (the norm of llama and its kin, weight last);
-- for a single token on a GPU, `silu(gate) * up` of its halves, where gate and up were merged.
+- the root mean square norm that makes its input (the norm of llama and its kin, weight last), on a GPU for a single token;
+- `silu(gate) * up` of its halves, where gate and up were merged, on a GPU for a single token.
 Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
@@ -50,7 +50,7 @@ def _is_served(product: Node) -> bool:
 
 def _takes_norm_and_gate(product: Node) -> bool:
     value = product.meta["val"]
-    return bool(value.is_cuda and value.shape[0] == 1)
+    return bool(not value.is_cuda or value.shape[0] == 1)
 
 
 def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:

@@ -183,10 +183,10 @@ def _few_tokens_tiles(N: int, K: int) -> tuple[int, int, int]:
 def small_linear_cpu(
     x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
-    """C++ in float32, without norm and gate; else the reference."""
-    if x_TK.dtype != torch.float32 or norm_K is not None or gated:
+    """C++ in float32, else the reference."""
+    if x_TK.dtype != torch.float32:
         return small_linear_reference(x_TK, weight, arrivals, norm_K, eps, residual_TN, gated)
-    return cpu.small_linear(x_TK, weight, residual_TN)
+    return cpu.small_linear(x_TK, weight, norm_K, eps, residual_TN, gated)
 
 
 def _small_linear_fake(

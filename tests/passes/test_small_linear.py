@@ -44,18 +44,26 @@ def test_kernel_is_the_reference(num_tokens, norm, size, kind, dtype) -> None:  
         assert not arrivals.any()
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (8, (64, 100)), (9, (130, 64))])
-def test_cpp_is_the_reference(num_tokens, size, residual) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("gated", "residual"), [PLAIN, GATED, RESIDUAL])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (8, (64, 100)), (9, (65, 64)), (32, (40, 64))])
+def test_cpp_is_the_reference(num_tokens, size, gated, residual, norm) -> None:  # type: ignore[no-untyped-def]
     """Sizes that leave tiles of features, of tokens and of sums unfinished."""
     torch.manual_seed(0)
     num_out, num_in = size
-    x, weight = torch.randn(num_tokens, 2 * num_in)[:, :num_in], torch.randn(num_out, num_in) / num_in**0.5
-    arguments = (torch.zeros(0), None, 1e-6, torch.randn(num_tokens, num_out) if residual else None, False)
-    torch.testing.assert_close(small_linear_cpu(x, weight, *arguments), small_linear_reference(x, weight, *arguments))
-    alone = [small_linear_cpu(x[t : t + 1], weight, torch.zeros(0), None, 1e-6, None, False) for t in range(num_tokens)]
-    together = small_linear_cpu(x, weight, torch.zeros(0), None, 1e-6, None, False)
-    assert torch.equal(torch.cat(alone), together), "a token's sums do not depend on the others"
+    x, weight = torch.randn(num_tokens, 2 * num_in)[:, :num_in], torch.randn(num_out * (1 + gated), num_in) / num_in**0.5
+    scale = torch.rand(num_in) + 0.5 if norm else None
+    kept = torch.randn(num_tokens, num_out) if residual else None
+    together = small_linear_cpu(x, weight, torch.zeros(0), scale, 1e-6, kept, gated)
+    torch.testing.assert_close(together, small_linear_reference(x, weight, torch.zeros(0), scale, 1e-6, kept, gated))
+    alone = [
+        small_linear_cpu(x[t : t + 1], weight, torch.zeros(0), scale, 1e-6, None if kept is None else kept[t : t + 1], gated)
+        for t in range(num_tokens)
+    ]
+    if gated:  # the exponential is computed for several tokens at once
+        torch.testing.assert_close(torch.cat(alone), together, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(torch.cat(alone), together), "a token's sums do not depend on the others"
 
 
 def _found(llm: CompiledLLM) -> dict[str, int]:

@@ -47,6 +47,7 @@ def test_generated_code_copies_no_cache() -> None:
             uses = [line for line in body.splitlines() if re.search(rf"\b{name}\b", line) and "assert_size" not in line]
             calls = [line for line in uses if not re.match(r" +del |.* = args$", line)]
             assert [re.search(r"fused|paged_attention", line).group() for line in calls] == ["fused", "paged_attention"]
+        assert len(re.findall(r"[.:]cos\(", code)) <= 2, "once for all layers, in a loop and in what remains of it"
 
 
 def test_passes_report_and_dump(tmp_path: Path) -> None:

@@ -12,32 +12,43 @@ def decode_attention(
     sinks_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.decode_attention`; the last dim of q is contiguous."""
-    assert q_SHD.stride(2) == 1
-    assert block_table_SN.stride(1) == 1
+    stride_S, stride_H, stride_D = q_SHD.stride()
+    table_stride, entry_stride = block_table_SN.stride()
+    assert stride_D == entry_stride == 1
     assert seq_lens_S.is_contiguous()
     S, H, D = q_SHD.shape
     _, page, G, E = v_cache_PBGE.shape
     out_SHE = q_SHD.new_empty(S, H, E)
     _library().decode_attention(
-        _address(q_SHD), _long(q_SHD.stride(0)), _long(q_SHD.stride(1)), _address(k_cache_PBGD), _address(v_cache_PBGE),
-        _address(block_table_SN), _long(block_table_SN.stride(0)), _address(seq_lens_S), _address(sinks_H), _address(out_SHE),
-        *map(_long, (S, H, G, D, E, page)), ctypes.c_float(scale), _long(window), ctypes.c_float(softcap),
+        q_SHD.data_ptr(), stride_S, stride_H, k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
+        block_table_SN.data_ptr(), table_stride, seq_lens_S.data_ptr(), None if sinks_H is None else sinks_H.data_ptr(),
+        out_SHE.data_ptr(), S, H, G, D, E, page, scale, window, softcap,
     )  # fmt: skip
     return out_SHE
 
 
-def small_linear(x_TK: Tensor, weight_NK: Tensor, residual_TN: Tensor | None) -> Tensor:
-    """As `passes.ops.small_linear`, without norm and gate; the last dim of x and residual and the whole weight are contiguous."""
-    assert x_TK.stride(1) == 1
-    assert weight_NK.is_contiguous()
-    assert residual_TN is None or residual_TN.stride(1) == 1
+def small_linear(
+    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+) -> Tensor:
+    """As `passes.ops.small_linear`; the last dim of x and residual and the whole weight and norm are contiguous."""
+    x_stride, feature_stride = x_TK.stride()
+    assert feature_stride == 1
+    assert weight.is_contiguous()
+    residual = norm = None
+    residual_stride = 0
+    if norm_K is not None:
+        assert norm_K.is_contiguous()
+        norm = norm_K.data_ptr()
+    if residual_TN is not None:
+        residual_stride, feature_stride = residual_TN.stride()
+        assert feature_stride == 1
+        residual = residual_TN.data_ptr()
     T, K = x_TK.shape
-    N = weight_NK.shape[0]
+    N = weight.shape[0] // 2 if gated else weight.shape[0]
     out_TN = x_TK.new_empty(T, N)
     _library().small_linear(
-        _address(x_TK), _long(x_TK.stride(0)), _address(weight_NK), _address(residual_TN),
-        _long(0 if residual_TN is None else residual_TN.stride(0)), _address(out_TN), *map(_long, (T, N, K)),
-    )  # fmt: skip
+        x_TK.data_ptr(), x_stride, weight.data_ptr(), norm, eps, residual, residual_stride, gated, out_TN.data_ptr(), T, N, K
+    )
     return out_TN
 
 
@@ -47,11 +58,12 @@ def _library() -> ctypes.CDLL:
 
     library = CppCodeCache.load((Path(__file__).parent / "kernels.cpp").read_text(), extra_flags=["-ffp-contract=fast"])
     assert isinstance(library, ctypes.CDLL)
+    pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_bool
+    library.decode_attention.argtypes = [
+        pointer, number, number, pointer, pointer, pointer, number, pointer, pointer, pointer,
+        number, number, number, number, number, number, real, number, real,
+    ]  # fmt: skip
+    library.small_linear.argtypes = [
+        pointer, number, pointer, pointer, real, pointer, number, flag, pointer, number, number, number
+    ]  # fmt: skip
     return library
-
-
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-_long = ctypes.c_long

@@ -94,18 +94,43 @@ inline void rows(const float* x, long x_stride, const float* weight, long T, lon
 }  // namespace
 
 extern "C" void small_linear(
-    const float* x, long x_stride, const float* weight, const float* residual, long residual_stride, float* out,
-    long T, long N, long K) {
+    const float* x, long x_stride, const float* weight, const float* norm, float eps, const float* residual, long residual_stride,
+    bool gated, float* out, long T, long N, long K) {
     constexpr long ROWS = 2;
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < N; n += ROWS) {
-        if (n + ROWS <= N)
-            rows<ROWS>(x, x_stride, weight + n * K, T, K, out + n, N);
-        else
-            for (long row = n; row < N; ++row) rows<1>(x, x_stride, weight + row * K, T, K, out + row, N);
-        if (residual)
-            for (long t = 0; t < T; ++t)
-                for (long row = n; row < std::min(n + ROWS, N); ++row) out[t * N + row] += residual[t * residual_stride + row];
+    std::vector<float> normed;
+    if (norm) {
+        normed.resize(T * K);
+        for (long t = 0; t < T; ++t) {
+            const float* token = x + t * x_stride;
+            const float factor = 1 / std::sqrt(dot(token, token, K) / K + eps);
+            for (long k = 0; k < K; ++k) normed[t * K + k] = norm[k] * (token[k] * factor);
+        }
+        x = normed.data(), x_stride = K;
+    }
+#pragma omp parallel
+    {
+        std::vector<float> gates(T * ROWS), ups(T * ROWS);
+#pragma omp for schedule(static)
+        for (long n = 0; n < N; n += ROWS) {
+            const long count = std::min(ROWS, N - n);
+            const auto features = [&](long first, float* to, long stride) {
+                if (count == ROWS)
+                    rows<ROWS>(x, x_stride, weight + first * K, T, K, to, stride);
+                else
+                    rows<1>(x, x_stride, weight + first * K, T, K, to, stride);
+            };
+            if (gated) {
+                features(n, gates.data(), count);
+                features(N + n, ups.data(), count);
+                for (long i = 0; i < T * count; ++i) ups[i] *= gates[i] / (1 + std::exp(-gates[i]));
+                for (long t = 0; t < T; ++t) std::copy_n(ups.data() + t * count, count, out + t * N + n);
+            } else {
+                features(n, out + n, N);
+            }
+            if (residual)
+                for (long t = 0; t < T; ++t)
+                    for (long row = n; row < n + count; ++row) out[t * N + row] += residual[t * residual_stride + row];
+        }
     }
 }
 
