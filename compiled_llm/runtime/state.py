@@ -139,6 +139,7 @@ class StepState(nn.Module):
     logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
     decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
     arrivals int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
+    ordinals [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
     step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
     what they sampled, at `step % K` (for logprobs see `passes.ops.top_logprobs`).
     prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
@@ -156,6 +157,7 @@ class StepState(nn.Module):
     decode: Tensor
     prefill: Tensor
     arrivals: Tensor
+    ordinals: Tensor
     step: Tensor
     ring_tokens: Tensor
     ring_logprobs: Tensor
@@ -202,6 +204,7 @@ class StepState(nn.Module):
         }
         for name, (shape, element) in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=element, device=device), persistent=False)
+        self.register_buffer("ordinals", torch.arange(num_rows, dtype=torch.int32, device=device), persistent=False)
         self._staging = [_Staging(max(prefill_size, decode_size), device) for _ in range(2)]
         self._turn = 0
 

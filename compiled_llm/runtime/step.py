@@ -92,7 +92,7 @@ class DecodeStep(Step):
             groups=self.groups,
             slots=self._slots(rows, positions),
             block_tables=self._tables()[:, rows],
-            query_start=torch.arange(self.size + 1, dtype=torch.int32, device=rows.device),
+            query_start=state.ordinals[: self.size + 1],
             seq_lens=lengths.int(),
             arrivals=state.arrivals,
             max_query_len=1,
