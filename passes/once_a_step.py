@@ -32,9 +32,9 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr") or (_is_cheap(node) and of_step.issuperset(node.all_input_nodes)):
             of_step.add(node)
-    values = [node for node in of_step if node.op == "call_function" and not _is_view(node)]
+    values = [node for node in graph.nodes if node in of_step and node.op == "call_function" and not _is_view(node)]
     often = [node for node in values if _num_readers(node, of_step) >= MIN_READERS]
-    for node in sorted(often):
+    for node in often:
         with graph.inserting_after(node):
             buffer = emit(graph, kept, node)
         node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user.target is not kept)

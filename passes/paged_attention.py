@@ -8,7 +8,6 @@ Assumes: a functionalised graph, in which no other node touches the caches.
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import Argument
 
 from passes.graph import emit
 from passes.ops.marker import attention_marker
@@ -33,10 +32,11 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
         q, k, v = (_tokens_first(graph, heads_first) for heads_first in (q, k, v))
         size = k_cache.meta["val"].shape[1]
         key = (slots.target, slots.args, size)  # each layer selects its group's slots anew
-        places = all_places.get(key) or all_places.setdefault(key, _places(graph, slots, size))
+        if key not in all_places:
+            all_places[key] = _places(graph, slots, size)
         for cache, values in ((k_cache, k), (v_cache, v)):
             # A scatter, which Inductor fuses with what makes the values.
-            emit(graph, aten.index_put_.default, cache, places, values)
+            emit(graph, aten.index_put_.default, cache, all_places[key], values)
         tables = (block_table, query_start, seq_lens, arrivals)
         attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
@@ -44,7 +44,7 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
     return layer
 
 
-def _places(graph: Graph, slots: Argument, size: int) -> list[Node]:
+def _places(graph: Graph, slots: Node, size: int) -> list[Node]:
     """Page and offset of each slot in a cache [P, size, G, D]; the size is a power of two."""
     shift = size.bit_length() - 1
     return [

@@ -6,7 +6,7 @@ many (an lm_head). With
 - the addition of its result to a residual;
 - the root mean square norm that makes its input (the norm of llama and its kin, weight last), on a GPU for a single token;
 - `silu(gate) * up` of its halves, where gate and up were merged, on a GPU for a single token.
-Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm, whose factor comes after the sum.
+Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm on a GPU, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
 
