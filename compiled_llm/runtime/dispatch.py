@@ -23,6 +23,7 @@ from torch._inductor import cudagraph_trees
 
 from compiled_llm.runtime.step import Step
 from passes import Pipeline
+from passes.early_launch import inductor_options, inductor_waits
 
 Launch = Callable[[], object]
 
@@ -126,8 +127,11 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
     The cudagraph option stands here and not in `options=`, because loading a cached graph reads the global one
     (pytorch#155703).
     """
-    inductor = {**_INDUCTOR, "triton.cudagraphs": device.type == "cuda", "post_grad_custom_pre_pass": pipeline, **options}
-    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor), _recovery(device):
+    inductor = {**_INDUCTOR, "post_grad_custom_pre_pass": pipeline}
+    if device.type == "cuda":
+        # Kernels that need nothing of each other, such as those of queries and keys, as one launch.
+        inductor |= {"triton.cudagraphs": True, "combo_kernels": True, **inductor_options(pipeline.context.num_tokens)}
+    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor | options), inductor_waits(), _recovery(device):
         yield
 
 

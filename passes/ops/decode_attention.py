@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from passes.ops.library import early_launch
+from passes.early_launch import early_launch
 
 PROGRAMS = 1024  # enough to fill a GPU several times over, and no more: an empty one costs its launch
+FEW = 64  # programs, before any sequence is split, that leave most of a GPU idle
 MAX_SPLITS = 64  # of one sequence
-LEAST = 2  # tiles of keys worth a program
+LEAST = 2  # tiles of keys worth a program, where programs are many
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr, STAGES: tl.constexpr,
+    TILE_S: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One program: a share of one sequence's keys, for all the query heads of one key head."""
     seq = tl.program_id(0)
@@ -42,8 +44,8 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         oldest = tl.maximum(length - WINDOW, 0)
     begin = oldest // TILE_K * TILE_K
     tiles = tl.cdiv(length - begin, TILE_K)
-    tiles_each = tl.maximum(tl.cdiv(tiles, num_splits), least)
-    num_shares = tl.maximum(tl.cdiv(tiles, tiles_each), 1)
+    tiles_each = tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), num_splits))
+    num_shares = tl.maximum(tl.cdiv(tiles, tl.maximum(tiles_each, 1)), 1)
     if split >= num_shares:
         return
     begin += split * tiles_each * TILE_K
@@ -91,20 +93,22 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         if tl.atomic_add(arrivals + seq * G + group, 1, sem="acq_rel") != num_shares - 1:
             return
         tl.store(arrivals + seq * G + group, 0)  # as it was found, for the next launch
-        peak = tl.full([TILE_M], -1e30, tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
+        # The loads of several shares are under way at once: each takes longer than all that is done with it.
+        other = tl.arange(0, TILE_S)
+        at_SM = (place + other[:, None]) * GROUP + row[None, :]
+        there = (other[:, None] < num_shares) & live[None, :]
+        peak_SM = tl.load(weights + 2 * at_SM, mask=there, other=-1e30, cache_modifier=".cg")
+        total_SM = tl.load(weights + 2 * at_SM + 1, mask=there, other=0.0, cache_modifier=".cg")
+        peak = tl.max(peak_SM, 0)
+        total = tl.sum(total_SM * tl.exp(peak_SM - peak[None, :]), 0)
         acc = tl.zeros([TILE_M, TILE_E], tl.float32)
-        for other in tl.range(0, num_shares, num_stages=1):
-            at = (place + other) * GROUP + row
-            its_peak = tl.load(weights + 2 * at, mask=live, other=-1e30, cache_modifier=".cg")
-            its_total = tl.load(weights + 2 * at + 1, mask=live, other=0.0, cache_modifier=".cg")
-            share = tl.load(shares + at[:, None] * E + e[None, :], mask=e_live, other=0.0, cache_modifier=".cg")
-            new_peak = tl.maximum(peak, its_peak)
-            shrink = tl.exp(peak - new_peak)
-            grow = tl.exp(its_peak - new_peak)
-            total = total * shrink + its_total * grow
-            acc = acc * shrink[:, None] + share * grow[:, None]
-            peak = new_peak
+        for first in range(0, num_shares, AT_ONCE):
+            for n in tl.static_range(AT_ONCE):
+                at = (place + first + n) * GROUP + row
+                mine = live & (first + n < num_shares)
+                its_peak = tl.load(weights + 2 * at, mask=mine, other=-1e30, cache_modifier=".cg")
+                share = tl.load(shares + at[:, None] * E + e[None, :], mask=mine[:, None] & e_live, other=0.0, cache_modifier=".cg")
+                acc += share * tl.exp(its_peak - peak)[:, None]
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
         new_peak = tl.maximum(peak, sink)
@@ -131,17 +135,18 @@ def decode_attention(
     longest = block_table_SN.shape[1] * page
     if window:
         longest = min(window, longest)
-    splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, S * G), triton.cdiv(longest, LEAST * tile_k)))
+    least = 1 if S * G <= FEW else LEAST
+    splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, S * G), triton.cdiv(longest, least * tile_k)))
     out_SHE = q_SHD.new_empty(S, H, E)
     shares = q_SHD.new_empty(S, H, splits, E, dtype=torch.float32)
     weights = q_SHD.new_empty(S, H, splits, 2, dtype=torch.float32)
     _decode_attention_kernel[(S, G, splits)](
         out_SHE, shares, weights, arrivals, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S,
-        sinks_H, scale, softcap, splits, LEAST, *q_SHD.stride(), block_table_SN.stride(0),
+        sinks_H, scale, softcap, splits, least, *q_SHD.stride(), block_table_SN.stride(0),
         H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window,
         HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0,
         TILE_M=max(16, triton.next_power_of_2(H // G)), TILE_K=tile_k,
         TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
-        STAGES=1 if wide else 2, num_warps=4, **early_launch(),
+        STAGES=1 if wide else 2, TILE_S=triton.next_power_of_2(splits), AT_ONCE=min(8, splits), num_warps=4, **early_launch(),
     )  # fmt: skip
     return out_SHE

@@ -1,22 +1,11 @@
 """The one torch library that the project's custom ops live in: `torch.ops.compiled_llm.*`."""
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
 NAMESPACE = "compiled_llm"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-@cache
-def early_launch() -> dict[str, bool]:
-    """What a kernel is launched with that may start while the one before it runs, and waits in itself for what that leaves.
-
-    Programmatic dependent launch, from Hopper on. Such a kernel must always wait, or the next could overtake the one before it.
-    """
-    early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def define(

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from passes.early_launch import early_launch
 from passes.ops import cpu
-from passes.ops.library import define, early_launch
+from passes.ops.library import define
 
 MAX_TOKENS = 32
 
