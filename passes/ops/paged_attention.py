@@ -84,16 +84,55 @@ def _attend(
 
 
 @triton.jit
+def _attend_tile(  # type: ignore[no-untyped-def]
+    peak, total, acc, q_MD, base, k_cache, v_cache, pages, group, position, oldest, length, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr,
+):  # fmt: skip
+    """Softmax's running peak, total and weighted sum with one more tile of keys; without a mask, every row sees all of them."""
+    key = base + tl.arange(0, TILE_K)
+    d = tl.arange(0, TILE_D)
+    e = tl.arange(0, TILE_E)
+    cached = (key >= oldest) & (key < length)
+    page = tl.load(pages + key // PAGE, mask=cached if MASKED else None, other=0 if MASKED else None).to(tl.int64)
+    slot = (page * PAGE + key % PAGE) * G + group
+    place_k = k_cache + slot[None, :] * D + d[:, None]
+    place_v = v_cache + slot[:, None] * E + e[None, :]
+    if MASKED or TILE_D != D or TILE_E != E:
+        k_DK = tl.load(place_k, mask=cached[None, :] & (d[:, None] < D), other=0.0)
+        v_KE = tl.load(place_v, mask=cached[:, None] & (e[None, :] < E), other=0.0)
+    else:
+        k_DK = tl.load(place_k)
+        v_KE = tl.load(place_v)
+    scores = tl.dot(q_MD, k_DK, input_precision="ieee")
+    if HAS_SOFTCAP:  # softcap * tanh(scores * scale / softcap)
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * (scores * scale) / softcap)) - 1.0)
+        scale = 1.0
+    scale *= 1.4426950408889634  # exp2 of what is scaled so is exp of it
+    if MASKED:
+        seen = cached[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_peak[:, None])  # rounded alike with a mask and without
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    return new_peak, total, tl.dot(weights.to(v_KE.dtype), v_KE, acc, input_precision="ieee")
+
+
+@triton.jit
 def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     out, q, k_cache, v_cache, block_table, query_start, seq_lens, sinks, scale, softcap, num_seqs,
     q_stride_t, q_stride_h, q_stride_d, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_Q queries of one sequence, with all the query heads of one key head as the TILE_M rows of a tile."""
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile of a sequence has most to do, so it starts first
     group = tl.program_id(1)
     # Sequence s starts at tile `query_start[s] // TILE_Q + s`, which leaves room for its last, partial tile:
     # find the last s whose first tile is not past ours.
@@ -117,6 +156,7 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     query = first + rows // GROUP
     head = group * GROUP + rows % GROUP
     live = (rows < TILE_Q * GROUP) & (query < num_queries)
+    first_position = length - num_queries + first
     position = length - num_queries + query
     d = tl.arange(0, TILE_D)
     e = tl.arange(0, TILE_E)
@@ -127,38 +167,32 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
     if HAS_SINKS:
-        peak = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
+        peak = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
         total = tl.full([TILE_M], 1.0, tl.float32)
     else:
         peak = tl.full([TILE_M], -1e30, tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_E], tl.float32)
-    # Keys that some row of the tile sees: from the first position's window to the last position.
+    pages = block_table + seq * table_stride
+    # Keys that some row of the tile sees, from the first position's window to the last position; first those that every row sees.
     oldest = 0
     if WINDOW > 0:
-        oldest = tl.maximum(length - num_queries + first - WINDOW + 1, 0)
+        oldest = tl.maximum(first_position - WINDOW + 1, 0)
     begin = oldest // TILE_K * TILE_K
-    end = tl.minimum(length - num_queries + first + TILE_Q, length)
-    for base in range(begin, end, TILE_K):
-        key = base + tl.arange(0, TILE_K)
-        cached = (key >= oldest) & (key < length)
-        page = tl.load(block_table + seq * table_stride + key // PAGE, mask=cached, other=0).to(tl.int64)
-        slot = (page * PAGE + key % PAGE) * G + group
-        k_DK = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=cached[None, :] & (d[:, None] < D), other=0.0)
-        scores = tl.dot(q_MD, k_DK, input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)  # softcap * tanh(scores / softcap)
-        seen = cached[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW > 0:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp(scores - new_peak[:, None])
-        shrink = tl.exp(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        v_KE = tl.load(v_cache + slot[:, None] * E + e[None, :], mask=cached[:, None] & (e[None, :] < E), other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v_KE.dtype), v_KE, input_precision="ieee")
-        peak = new_peak
+    end = tl.minimum(first_position + TILE_Q, length)
+    if WINDOW == 0:
+        all_see = (first_position + 1) // TILE_K * TILE_K
+        for base in tl.range(0, all_see, TILE_K, num_stages=STAGES):
+            peak, total, acc = _attend_tile(
+                peak, total, acc, q_MD, base, k_cache, v_cache, pages, group, position, oldest, length, scale, softcap,
+                G, D, E, PAGE, WINDOW, HAS_SOFTCAP, False, TILE_K, TILE_D, TILE_E,
+            )  # fmt: skip
+        begin = all_see
+    for base in tl.range(begin, end, TILE_K, num_stages=STAGES):
+        peak, total, acc = _attend_tile(
+            peak, total, acc, q_MD, base, k_cache, v_cache, pages, group, position, oldest, length, scale, softcap,
+            G, D, E, PAGE, WINDOW, HAS_SOFTCAP, True, TILE_K, TILE_D, TILE_E,
+        )  # fmt: skip
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(
         out + token[:, None] * (H * E) + head[:, None] * E + e[None, :], result.to(out.dtype.element_ty),
@@ -192,7 +226,7 @@ def paged_attention_kernel(
         H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window, HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0,
         TILE_Q=tile_q, TILE_M=tile_m, TILE_K=32 if wide else 64,
         TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
-        SEARCH_STEPS=S.bit_length(), num_warps=4, num_stages=1 if wide else 2,
+        SEARCH_STEPS=S.bit_length(), STAGES=1 if wide else 2, num_warps=4,
     )  # fmt: skip
     return out_THE
 
