@@ -1,8 +1,8 @@
 """The samplers: logits to next ids, as a part of the graph.
 
 Drawing is by the Gumbel-max trick: argmax(logits / temperature + noise), where the noise is a pure function of (seed,
-position, token id). The same request so draws the same ids in any batch, bucket or order, and no generator state exists to
-be captured. The hash is lowbias32 (C. Wellons, 2018, "Prospecting for Hash Functions"), in int64 arithmetic.
+position, token id); see `passes.ops.chunk_maxima`. The same request so draws the same ids in any batch, bucket or order, and no
+generator state exists to be captured.
 
 Shapes: S sequences, V tokens in the vocabulary, W banned words of up to L tokens each.
 """
@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from passes.ops.chunk_maxima import chunk_maxima, chunk_maxima_reference, mix
 from passes.ops.sampling_cutoff import sampling_cutoff
 
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_LEN = 8
 
-_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B1 - 2**32
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _BIASED, _COUNTED, _BAD_WORDS, _EXTERNAL = 1, 2, 4, 8
 
@@ -92,14 +93,12 @@ class History(NamedTuple):
 
 def sample_greedy(logits_SV: Tensor) -> Tensor:
     """The most likely ids [S] int64, the lowest of equals."""
-    return _argmax(logits_SV)
+    return _choose(logits_SV)
 
 
 def sample_random(logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor) -> Tensor:
     """Next ids [S] int64. Greedy where the temperature (float32) is 0; seeds and positions are int64."""
-    logits_SV = logits_SV.float()
-    noisy = _scale(logits_SV, temperature_S) + _gumbel(seed_S, position_S, logits_SV.shape[1])
-    return _argmax(torch.where(temperature_S[:, None] > 0, noisy, logits_SV))
+    return _choose(logits_SV, temperature_S, _key(seed_S, position_S))
 
 
 def sample_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor) -> Tensor:
@@ -108,8 +107,8 @@ def sample_full(logits_SV: Tensor, params: RowParams, history: History, position
     scaled_SV = _scale(scores_SV, params.temperature)
     cutoff_S = sampling_cutoff(scaled_SV, params.top_k, params.top_p, params.min_p)
     kept_SV = torch.where(scaled_SV >= cutoff_S[:, None], scaled_SV, float("-inf"))
-    noisy_SV = kept_SV + _gumbel(params.seed, position_S, logits_SV.shape[1])
-    return _argmax(torch.where(params.temperature[:, None] > 0, noisy_SV, scores_SV))
+    draws_S = params.temperature > 0
+    return _choose(torch.where(draws_S[:, None], kept_SV, scores_SV), draws_S.float(), _key(params.seed, position_S))
 
 
 def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:
@@ -140,25 +139,14 @@ def _scale(logits_SV: Tensor, temperature_S: Tensor) -> Tensor:
     return logits_SV / temperature_S.clamp(min=1e-6)[:, None]
 
 
-def _gumbel(seed_S: Tensor, position_S: Tensor, vocab_size: int) -> Tensor:
-    row_S = _mix(_mix(_mix(seed_S) ^ (seed_S >> 32)) + position_S * 0x9E3779B1)
-    bits_SV = _mix(row_S[:, None] ^ _mix(torch.arange(vocab_size, device=seed_S.device))[None])
-    # Large noise comes from small numbers, where float32 is precise; 1 itself, to which large ones round, would give -inf.
-    uniform = ((bits_SV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+def _key(seed_S: Tensor, position_S: Tensor) -> Tensor:
+    """What the noise of a row is a function of, [S] int32."""
+    return mix(mix(mix(seed_S.int()) ^ (seed_S >> 32).int()) + position_S.int() * _GOLDEN)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
-def _argmax(scores_SV: Tensor) -> Tensor:
-    """First index of the maximum, in two stages: Inductor gives a whole-row argmax a single thread block."""
-    S, V = scores_SV.shape
-    chunks = next((n for n in range(1024, 15, -1) if V % n == 0), 1)
-    best_SC, index_SC = scores_SV.view(S, chunks, V // chunks).max(-1)
-    chunk_S1 = best_SC.argmax(-1, keepdim=True)
-    return (chunk_S1 * (V // chunks) + index_SC.gather(1, chunk_S1)).squeeze(1)
+def _choose(scores_SV: Tensor, temperature_S: Tensor | None = None, key_S: Tensor | None = None) -> Tensor:
+    """The first of the greatest, after temperature and noise."""
+    # On a CPU, Inductor fuses the plain function with what is around it.
+    maxima = chunk_maxima if scores_SV.is_cuda else chunk_maxima_reference
+    best_SC, place_SC = maxima(scores_SV, temperature_S, key_S)
+    return place_SC.gather(1, best_SC.argmax(-1, keepdim=True)).squeeze(1)
