@@ -29,8 +29,15 @@ Launch = Callable[[], object]
 
 # Two buckets of one engine never share an entry's guards, so the limit that protects against endless recompiles only hurts.
 _DYNAMO = {"enable_aot_compile": True, "recompile_limit": 4096, "accumulated_recompile_limit": 4096}
-# One graph or an error: a partitioned graph would be several launches. Indices are checked on the host, once a request.
-_INDUCTOR = {"graph_partition": False, "triton.cudagraph_or_error": True, "assert_indirect_indexing": False}
+_INDUCTOR = {
+    # One graph or an error: a partitioned graph would be several launches.
+    "graph_partition": False,
+    "triton.cudagraph_or_error": True,
+    # Indices are checked on the host, once a request.
+    "assert_indirect_indexing": False,
+    # Left to itself, Inductor times a product with its sizes padded, and so makes another graph of it now and then.
+    "shape_padding": False,
+}
 
 
 if not torch.cuda.is_available():

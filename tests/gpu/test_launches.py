@@ -1,11 +1,15 @@
 """What only a GPU can show: one launch a step, nothing recorded twice, and graphs that say what eager says."""
 
+import re
 import time
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -13,6 +17,7 @@ from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.request import Request
 from compiled_llm.runtime import step
 from compiled_llm.runtime.dispatch import graph_events, graph_pool
+from passes.early_launch import early_launch
 from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
 
 
@@ -55,6 +60,28 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
         assert report.graphs == len(report.buckets) == 4
         assert {bucket.mode for bucket in report.buckets} == {"graph"}
         assert not any(report.graph_events.values())
+
+
+@pytest.mark.skipif("not early_launch()['EARLY']", reason="kernels start early from Hopper on")
+def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes() -> None:
+    """All of a decode step's, so that none can overtake one that ran before the one before it."""
+    codes: list[str] = []
+    limits, buckets = {"max_num_batched_tokens": 128}, {"decode": [4], "prefill": [128], "samplers": ["full"]}
+    config = small_config(limits=limits, buckets=buckets)
+    with (
+        fresh_cache(),
+        mock.patch.object(GraphLowering, "save_output_code", codes.append),
+        CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm,
+    ):
+        assert [bucket.bucket for bucket in llm.report().buckets] == ["prefill-128-full", "decode-4-full"]
+    assert len(codes) == 2
+    early, usual = (re.findall(r"async_compile\.triton\('\w+', \'\'\'(.*?)\'\'\'", code, re.DOTALL) for code in reversed(codes))
+    assert len(early) > 5
+    for kernel in early:
+        assert "'launch_pdl': True" in kernel
+        body = kernel[kernel.index("\ndef triton_") :]
+        assert 0 < body.index("gdc_wait()") < re.search(r"tl\.(load|store|atomic_add)\(", body).start()
+    assert not any("gdc_wait" in kernel for kernel in usual)
 
 
 def test_the_host_runs_ahead_of_the_device() -> None:
