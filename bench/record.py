@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -62,6 +63,9 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
+    """As BENCH_COMMIT says, where the tree is a copy without its history; else git's."""
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
     head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return f"{head}{'-changed' if changed else ''}" if head else None
