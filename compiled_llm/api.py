@@ -70,15 +70,27 @@ class CompiledLLM:
         report.facts.update(_facts(self._runtime, model))
 
     @classmethod
-    def from_pretrained(cls, model: str | Path | None = None, *, config: ConfigLike = None, progress: bool = True) -> Self:
-        """Load a model and compile it.
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        config: ConfigLike = None,
+        artifact: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Load a model and compile it, or take what was compiled before.
 
         Args:
             model: a directory, hub id or .gguf file; None is what the config names, or the default, SmolLM2-135M-Instruct.
             config: a `Config`, the path of a YAML file, or a dict of the same keys.
+            artifact: the directory that keeps what was compiled, as `compile.artifact` in a config; what it has and fits is not
+                compiled again, and where it is empty, it is filled.
             progress: show progress on standard error.
         """
         resolved = _resolve_config(config)
+        if artifact is not None:
+            kept = resolved.compile.model_copy(update={"artifact": Path(artifact)})
+            resolved = resolved.model_copy(update={"compile": kept})
         if model is not None:
             named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
             resolved = resolved.model_copy(update={"model": named})

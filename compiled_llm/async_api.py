@@ -38,14 +38,28 @@ class AsyncCompiledLLM:
         atexit.register(self.close)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path | None = None, *, config: ConfigLike = None, progress: bool = True) -> Self:
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        config: ConfigLike = None,
+        artifact: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
         """Load a model and compile it, as `CompiledLLM.from_pretrained` does; blocks until it is ready."""
-        return cls(partial(CompiledLLM.from_pretrained, model, config=config, progress=progress))
+        return cls(partial(CompiledLLM.from_pretrained, model, config=config, artifact=artifact, progress=progress))
 
     @classmethod
-    async def start(cls, model: str | Path | None = None, *, config: ConfigLike = None, progress: bool = True) -> Self:
+    async def start(
+        cls,
+        model: str | Path | None = None,
+        *,
+        config: ConfigLike = None,
+        artifact: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
         """`from_pretrained`, without blocking the event loop."""
-        return await asyncio.to_thread(cls.from_pretrained, model, config=config, progress=progress)
+        return await asyncio.to_thread(cls.from_pretrained, model, config=config, artifact=artifact, progress=progress)
 
     async def add(
         self,

@@ -72,6 +72,54 @@ def inspect(config: ConfigFile = None, overrides: Overrides = [], model: Model =
         print(llm.report())
 
 
+@app.command("compile")
+def compile_buckets(
+    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to; a directory of the cache when left out.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    model: Model = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what DIR holds, where that was compiled for something else.")
+    ] = False,
+) -> None:
+    """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
+    from compiled_llm.api import CompiledLLM
+    from compiled_llm.runtime.artifacts import discard
+
+    if out is not None and force:
+        discard(out)
+    with CompiledLLM.from_pretrained(model, config=load_config(config, overrides), artifact=out) as llm:
+        report = llm.report()
+    print(report)
+    if report.warnings:
+        raise ValueError(f"{report.warnings[0]}; choose another directory, or add --force to replace what it holds")
+
+
+@app.command()
+def explain(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile -o DIR` made.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
+    overrides: Overrides = [],  # noqa: B006
+    model: Model = None,
+) -> None:
+    """Say what an artifact was compiled for, and where that differs from what a config needs here (then exit code 1)."""
+    from compiled_llm.api import CompiledLLM
+    from compiled_llm.runtime.artifacts import read_key
+
+    made_for = read_key(artifact)
+    if made_for is None:
+        raise ValueError(f"{artifact} has no manifest that is whole: expected a directory that `compiled-llm compile -o` made")
+    with CompiledLLM.from_pretrained(model, config=load_config(config, [*overrides, "compile.dispatch=eager"])) as llm:
+        different = made_for.differences(llm.runtime.key())
+    for name, value in made_for.parts.items():
+        print(f"{name}: {value}")
+    print("\n".join(["", "different:", *different]) if different else f"\nit fits {config}")
+    if different:
+        raise typer.Exit(1)
+
+
 @app.command(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )

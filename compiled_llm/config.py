@@ -129,13 +129,21 @@ class CompileConfig(Section):
 
     dispatch: `direct` compiles ahead of time and replays the graph trees' recordings; `torch` calls
     `torch.compile(mode="reduce-overhead")`; `eager` compiles nothing.
+    artifact: a directory that keeps what was compiled, for the next start; `auto` is one in the user's cache directory
+    ($COMPILED_LLM_CACHE), `off` is none. Only `direct` has one, and not while graphs are dumped.
     dump: a directory for the graph before and after each pass.
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
     """
 
     dispatch: Literal["direct", "torch", "eager"] = "direct"
+    artifact: Literal["auto", "off"] | Path = "auto"
     dump: Path | None = None
     options: dict[str, Any] = {}
+
+    @field_validator("artifact", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: object) -> object:
+        return "off" if value is False else value
 
 
 class Config(Section):

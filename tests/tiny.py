@@ -69,7 +69,8 @@ def small_config(**changes: Any) -> Config:
     """Few and small buckets, greedy unless told otherwise: 4 sequences, 48 tokens a step, 128 a sequence."""
     buckets = {"decode": [2], "prefill": [16], "samplers": ["greedy"], **changes.pop("buckets", {})}
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 128}
-    return parse_config({"limits": limits, "buckets": buckets, **changes})
+    compiling = {"artifact": "off", **changes.pop("compile", {})}
+    return parse_config({"limits": limits, "buckets": buckets, "compile": compiling, **changes})
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

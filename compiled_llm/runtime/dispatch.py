@@ -11,16 +11,18 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
+from torch._dynamo.aot_compile import AOTCompiledFunction
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
+from compiled_llm.runtime import vector_units
 from compiled_llm.runtime.step import Step
 from passes import Pipeline
 from passes.early_launch import inductor_options, inductor_waits
@@ -56,6 +58,7 @@ class CompiledStep:
 
     Attributes:
         launch: runs the step once.
+        serialized: what `saved=` takes in another process; None where it was itself made from that, or cannot be kept.
         graph: whether `launch` replays a recording and nothing else.
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
@@ -66,12 +69,16 @@ class CompiledStep:
     owner: object
     compile_seconds: float
     capture_seconds: float
+    serialized: bytes | None = None
 
 
 class Dispatch(Protocol):
-    """Compiles a step with the passes and Inductor options given, and captures it; any failure raises."""
+    """Compiles a step with the passes and Inductor options given, or takes what was saved of it, and captures it.
 
-    def __call__(self, step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep: ...
+    Any failure raises.
+    """
+
+    def __call__(self, step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep: ...
 
 
 def prepare_thread() -> None:
@@ -82,16 +89,14 @@ def prepare_thread() -> None:
         local.tree_manager_locks = defaultdict(threading.Lock)
 
 
-def direct(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep:
+def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
     """Compile ahead of time, record through the graph trees, replay the recording."""
     device = step.state.tokens.device
     begin = time.perf_counter()
     with _settings(device, pipeline, options):
-        jitted: Any = torch.compile(
-            step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        )
-        compiled = jitted.aot_compile(((), {}))
+        compiled = _compile_ahead(step) if saved is None else AOTCompiledFunction.deserialize(saved, {})
         compiled.disable_guard_check()
+        serialized = AOTCompiledFunction.serialize(compiled).serialized_data if saved is None else None
         compiled_at = time.perf_counter()
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
@@ -103,11 +108,20 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledS
         owner=compiled,
         compile_seconds=compiled_at - begin,
         capture_seconds=time.perf_counter() - compiled_at,
+        serialized=serialized,
     )
 
 
-def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> CompiledStep:
-    """torch.compile(mode="reduce-overhead"), called as anyone would call it."""
+def _compile_ahead(step: Step) -> AOTCompiledFunction:
+    jitted: Any = torch.compile(
+        step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    )
+    compiled: AOTCompiledFunction = jitted.aot_compile(((), {}))
+    return compiled
+
+
+def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
+    """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
     device = step.state.tokens.device
     begin = time.perf_counter()
     with _settings(device, pipeline, options):
@@ -138,7 +152,11 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
     if device.type == "cuda":
         # Kernels that need nothing of each other, such as those of queries and keys, as one launch.
         inductor |= {"triton.cudagraphs": True, "combo_kernels": True, **inductor_options(pipeline.context.num_tokens)}
-    with dynamo_config.patch(_DYNAMO), inductor_config.patch(inductor | options), inductor_waits(), _recovery(device):
+    with ExitStack() as settings:
+        settings.enter_context(dynamo_config.patch(_DYNAMO))
+        settings.enter_context(inductor_config.patch(inductor | options))
+        settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())
+        settings.enter_context(_recovery(device))
         yield
 
 

@@ -32,15 +32,17 @@ class BucketReport:
     Attributes:
         size: tokens of a step.
         mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, see `failure`.
+        loaded: whether an artifact had it; `compile_seconds` is then what loading took.
         compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
         bytes: device memory that its capture took.
         replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
-        passes: reports of its graph passes; empty when Inductor's cache served the graph.
+        passes: reports of its graph passes, when they ran; empty when Inductor's cache served the graph.
     """
 
     bucket: str
     size: int
     mode: str = "eager"
+    loaded: bool = False
     compile_seconds: float = 0.0
     capture_seconds: float = 0.0
     bytes: int = 0
@@ -79,6 +81,7 @@ class Report:
 
     Attributes:
         facts: what was built, in words and numbers.
+        warnings: what the start did otherwise than it was told, and why.
         graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
         fallbacks: steps that ran eagerly, by reason.
         graph_events: graph skips, recompiles and re-records during steps; all zero in a healthy engine. A direct replay can
@@ -86,6 +89,7 @@ class Report:
     """
 
     facts: dict[str, str | int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     phases: list[PhaseReport] = field(default_factory=list)
     buckets: list[BucketReport] = field(default_factory=list)
     graphs: int = 0
@@ -114,6 +118,8 @@ class Report:
         console = Console(file=io.StringIO(), width=120)
         for name, value in self.facts.items():
             console.print(f"{name}: {value}", highlight=False)
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", highlight=False)
         console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False)
         console.print(f"padding: {self.padding_waste:.1%} of the tokens computed in buckets", highlight=False)
         for table in self._tables():
@@ -123,7 +129,7 @@ class Report:
 
     def _tables(self) -> Iterator[Table]:
         yield _table("phases", ["phase", "seconds", "MiB"], [(p.name, f"{p.seconds:.2f}", _mib(p.bytes)) for p in self.phases])
-        columns = ["bucket", "mode", "compile s", "capture s", "MiB", "replays", "padded tokens", "failure"]
+        columns = ["bucket", "mode", "made by", "compile s", "capture s", "MiB", "replays", "padded tokens", "failure"]
         yield _table("buckets", columns, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
         yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
@@ -136,7 +142,7 @@ class Report:
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column in {"mode", "failure", "bucket"} else "right")
+        table.add_column(column, justify="left" if number == 0 or column in {"mode", "made by", "failure", "bucket"} else "right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -145,7 +151,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def _bucket_row(bucket: BucketReport) -> list[str]:
     seconds = (f"{bucket.compile_seconds:.2f}", f"{bucket.capture_seconds:.2f}")
     counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
-    return [bucket.bucket, bucket.mode, *seconds, *counts, bucket.failure or ""]
+    return [bucket.bucket, bucket.mode, "artifact" if bucket.loaded else "compiling", *seconds, *counts, bucket.failure or ""]
 
 
 def _pass_row(bucket: str, report: PassReport) -> list[str]:

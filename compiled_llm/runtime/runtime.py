@@ -6,6 +6,7 @@ for the device: the ids of a step are read on a stream of their own, while the n
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from compiled_llm.config import Config, Sampler
+from compiled_llm.models.default import cache_dir
 from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.runtime.artifacts import Artifact, Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets, match
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.limits import Limits
@@ -76,7 +79,10 @@ class Runtime:
             if config.compile.dispatch != "eager":
                 with report.phase("compile and capture", model.device):
                     buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
-                    entries = compile_buckets(buckets, model, layers, self.memory, config, progress=progress)
+                    artifact = self._open_artifact(report)
+                    entries = compile_buckets(
+                        buckets, model, layers, self.memory, config, artifact, report.warnings, progress=progress
+                    )
                 self._entries = {entry.bucket: entry for entry in entries}
         self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
@@ -149,6 +155,28 @@ class Runtime:
         state.tokens[rows] = sampled
         values, ids = top_logprobs(state.logits[rows], sampled, params.logprobs, MAX_LOGPROBS)
         return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
+
+    def key(self) -> Key:
+        """What a compiled step of this engine depends on."""
+        memory = self.memory
+        return make_key(self.model, memory.state, memory.caches, memory.groups, self.config, self.limits)
+
+    def _open_artifact(self, report: Report) -> Artifact | None:
+        """The one that is named, if it fits or is empty; else the one in the cache directory."""
+        wanted, compile_config = self.config.compile.artifact, self.config.compile
+        if wanted == "off" or compile_config.dispatch != "direct" or compile_config.dump is not None:
+            return None
+        key = self.key()
+        if isinstance(wanted, Path):
+            named = Artifact(wanted, key)
+            misfit = named.misfit()
+            if misfit is None:
+                report.facts["artifact"] = str(wanted)
+                return named
+            report.warnings.append(f"the artifact was not used: {misfit}")
+        kept = Artifact(cache_dir() / "artifacts" / key.digest[:16], key)
+        report.facts["artifact"] = str(kept.directory)
+        return kept
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets

@@ -4,7 +4,7 @@ once the weights are there and the activations measured, and each bucket, large 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.merging import count_merged
+from compiled_llm.runtime.artifacts import Artifact, Kept
 from compiled_llm.runtime.buckets import Bucket, Kind
 from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options
 from compiled_llm.runtime.limits import Limits
@@ -24,7 +25,7 @@ from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, 
 from compiled_llm.runtime.report import BucketReport, Report
 from compiled_llm.runtime.state import DecodeBatch, StepState
 from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
-from passes import PASSES, PassContext, PassError, Pipeline
+from passes import PASSES, PassContext, PassError, PassReport, Pipeline
 
 STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
 
@@ -81,9 +82,11 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
 
 def compile_buckets(
     buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
-    *, progress: bool,
+    artifact: Artifact | None, warnings: list[str], *, progress: bool,
 ) -> list[Entry]:  # fmt: skip
     """Compile and capture each bucket, large to small. A bucket that fails is left to eager; with `strict` it is an error.
+
+    What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so.
 
     Raises:
         ValueError: an Inductor option is unknown.
@@ -106,6 +109,8 @@ def compile_buckets(
                 memory.step(model, entry.bucket),
                 _pipeline(config, entry.bucket, context(num_tokens=entry.bucket.size)),
                 config,
+                artifact,
+                warnings,
             )
             show(entry, model.device)
     return entries
@@ -147,10 +152,12 @@ def _pipeline(config: Config, bucket: Bucket, context: PassContext) -> Pipeline:
     )
 
 
-def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config) -> None:
+def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, warnings: list[str]) -> None:
     report, used = entry.report, used_bytes(step.state.tokens.device)
+    compile_or_load = partial(DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options))
     try:
-        compiled = DISPATCHES[config.compile.dispatch](step, pipeline, dict(config.compile.options))
+        loaded = _load(artifact, entry.bucket, compile_or_load, warnings) if artifact is not None else None
+        compiled, passes = loaded or (compile_or_load(), pipeline.reports)
     except Exception as error:
         _raise_pass_error(error)
         report.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
@@ -161,7 +168,29 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config) -> No
     report.mode = "graph" if compiled.graph else "compiled"
     report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
     report.bytes = used_bytes(step.state.tokens.device) - used
-    report.passes = pipeline.reports
+    report.loaded, report.passes = loaded is not None, passes
+    if artifact is not None and compiled.serialized is not None:
+        _save(artifact, entry.bucket, Kept(step=compiled.serialized, passes=passes), warnings)
+        entry.compiled = replace(compiled, serialized=None)
+
+
+def _load(
+    artifact: Artifact, bucket: Bucket, load: Callable[..., CompiledStep], warnings: list[str]
+) -> tuple[CompiledStep, list[PassReport]] | None:
+    """The bucket as the artifact has it; None where that has none, or none that works."""
+    try:
+        kept = artifact.load(str(bucket))
+        return (load(saved=kept.step), kept.passes) if kept is not None else None
+    except Exception as error:  # whatever unpickling and capturing may raise
+        warnings.append(f"{bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
+        return None
+
+
+def _save(artifact: Artifact, bucket: Bucket, kept: Kept, warnings: list[str]) -> None:
+    try:
+        artifact.save(str(bucket), kept)
+    except OSError as error:
+        warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error.strerror}")
 
 
 def _raise_pass_error(error: BaseException | None) -> None:

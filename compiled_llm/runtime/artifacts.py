@@ -1,0 +1,262 @@
+"""What one start compiled, kept in a directory for the next: a file for each bucket, and a manifest that says for what they are.
+
+A bucket's file holds the step as torch compiled it ahead of time (no weights, no addresses) and what the passes reported of it.
+On a CPU, the libraries that the C++ compiler made lie beside them; on a GPU, the kernels are inside. Files are checked by hash and
+written under another name first, so that what is there is whole; what is not, or was made for something else, is compiled anew.
+
+An artifact is code: use only what you would run.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compiled_llm.config import Config
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import PageGroup
+from passes import PassReport
+
+FORMAT = 1
+_ROOT = Path(__file__).parents[2]
+_SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """All that a compiled step depends on besides its bucket, by name, in words."""
+
+    parts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        return _hash(json.dumps(self.parts, sort_keys=True).encode())
+
+    def differences(self, other: "Key") -> list[str]:
+        """A line for each part in which the other differs."""
+        names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
+        pairs = [(name, self.parts.get(name, "nothing"), other.parts.get(name, "nothing")) for name in names]
+        return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One bucket: the compiled step, serialised, and what the passes reported when it was compiled."""
+
+    step: bytes
+    passes: list[PassReport]
+
+
+def make_key(
+    model: PreTrainedModel, state: nn.Module, caches: nn.Module, groups: list[PageGroup], config: Config, limits: Limits
+) -> Key:
+    """The key of an engine whose buffers and caches are allocated."""
+    seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
+    pages = " + ".join(str(group.num_pages) for group in groups)
+    options = {"passes": config.pass_order(), **config.compile.options}
+    return Key(
+        {
+            **{package: version(package) for package in ("torch", "triton", "transformers")},
+            "python": platform.python_version(),
+            "compiled_llm": f"source {_short(_sources())}",
+            "device": _device(model.device),
+            "inductor": f"settings {_short(_inductor_settings())}",
+            "model": f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {_code_of(model)}",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": f"layout {_short(_layout([model]))}",
+            "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
+            "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout([state, caches]))}",
+            "passes and options": ", ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A directory of compiled buckets.
+
+    Attributes:
+        directory: where; made when the first bucket is saved.
+        key: what its buckets must have been compiled for.
+    """
+
+    directory: Path
+    key: Key
+
+    def misfit(self) -> str | None:
+        """Why what is there cannot be used; None where it can, or where nothing is there."""
+        if not (self.directory / _MANIFEST).exists():
+            return None
+        found = read_key(self.directory)
+        if found is None:
+            return f"{self.directory / _MANIFEST} is damaged"
+        different = found.differences(self.key)
+        return f"{self.directory} was compiled for something else: {', '.join(different)}" if different else None
+
+    def load(self, bucket: str) -> Kept | None:
+        """The bucket as it was saved for this key, or None; a damaged file is as good as none."""
+        content = _read(self._path(bucket)) if read_key(self.directory) == self.key else None
+        if content is None:
+            return None
+        self._restore_libraries()
+        kept: Kept = pickle.loads(content)
+        return kept
+
+    def save(self, bucket: str, kept: Kept) -> None:
+        """Keep the bucket, in place of what was there, also of another key; raises OSError."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _locked(self.directory):
+            if read_key(self.directory) != self.key:
+                self._begin()
+            _write(self._path(bucket), pickle.dumps(kept))
+            for library in _loaded_libraries():
+                target = self.directory / "libraries" / library.relative_to(_cache_dir())
+                if not target.exists():
+                    _write(target, library.read_bytes())
+
+    def _restore_libraries(self) -> None:
+        """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
+        root = self.directory / "libraries"
+        for path in root.rglob("*.so"):
+            target = _cache_dir() / path.relative_to(root)
+            if not target.exists() and (content := _read(path)) is not None:
+                _replace(target, content)
+
+    def _begin(self) -> None:
+        """An empty artifact of this key."""
+        for path in [self.directory / _MANIFEST, *self.directory.rglob("*.bucket"), *self.directory.rglob("*.so")]:
+            path.unlink(missing_ok=True)
+        manifest = {"format": FORMAT, "digest": self.key.digest, "key": self.key.parts}
+        _replace(self.directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+
+    def _path(self, bucket: str) -> Path:
+        return self.directory / f"{bucket}.bucket"
+
+
+def discard(directory: Path) -> None:
+    """Let the next save begin anew; other files than an artifact's stay."""
+    (directory / _MANIFEST).unlink(missing_ok=True)
+
+
+def read_key(directory: Path) -> Key | None:
+    """The key in a directory's manifest; None where there is none, or none that is whole."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+        key = Key(dict(manifest["key"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None
+
+
+def _read(path: Path) -> bytes | None:
+    """What `_write` wrote, or None where it is not whole."""
+    try:
+        digest, _, content = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return content if digest.decode(errors="replace") == _hash(content) else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    _replace(path, _hash(content).encode() + b"\n" + content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it."""
+    with (directory / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cache_dir() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def _loaded_libraries() -> list[Path]:
+    """Those in the compiler's cache that this process has loaded; none where there is no /proc."""
+    maps = Path("/proc/self/maps")
+    if torch.cuda.is_available() or not maps.exists():
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.endswith(".so")}
+    return sorted(Path(path) for path in paths if Path(path).is_relative_to(_cache_dir()) and Path(path).exists())
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, CUDA {torch.version.cuda}"
+    # Inductor's C++ has the number of threads in it.
+    return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _code_of(model: nn.Module) -> str:
+    path = inspect.getsourcefile(type(model))
+    return f"source {_hash(Path(path).read_bytes())[:12]}" if path and Path(path).exists() else "no source"
+
+
+def _sources() -> str:
+    paths = sorted(path for folder in _SOURCES for path in (_ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp"))
+    return "".join(f"{path.relative_to(_ROOT)} {_hash(path.read_bytes())}\n" for path in paths)
+
+
+def _inductor_settings() -> str:
+    """What the user or the environment set in torch's compiler."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    settings = {config.__name__: config.get_config_copy() for config in (dynamo, functorch, inductor)}
+    text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__qualname__", str(type(value))))
+    return text.replace(str(Path(torch.__file__).parents[1]), "")
+
+
+def _layout(modules: Iterable[nn.Module]) -> str:
+    """Names, shapes, dtypes and strides of all tensors, and which of them share a storage, where."""
+    lines, storages = [], dict[int, int]()
+    for module in modules:
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            number = storages.setdefault(tensor.untyped_storage().data_ptr(), len(storages))
+            place = (number, tensor.storage_offset(), tensor.data_ptr() % 16)
+            lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {place}")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return _hash(text.encode())[:12]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,259 @@
+"""What is kept of a compilation: whole or not at all, for what it was made for and nothing else, and right tokens in any case."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from compiled_llm import CompiledLLM
+from compiled_llm.runtime import artifacts
+from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key
+from compiled_llm.runtime.report import Report
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+
+KEY = Key({"torch": "2.11.0", "model": "a"})
+OTHER = Key({"torch": "2.11.0", "model": "b", "dtype": "float32"})
+PROMPTS = [prompt_of(5), prompt_of(20)]
+
+
+def kept(content: bytes) -> Kept:
+    return Kept(step=content, passes=[])
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "a", KEY)
+    assert artifact.load("decode-1-greedy") is None
+    assert artifact.misfit() is None
+    artifact.save("decode-1-greedy", kept(b"one"))
+    artifact.save("decode-2-greedy", kept(b"two"))
+    artifact.save("decode-1-greedy", kept(b"three"))
+    assert artifact.load("decode-1-greedy") == kept(b"three")
+    assert artifact.load("decode-2-greedy") == kept(b"two")
+    assert artifact.misfit() is None
+    moved = Artifact(Path(shutil.move(artifact.directory, tmp_path / "b")), KEY)
+    assert moved.load("decode-2-greedy") == kept(b"two")
+
+
+def test_of_another_key_nothing_is_loaded_and_the_parts_are_named(tmp_path: Path) -> None:
+    Artifact(tmp_path, KEY).save("decode-1-greedy", kept(b"one"))
+    other = Artifact(tmp_path, OTHER)
+    assert other.load("decode-1-greedy") is None
+    misfit = other.misfit()
+    assert misfit is not None
+    assert "model: a; here: b, dtype: nothing; here: float32" in misfit
+    assert "torch" not in misfit
+    other.save("decode-2-greedy", kept(b"two"))
+    assert other.load("decode-1-greedy") is None, "what was compiled for another key is gone"
+    assert Artifact(tmp_path, KEY).load("decode-1-greedy") is None
+    discard(tmp_path)
+    assert read_key(tmp_path) is None
+    assert other.misfit() is None
+
+
+def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path, KEY)
+    artifact.save("decode-1-greedy", kept(b"one"))
+    (bucket,) = tmp_path.glob("*.bucket")
+    manifest = tmp_path / "manifest.json"
+    for path in (bucket, manifest):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert artifact.load("decode-1-greedy") is None or (path == manifest and read_key(tmp_path) == KEY)
+            path.write_bytes(whole[:place])
+            assert artifact.load("decode-1-greedy") is None
+        path.write_bytes(whole)
+    assert artifact.load("decode-1-greedy") == kept(b"one")
+    manifest.write_text("{}")
+    assert artifact.misfit() == f"{manifest} is damaged"
+
+
+def test_libraries_that_the_process_has_loaded_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    library = here / "ab" / "cd.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"a library")
+    monkeypatch.setattr(artifacts, "_loaded_libraries", lambda: [library])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))
+    artifact = Artifact(tmp_path / "artifact", KEY)
+    artifact.save("decode-1-greedy", kept(b"one"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(there))
+    assert artifact.load("decode-1-greedy") == kept(b"one")
+    assert (there / "ab" / "cd.so").read_bytes() == b"a library"
+    (kept_library,) = artifact.directory.rglob("*.so")
+    kept_library.write_bytes(b"0" * 80)
+    shutil.rmtree(there)
+    artifact.load("decode-1-greedy")
+    assert not list(there.rglob("*.so")), "a damaged library is left to the compiler"
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+from compiled_llm.runtime.artifacts import Artifact, Kept, Key
+artifact = Artifact(Path(sys.argv[1]), Key({"torch": "2.11.0", "model": "a"}))
+print("ready", flush=True)
+for _ in range(int(sys.argv[3])):
+    time.sleep(0.002)
+    artifact.save("decode-1-greedy", Kept(step=sys.argv[2].encode() * 1_000_000, passes=[]))
+"""
+
+
+def _writer(directory: Path, letter: str, times: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", _WRITER, str(directory), letter, str(times)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_two_writers_and_a_kill_leave_something_whole(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path, KEY)
+    one, other = _writer(tmp_path, "x", 100_000), _writer(tmp_path, "y", 3)
+    assert other.wait(120) == 0, "a lock that nobody lets go of"
+    for _ in range(3):
+        found = artifact.load("decode-1-greedy")
+        assert found is not None
+        assert found.step in (b"x" * 1_000_000, b"y" * 1_000_000)
+        time.sleep(0.05)
+    one.send_signal(signal.SIGKILL)
+    one.wait(60)
+    assert artifact.load("decode-1-greedy") is not None
+    last = _writer(tmp_path, "z", 1)
+    assert last.wait(60) == 0
+    assert artifact.load("decode-1-greedy") == kept(b"z" * 1_000_000)
+
+
+_WARM = """
+import sys
+from torch._dynamo.utils import counters
+from compiled_llm import CompiledLLM
+from tests.tiny import greedy, small_config, tiny_model
+config = small_config(compile={"artifact": sys.argv[1]})
+with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+    print(greedy(llm, eval(sys.argv[2]), 10), all(b.loaded for b in llm.report().buckets), llm.report().warnings)
+print(dict(counters["stats"]), dict(counters["aot_autograd"]), counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    reference = Reference(tiny_model("llama"))
+    return [reference(prompt, 10) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, expected: list[list[int]]) -> Path:
+    """An artifact of tiny llama, from a start with nothing cached."""
+    directory = tmp_path_factory.mktemp("artifact")
+    report = _run(directory, expected)
+    assert not any(bucket.loaded for bucket in report.buckets)
+    assert report.facts["artifact"] == str(directory)
+    assert not report.warnings
+    return directory
+
+
+def _run(artifact: Path, expected: list[list[int]], **changes: object) -> Report:
+    """Start on the artifact, with no other cache, and generate."""
+    config = small_config(compile={"artifact": str(artifact)}, **changes)
+    with fresh_cache(), CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+        assert greedy(llm, PROMPTS, 10) == expected
+        report = llm.report()
+        assert not report.fallbacks
+        return report
+
+
+def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    """From a copy in another directory."""
+    copy = tmp_path / "copy"
+    shutil.copytree(compiled, copy)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [sys.executable, "-c", _WARM, str(copy), repr(PROMPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [f"{expected} True []", "{} {} 0"]
+
+
+def test_the_passes_reports_are_kept(compiled: Path, expected: list[list[int]]) -> None:
+    graphs = counters["stats"]["unique_graphs"]
+    report = _run(compiled, expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+    for bucket in report.buckets:
+        assert bucket.loaded
+        assert [each.matches for each in bucket.passes if each.name == "paged_attention"] == [2]
+
+
+def test_a_bucket_that_is_damaged_or_new_is_compiled(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(compiled, copy)
+    damaged = copy / "decode-2-greedy.bucket"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:500] + b"?" + content[501:])
+    report = _run(copy, expected, buckets={"decode": [1, 2]})
+    assert {bucket.bucket: bucket.loaded for bucket in report.buckets} == {
+        "prefill-16-greedy": True, "prefill-48-greedy": True,
+        "decode-1-greedy": False, "decode-2-greedy": False, "decode-4-greedy": True,
+    }  # fmt: skip
+    again = _run(copy, expected, buckets={"decode": [1, 2]})
+    assert all(bucket.loaded for bucket in again.buckets), "it was put in order"
+
+
+def test_what_cannot_be_loaded_is_compiled_and_named(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    """Whole, and for this key, and yet not what torch can read."""
+    copy = tmp_path / "copy"
+    shutil.copytree(compiled, copy)
+    key = read_key(copy)
+    assert key is not None
+    Artifact(copy, key).save("decode-2-greedy", kept(b"nonsense"))
+    report = _run(copy, expected)
+    assert [bucket.bucket for bucket in report.buckets if not bucket.loaded] == ["decode-2-greedy"]
+    (warning,) = report.warnings
+    assert "decode-2-greedy" in warning
+    assert "is compiled anew" in warning
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("passes and options", {"passes": {"rotary_outer_product": False}}),
+        ("limits", {"limits": {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 64}}),
+        ("KV cache", {"cache": {"block_size": 32}}),
+    ],
+)
+def test_another_config_leaves_a_named_artifact_alone(
+    part: str,
+    changes: dict[str, object],
+    compiled: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
+    before = {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
+    small = {"decode": [], "prefill": []}  # nothing to compile: it is about the choice alone
+    config = small_config(compile={"artifact": str(compiled)}, buckets=small, **changes)
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+        assert greedy(llm, PROMPTS, 10) == expected
+        (warning,) = llm.report().warnings
+        assert part in warning
+        assert str(llm.report().facts["artifact"]).startswith(str(tmp_path))
+    assert before == {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_costs_the_artifact_alone(expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    report = _run(tmp_path / "full", expected, buckets={"decode": [], "prefill": [48]})
+    (warning,) = report.warnings
+    assert "could not be kept" in warning
+    assert "No space left" in warning
+    assert not [path for path in (tmp_path / "full").iterdir() if path.name != ".lock"]
