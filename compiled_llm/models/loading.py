@@ -1,9 +1,13 @@
 """Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +34,12 @@ def load(config: ModelConfig) -> LoadedModel:
     if config.weights == "random":
         return _initialise(config, device, dtype)
     path, files = _locate(config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
-    return LoadedModel(model=model.eval(), tokenizer=_load_tokenizer(path, files))
+    with _gguf_read_once() if files else nullcontext():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
+        return LoadedModel(model=model.eval(), tokenizer=_load_tokenizer(path, files))
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -71,6 +76,16 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
     return str(config.name), {}
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses a GGUF file's metadata four times, in seconds each, and makes one map of names again for each module."""
+    import gguf
+
+    reader, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+    with patch.object(gguf, "GGUFReader", reader), patch.object(gguf, "get_tensor_name_map", names):
+        yield
 
 
 def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype | str) -> LoadedModel:
