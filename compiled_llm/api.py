@@ -219,6 +219,7 @@ class CompiledLLM:
         if self._runtime is None:
             return
         del self._engine
+        self._runtime.keep_traffic()
         self._runtime = None
         self._resources.close()
         if self.model.device.type == "cuda":

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
 
+buckets_app = typer.Typer(no_args_is_help=True, help="The static shapes that are compiled.")
+app.add_typer(buckets_app, name="buckets")
+
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file such as configs/smollm2-gpu.yaml.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")]
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE.jsonl", help="Many prompts, one JSON line each.")]
@@ -119,6 +122,24 @@ def explain(
     print("\n".join(["", "different:", *different]) if different else f"\nit fits {config}")
     if different:
         raise typer.Exit(1)
+
+
+@buckets_app.command()
+def suggest(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact that engines have run on.")],
+    count: Annotated[int | None, typer.Option(help="How many sizes of each kind; as many as now when left out.")] = None,
+) -> None:
+    """Propose the bucket sizes that would have padded the traffic seen so far least, and say what that saves."""
+    from compiled_llm.runtime.artifacts import read_traffic
+
+    traffic = read_traffic(artifact)
+    if not traffic:
+        raise ValueError(f"{artifact} knows of no traffic: expected an artifact that an engine ran on and was closed")
+    for kind, seen in traffic.items():
+        sizes = seen.suggest(max(1, len(seen.buckets)) if count is None else count)
+        print(f"buckets.{kind}: {sizes}")
+        before = f"{seen.waste(seen.buckets):.1%} with {seen.buckets}" if seen.buckets else "none compiled"
+        print(f"  padding {seen.waste(sizes):.1%} of {sum(seen.seen.values())} steps; now {before}")
 
 
 @app.command(

@@ -1,5 +1,6 @@
 """The commands that compile and explain."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from compiled_llm.cli import app
+from compiled_llm.runtime.artifacts import Artifact, Kept, Key
+from compiled_llm.runtime.traffic import Traffic
 from tests.tiny import tiny_model
 
 
@@ -53,6 +56,20 @@ def test_compile_then_explain(config: Path, tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.output
     assert "artifact" in done.stdout
     assert run.invoke(app, ["explain", str(out), str(config), *other]).exit_code == 0
+
+
+def test_suggest(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path, Key({"torch": "2.11.0"}))
+    artifact.save("decode-4-greedy", Kept(step=b"", passes=[]))
+    done = CliRunner().invoke(app, ["buckets", "suggest", str(tmp_path)])
+    assert "knows of no traffic" in str(done.exception)
+    artifact.add_traffic({"decode": Traffic(limit=8, buckets=[4, 8], seen=Counter({3: 2, 8: 1}))})
+    done = CliRunner().invoke(app, ["buckets", "suggest", str(tmp_path)])
+    assert done.stdout.splitlines() == ["buckets.decode: [3, 8]", "  padding 0.0% of 3 steps; now 12.5% with [4, 8]"]
+    done = CliRunner().invoke(app, ["buckets", "suggest", str(tmp_path), "--count", "1"])
+    assert done.stdout.splitlines()[0] == "buckets.decode: [8]"
+    done = CliRunner().invoke(app, ["buckets", "suggest", str(tmp_path), "--count", "0"])
+    assert "at least one bucket" in str(done.exception)
 
 
 def test_explain_wants_an_artifact(config: Path, tmp_path: Path) -> None:

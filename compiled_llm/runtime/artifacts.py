@@ -15,9 +15,9 @@ import os
 import pickle
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
+from compiled_llm.runtime.traffic import Traffic
 from passes import PassReport
 
 FORMAT = 1
 _ROOT = Path(__file__).parents[2]
 _SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
-_MANIFEST = "manifest.json"
+_MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,18 @@ class Artifact:
                 if not target.exists():
                     _write(target, library.read_bytes())
 
+    def add_traffic(self, traffic: Mapping[str, Traffic]) -> None:
+        """Add what was seen, by kind, to what was seen before with the same limits; raises OSError."""
+        if read_key(self.directory) != self.key:
+            return
+        with _locked(self.directory):
+            before = read_traffic(self.directory)
+            for kind, seen in traffic.items():
+                if kind in before and before[kind].limit == seen.limit:
+                    seen = replace(seen, seen=seen.seen + before[kind].seen)
+                before[kind] = seen
+            _replace(self.directory / _TRAFFIC, json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode())
+
     def _restore_libraries(self) -> None:
         """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
         root = self.directory / "libraries"
@@ -150,6 +163,14 @@ class Artifact:
 def discard(directory: Path) -> None:
     """Let the next save begin anew; other files than an artifact's stay."""
     (directory / _MANIFEST).unlink(missing_ok=True)
+
+
+def read_traffic(directory: Path) -> dict[str, Traffic]:
+    """What engines on this artifact saw, by kind; nothing where that is not known."""
+    try:
+        return {kind: Traffic.from_dict(values) for kind, values in json.loads((directory / _TRAFFIC).read_text()).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def read_key(directory: Path) -> Key | None:

@@ -73,7 +73,14 @@ def plan_groups(
     wanted = others * sum(pages * size for pages, size in zip(a_sequence, page_bytes, strict=True))
     spare = min(budget - least, wanted)
     extra = [others * pages * spare // wanted if wanted else 0 for pages in a_sequence]
+    if config.memory == "auto" and spare < wanted:
+        extra = [_rounded(pages) for pages in extra]
     return [replace(g, num_pages=NUM_TRASH_PAGES + p + more) for g, p, more in zip(groups, a_sequence, extra, strict=True)]
+
+
+def _rounded(pages: int) -> int:
+    """Less by under 1 %, so that a start that finds a little more or less memory free than the last has the same shapes."""
+    return pages >> (shift := max(0, pages.bit_length() - 8)) << shift
 
 
 def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:

@@ -5,6 +5,7 @@ for the device: the ids of a step are read on a stream of their own, while the n
 """
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
 from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step import choose
+from compiled_llm.runtime.traffic import Traffic
 from compiled_llm.runtime.warmup import Entry, StrictError, allocate, compile_buckets
 from passes.ops.top_logprobs import top_logprobs
 
@@ -72,6 +74,12 @@ class Runtime:
             "decode": self._make_buckets("decode", config.buckets.decode, self.limits.max_num_seqs),
             "prefill": self._make_buckets("prefill", config.buckets.prefill, self.limits.max_num_batched_tokens),
         }
+        largest: dict[Kind, int] = {"decode": self.limits.max_num_seqs, "prefill": self.limits.max_num_batched_tokens}
+        self._traffic = {
+            kind: Traffic(limit=limit, buckets=sorted({bucket.size for bucket in self._buckets[kind]}))
+            for kind, limit in largest.items()
+        }
+        self._artifact: Artifact | None = None
         self._entries: dict[Bucket, Entry] = {}
         self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
         with torch.no_grad():
@@ -79,9 +87,9 @@ class Runtime:
             if config.compile.dispatch != "eager":
                 with report.phase("compile and capture", model.device):
                     buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
-                    artifact = self._open_artifact(report)
+                    self._artifact = self._open_artifact(report)
                     entries = compile_buckets(
-                        buckets, model, layers, self.memory, config, artifact, report.warnings, progress=progress
+                        buckets, model, layers, self.memory, config, self._artifact, report.warnings, progress=progress
                     )
                 self._entries = {entry.bucket: entry for entry in entries}
         self._readback = Readback(self.memory.state)
@@ -204,7 +212,15 @@ class Runtime:
             raise StrictError(f"a step would run eagerly: {reason}")
         return None
 
+    def keep_traffic(self) -> None:
+        """Add the sizes of the steps so far to what the artifact knows, for `compiled-llm buckets suggest`."""
+        seen = {str(kind): traffic for kind, traffic in self._traffic.items() if traffic.seen}
+        if self._artifact is not None and seen:
+            with suppress(OSError):  # a full disk, say: nobody waits for this
+                self._artifact.add_traffic(seen)
+
     def _run(self, entry: Entry | None, batch: Bucket) -> Ticket:
+        self._traffic[batch.kind].seen[batch.size] += 1
         with torch.no_grad():
             if entry is None or entry.compiled is None:
                 self.memory.step(self.model, batch)()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime import artifacts
-from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key
+from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key, read_traffic
 from compiled_llm.runtime.report import Report
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -181,6 +182,23 @@ def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]
     assert done.stdout.splitlines()[-2:] == [f"{expected} True []", "{} {} 0"]
 
 
+def test_traffic_is_kept_and_added_up(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(compiled, copy)
+    (copy / "traffic.json").unlink()
+    assert read_traffic(copy) == {}
+    _run(copy, expected)
+    once = read_traffic(copy)
+    assert {kind: traffic.limit for kind, traffic in once.items()} == {"decode": 4, "prefill": 48}
+    assert once["prefill"].seen == Counter({16: 1, 10: 1}), "25 tokens of prompts, and the row that decodes meanwhile"
+    assert once["decode"].buckets == [2, 4]
+    assert once["decode"].seen[2] >= 8
+    _run(copy, expected)
+    assert read_traffic(copy)["decode"].seen == once["decode"].seen + once["decode"].seen
+    (copy / "traffic.json").write_text("{")
+    assert read_traffic(copy) == {}
+
+
 def test_the_passes_reports_are_kept(compiled: Path, expected: list[list[int]]) -> None:
     graphs = counters["stats"]["unique_graphs"]
     report = _run(compiled, expected)
@@ -237,6 +255,7 @@ def test_another_config_leaves_a_named_artifact_alone(
 ) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
     before = {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
+    assert before
     small = {"decode": [], "prefill": []}  # nothing to compile: it is about the choice alone
     config = small_config(compile={"artifact": str(compiled)}, buckets=small, **changes)
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
