@@ -10,13 +10,21 @@ from bench.remote import WorkerError
 from bench.session import Options, open_worker, setup_of
 from bench.workloads import fresh_prompts
 from compiled_llm.config import Config
+from compiled_llm.models.default import default_model
 
 PHASES = ["process", "import", "load", "prepare", "trace", "compile", "capture", "other", "first token"]
-_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
+_CACHES = {
+    "COMPILED_LLM_CACHE": "compiled_llm",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "VLLM_CACHE_ROOT": "vllm",
+}
 
 
 def run(names: list[str], config: Config, card: Card, options: Options, *, context: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each system, cold and warm, and round; each round begins with caches that are empty."""
+    if config.model.name is None and config.model.weights == "auto":  # downloaded to a cache, but no part of a start
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(default_model())})})
     rows = []
     for number in range(rounds):
         for name in names:
