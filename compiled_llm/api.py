@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypedDict, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,14 @@ from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Runtime
 
 ConfigLike = Config | str | Path | dict[str, Any] | None
+
+
+class LoadOptions(TypedDict, total=False):
+    """What `from_pretrained` takes besides the model; see `CompiledLLM.from_pretrained`."""
+
+    config: ConfigLike
+    artifact: str | Path | None
+    progress: bool
 
 
 class CompiledLLM:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
-from compiled_llm.api import CompiledLLM, ConfigLike
+from compiled_llm.api import CompiledLLM, LoadOptions
 from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine_thread import Channel, EngineThread
@@ -38,28 +38,14 @@ class AsyncCompiledLLM:
         atexit.register(self.close)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | None = None,
-        *,
-        config: ConfigLike = None,
-        artifact: str | Path | None = None,
-        progress: bool = True,
-    ) -> Self:
+    def from_pretrained(cls, model: str | Path | None = None, **options: Unpack[LoadOptions]) -> Self:
         """Load a model and compile it, as `CompiledLLM.from_pretrained` does; blocks until it is ready."""
-        return cls(partial(CompiledLLM.from_pretrained, model, config=config, artifact=artifact, progress=progress))
+        return cls(partial(CompiledLLM.from_pretrained, model, **options))
 
     @classmethod
-    async def start(
-        cls,
-        model: str | Path | None = None,
-        *,
-        config: ConfigLike = None,
-        artifact: str | Path | None = None,
-        progress: bool = True,
-    ) -> Self:
+    async def start(cls, model: str | Path | None = None, **options: Unpack[LoadOptions]) -> Self:
         """`from_pretrained`, without blocking the event loop."""
-        return await asyncio.to_thread(cls.from_pretrained, model, config=config, artifact=artifact, progress=progress)
+        return await asyncio.to_thread(cls.from_pretrained, model, **options)
 
     async def add(
         self,

@@ -83,9 +83,7 @@ def compile_buckets(
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     model: Model = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace what DIR holds, where that was compiled for something else.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what DIR holds, whatever that was compiled for.")] = False,
 ) -> None:
     """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
     from compiled_llm.api import CompiledLLM
@@ -96,8 +94,13 @@ def compile_buckets(
     with CompiledLLM.from_pretrained(model, config=load_config(config, overrides), artifact=out) as llm:
         report = llm.report()
     print(report)
-    if report.warnings:
+    kept_in = report.facts.get("artifact")
+    if kept_in is None:
+        raise ValueError("nothing was kept: expected compile.dispatch=direct, no compile.dump, and compile.artifact not off")
+    if out is not None and kept_in != str(out):
         raise ValueError(f"{report.warnings[0]}; choose another directory, or add --force to replace what it holds")
+    if report.warnings:
+        raise ValueError(report.warnings[0])
 
 
 @app.command()

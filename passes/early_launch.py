@@ -17,13 +17,13 @@ MAX_TOKENS = 64
 
 
 @cache
-def _is_known() -> bool:
+def _is_possible() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def early_launch() -> dict[str, Any]:
     """What a kernel of ours is launched with; its EARLY says that it must wait."""
-    return {"EARLY": True, "launch_pdl": True} if _is_known() else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if _is_possible() else {"EARLY": False}
 
 
 def inductor_options(num_tokens: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def inductor_options(num_tokens: int) -> dict[str, Any]:
 
     Of more tokens, kernels fill the GPU, and one that waits only stands in the way (on an H200 it cost 2 to 5 % at 128).
     """
-    return {"triton.enable_pdl": True} if _is_known() and num_tokens <= MAX_TOKENS else {}
+    return {"triton.enable_pdl": True} if _is_possible() and num_tokens <= MAX_TOKENS else {}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -52,6 +53,16 @@ class PassReport:
     ops_after: int
 
 
+@cache
+def source_digest(folder: Path) -> str:
+    """Changes with any of the folder's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
 class PassError(RuntimeError):
     """A pass found less than the model's config says is there."""
 
@@ -86,8 +97,7 @@ class Pipeline(CustomGraphPass):
         """Everything the rewritten graph depends on: the passes, their order, the context, and all of this package's source."""
         names = ",".join(graph_pass.name for graph_pass in self.passes)
         digest = hashlib.sha256(f"{names}|{self.context}".encode())
-        for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".cpp")):
-            digest.update(path.read_bytes())
+        digest.update(source_digest(Path(__file__).parent).encode())
         return digest.digest()
 
     def _dump(self, graph: Graph, stem: str) -> None:

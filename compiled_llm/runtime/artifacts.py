@@ -11,12 +11,10 @@ import fcntl
 import hashlib
 import inspect
 import json
-import os
 import pickle
 import platform
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +27,9 @@ from compiled_llm.config import Config
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.traffic import Traffic
+from compiled_llm.runtime.whole_files import write_whole
 from passes import PassReport
+from passes.pipeline import source_digest
 
 FORMAT = 1
 _ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def make_key(
         {
             **{package: version(package) for package in ("torch", "triton", "transformers")},
             "python": platform.python_version(),
-            "compiled_llm": f"source {_short(_sources())}",
+            "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
             "inductor": f"settings {_short(_inductor_settings())}",
             "model": f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {_code_of(model)}",
@@ -125,7 +125,7 @@ class Artifact:
                 self._begin()
             _write(self._path(bucket), pickle.dumps(kept))
             for library in _loaded_libraries():
-                target = self.directory / "libraries" / library.relative_to(_cache_dir())
+                target = self._libraries / library.relative_to(_cache_dir())
                 if not target.exists():
                     _write(target, library.read_bytes())
 
@@ -139,22 +139,25 @@ class Artifact:
                 if kind in before and before[kind].limit == seen.limit:
                     seen = replace(seen, seen=seen.seen + before[kind].seen)
                 before[kind] = seen
-            _replace(self.directory / _TRAFFIC, json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode())
+            write_whole(self.directory / _TRAFFIC, json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode())
 
     def _restore_libraries(self) -> None:
         """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
-        root = self.directory / "libraries"
-        for path in root.rglob("*.so"):
-            target = _cache_dir() / path.relative_to(root)
+        for path in self._libraries.rglob("*.so"):
+            target = _cache_dir() / path.relative_to(self._libraries)
             if not target.exists() and (content := _read(path)) is not None:
-                _replace(target, content)
+                write_whole(target, content)
 
     def _begin(self) -> None:
         """An empty artifact of this key."""
-        for path in [self.directory / _MANIFEST, *self.directory.rglob("*.bucket"), *self.directory.rglob("*.so")]:
+        for path in [self.directory / _MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
             path.unlink(missing_ok=True)
         manifest = {"format": FORMAT, "digest": self.key.digest, "key": self.key.parts}
-        _replace(self.directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_whole(self.directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+
+    @property
+    def _libraries(self) -> Path:
+        return self.directory / "libraries"
 
     def _path(self, bucket: str) -> Path:
         return self.directory / f"{bucket}.bucket"
@@ -193,23 +196,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    _replace(path, _hash(content).encode() + b"\n" + content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    write_whole(path, _hash(content).encode() + b"\n" + content)
 
 
 @contextmanager
@@ -245,12 +232,7 @@ def _device(device: torch.device) -> str:
 
 def _code_of(model: nn.Module) -> str:
     path = inspect.getsourcefile(type(model))
-    return f"source {_hash(Path(path).read_bytes())[:12]}" if path and Path(path).exists() else "no source"
-
-
-def _sources() -> str:
-    paths = sorted(path for folder in _SOURCES for path in (_ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp"))
-    return "".join(f"{path.relative_to(_ROOT)} {_hash(path.read_bytes())}\n" for path in paths)
+    return f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
 
 
 def _inductor_settings() -> str:

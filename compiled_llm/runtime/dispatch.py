@@ -58,7 +58,6 @@ class CompiledStep:
 
     Attributes:
         launch: runs the step once.
-        serialized: what `saved=` takes in another process; None where it was itself made from that, or cannot be kept.
         graph: whether `launch` replays a recording and nothing else.
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
@@ -69,7 +68,6 @@ class CompiledStep:
     owner: object
     compile_seconds: float
     capture_seconds: float
-    serialized: bytes | None = None
 
 
 class Dispatch(Protocol):
@@ -96,7 +94,6 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
     with _settings(device, pipeline, options):
         compiled = _compile_ahead(step) if saved is None else AOTCompiledFunction.deserialize(saved, {})
         compiled.disable_guard_check()
-        serialized = AOTCompiledFunction.serialize(compiled).serialized_data if saved is None else None
         compiled_at = time.perf_counter()
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
@@ -108,8 +105,13 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
         owner=compiled,
         compile_seconds=compiled_at - begin,
         capture_seconds=time.perf_counter() - compiled_at,
-        serialized=serialized,
     )
+
+
+def serialize(compiled: CompiledStep) -> bytes:
+    """Of what `direct` compiled: what it takes as `saved` in another process."""
+    assert isinstance(compiled.owner, AOTCompiledFunction)
+    return AOTCompiledFunction.serialize(compiled.owner).serialized_data
 
 
 def _compile_ahead(step: Step) -> AOTCompiledFunction:

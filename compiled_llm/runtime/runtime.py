@@ -70,15 +70,12 @@ class Runtime:
         self._thread = threading.get_ident()
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
-        self._buckets: dict[Kind, list[Bucket]] = {
-            "decode": self._make_buckets("decode", config.buckets.decode, self.limits.max_num_seqs),
-            "prefill": self._make_buckets("prefill", config.buckets.prefill, self.limits.max_num_batched_tokens),
-        }
         largest: dict[Kind, int] = {"decode": self.limits.max_num_seqs, "prefill": self.limits.max_num_batched_tokens}
-        self._traffic = {
-            kind: Traffic(limit=limit, buckets=sorted({bucket.size for bucket in self._buckets[kind]}))
-            for kind, limit in largest.items()
+        self._buckets: dict[Kind, list[Bucket]] = {
+            "decode": self._make_buckets("decode", config.buckets.decode, largest["decode"]),
+            "prefill": self._make_buckets("prefill", config.buckets.prefill, largest["prefill"]),
         }
+        self._traffic = {kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()}
         self._artifact: Artifact | None = None
         self._entries: dict[Bucket, Entry] = {}
         self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
@@ -101,7 +98,7 @@ class Runtime:
     @property
     def prefill_sizes(self) -> list[int]:
         """Tokens of the prefill buckets, small to large."""
-        return sorted({bucket.size for bucket in self._buckets["prefill"]})
+        return self._sizes("prefill")
 
     @property
     def decodes_apart(self) -> bool:
@@ -189,6 +186,9 @@ class Runtime:
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets
         return make_buckets(kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth)
+
+    def _sizes(self, kind: Kind) -> list[int]:
+        return sorted({bucket.size for bucket in self._buckets[kind]})
 
     def _find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
         """The entry that serves a batch, or None, counted by its reason."""

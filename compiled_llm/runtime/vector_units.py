@@ -6,11 +6,12 @@ two cores, in every process that compiles or loads C++. Whether the processor ha
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
 from compiled_llm.models.default import cache_dir
+from compiled_llm.runtime.whole_files import write_whole
 
 
 @contextmanager
@@ -26,11 +27,8 @@ def remembered() -> Iterator[None]:
         if path.exists():
             return path.read_text() == "works"
         works: bool = check(isa, code)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("works" if works else "fails")
-        except OSError:  # then it is tried again
-            pass
+        with suppress(OSError):  # then it is tried again
+            write_whole(path, b"works" if works else b"fails")
         return works
 
     with patch.object(VecISA, "check_build", check_once):

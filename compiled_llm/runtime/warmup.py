@@ -4,7 +4,7 @@ once the weights are there and the activations measured, and each bucket, large 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.models.merging import count_merged
 from compiled_llm.runtime.artifacts import Artifact, Kept
 from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, serialize
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups, used_bytes
 from compiled_llm.runtime.report import BucketReport, Report
@@ -169,9 +169,8 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
     report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
     report.bytes = used_bytes(step.state.tokens.device) - used
     report.loaded, report.passes = loaded is not None, passes
-    if artifact is not None and compiled.serialized is not None:
-        _save(artifact, entry.bucket, Kept(step=compiled.serialized, passes=passes), warnings)
-        entry.compiled = replace(compiled, serialized=None)
+    if artifact is not None and loaded is None:
+        _save(artifact, entry.bucket, compiled, passes, warnings)
 
 
 def _load(
@@ -186,11 +185,11 @@ def _load(
         return None
 
 
-def _save(artifact: Artifact, bucket: Bucket, kept: Kept, warnings: list[str]) -> None:
+def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, passes: list[PassReport], warnings: list[str]) -> None:
     try:
-        artifact.save(str(bucket), kept)
-    except OSError as error:
-        warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error.strerror}")
+        artifact.save(str(bucket), Kept(step=serialize(compiled), passes=passes))
+    except Exception as error:  # a full disk, or whatever pickling raises
+        warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
 
 
 def _raise_pass_error(error: BaseException | None) -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM
-from compiled_llm.runtime import artifacts
+from compiled_llm.runtime import artifacts, warmup, whole_files
 from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key, read_traffic
 from compiled_llm.runtime.report import Report
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
@@ -57,6 +57,32 @@ def test_of_another_key_nothing_is_loaded_and_the_parts_are_named(tmp_path: Path
     discard(tmp_path)
     assert read_key(tmp_path) is None
     assert other.misfit() is None
+
+
+def test_what_is_not_the_artifacts_own_stays(tmp_path: Path) -> None:
+    """Whatever directory is named."""
+    others = [tmp_path / name for name in ("a.so", "venv/b.so", "venv/c.bucket")]
+    (tmp_path / "venv").mkdir()
+    for path in others:
+        path.write_bytes(b"not ours")
+    Artifact(tmp_path, KEY).save("decode-1-greedy", kept(b"one"))
+    Artifact(tmp_path, OTHER).save("decode-2-greedy", kept(b"two"))
+    assert all(path.read_bytes() == b"not ours" for path in others)
+    assert [path.name for path in tmp_path.glob("*.bucket")] == ["decode-2-greedy.bucket"]
+
+
+def test_what_cannot_be_serialised_is_not_kept_and_runs(
+    expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(compiled: object) -> bytes:
+        raise TypeError("cannot pickle this")
+
+    monkeypatch.setattr(warmup, "serialize", refuse)
+    report = _run(tmp_path, expected, buckets={"decode": [], "prefill": [48]})
+    (warning,) = report.warnings
+    assert "could not be kept" in warning
+    assert "cannot pickle this" in warning
+    assert [bucket.failure for bucket in report.buckets] == [None]
 
 
 def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
@@ -270,7 +296,7 @@ def test_a_full_disk_costs_the_artifact_alone(expected: list[list[int]], tmp_pat
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
+    monkeypatch.setattr(whole_files.os, "fsync", full)
     report = _run(tmp_path / "full", expected, buckets={"decode": [], "prefill": [48]})
     (warning,) = report.warnings
     assert "could not be kept" in warning
