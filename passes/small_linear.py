@@ -45,16 +45,13 @@ def _is_served(product: Node) -> bool:
         return False
     if not x.is_cuda:
         return bool(x.dtype == torch.float32)
-    return bool(x.dtype.itemsize == 2) and _pays(x.shape[0], *weight.shape)
+    return bool(x.dtype.itemsize == 2)
 
 
-def _takes_norm_and_gate(product: Node) -> bool:
+def _takes_norm(product: Node) -> bool:
+    """Several tokens are multiplied by the norm's weight before they are normed, for which float16 has not the range."""
     value = product.meta["val"]
-    return bool(not value.is_cuda or value.shape[0] == 1)
-
-
-def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
-    return num_tokens == 1 or num_out <= num_in or num_out >= 2**16
+    return bool(not value.is_cuda or value.shape[0] == 1 or value.dtype == torch.bfloat16)
 
 
 def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
@@ -63,7 +60,7 @@ def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
     assert isinstance(x, Node)
     assert isinstance(transpose, Node)
     num_tokens, num_in = x.meta["val"].shape
-    norm, gate = (_norm(x), _gated_user(product)) if _takes_norm_and_gate(product) else (None, None)
+    norm, gate = _norm(x) if _takes_norm(product) else None, _gated_user(product)
     addition = _addition(product) if gate is None else None
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):

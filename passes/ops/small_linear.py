@@ -44,6 +44,13 @@ def _add(result, residual, mask, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
+def _gated(gate, up):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, rounded where a model would round."""
+    wide = gate.to(tl.float32)
+    return ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _one_token_kernel(  # type: ignore[no-untyped-def]
     out, x, weight, norm, residual, eps,
     N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
@@ -83,51 +90,95 @@ def _one_token_kernel(  # type: ignore[no-untyped-def]
         factor = tl.rsqrt(tl.sum(squares) / K + eps)
     dtype: tl.constexpr = out.dtype.element_ty
     result = (tl.sum(acc, 1) * factor).to(dtype)
-    if GATED:  # rounded where a model would round
-        gate = result.to(tl.float32)
-        up = (tl.sum(acc_up, 1) * factor).to(dtype).to(tl.float32)
-        result = ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
+    if GATED:
+        result = _gated(result, (tl.sum(acc_up, 1) * factor).to(dtype))
     tl.store(out + n, _add(result, residual + n, n < N, HAS_RESIDUAL), mask=n < N)
 
 
 @triton.jit
+def _features_in(base, WARPS: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a tile that begins at base, the features of each warp's share: [WARPS, TILE_K / WARPS]."""
+    return base + tl.arange(0, WARPS)[:, None] * (TILE_K // WARPS) + tl.arange(0, TILE_K // WARPS)[None, :]
+
+
+@triton.jit
+def _weights(rows, k_WK, n_live, K: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    if EVEN:
+        return tl.load(rows + k_WK[:, :, None])
+    return tl.load(rows + k_WK[:, :, None], mask=n_live & (k_WK[:, :, None] < K), other=0.0)
+
+
+@triton.jit
+def _tokens(x, norm, k_WK, t_live, K: tl.constexpr, HAS_NORM: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens, times the norm's weight, as [WARPS, TILE_T, TILE_K / WARPS]; and the sums of their squares, [TILE_T]."""
+    x_WTK = tl.load(x + k_WK[:, None, :], mask=t_live & ((k_WK[:, None, :] < K) | EVEN), other=0.0)
+    squares = tl.zeros([x_WTK.shape[1]], tl.float32)
+    if HAS_NORM:
+        wide = x_WTK.to(tl.float32)
+        squares = tl.sum(tl.sum(wide * wide, 2), 0)
+        norm_WK = tl.load(norm + k_WK, mask=(k_WK < K) | EVEN, other=0.0).to(tl.float32)
+        x_WTK = (wide * norm_WK[:, None, :]).to(x_WTK.dtype)
+    return x_WTK, squares
+
+
+@triton.jit
 def _few_tokens_kernel(  # type: ignore[no-untyped-def]
-    out, x, weight, residual, shares, arrivals, x_stride, residual_stride,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
-    SPLITS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+    out, x, weight, norm, residual, shares, arrivals, x_stride, residual_stride, eps,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    EARLY: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr,
+    FIRST_K: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_N features of all tokens, over one of SPLITS shares of K; the last to arrive adds the shares, in order."""
+    """One program: TILE_N rows of the weight for all tokens, over one of SPLITS shares of K; the last to arrive adds the shares.
+
+    Each warp sums over a part of every tile of its own, so that no chain of matrix instructions is long. Where there is a gate,
+    a row of it and a row of what it gates take turns.
+    """
+    ROWS: tl.constexpr = N * (1 + GATED)
+    SHARE: tl.constexpr = (K + TILE_K * SPLITS - 1) // (TILE_K * SPLITS) * TILE_K
+    EVEN: tl.constexpr = ROWS % TILE_N == 0 and SHARE * SPLITS == K
     t = tl.arange(0, TILE_T)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    split = tl.program_id(1)
-    EVEN: tl.constexpr = N % TILE_N == 0 and K % (TILE_K * SPLITS) == 0
-    SHARE: tl.constexpr = tl.cdiv(tl.cdiv(K, TILE_K), SPLITS) * TILE_K
-    acc = tl.zeros([TILE_T, TILE_N], tl.float32)
+    row = (n % 2) * N + n // 2 if GATED else n
+    begin = tl.program_id(1) * SHARE
+    rows = weight + row[None, None, :].to(tl.int64) * K
+    x += t[None, :, None] * x_stride
+    t_live = t[None, :, None] < T
+    n_live = n[None, None, :] < ROWS
+    k_first = _features_in(begin, WARPS, FIRST_K)
+    w_first = _weights(rows, k_first, n_live, K, EVEN)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    for base in tl.range(split * SHARE, split * SHARE + SHARE, TILE_K, num_stages=STAGES):
-        k = base + tl.arange(0, TILE_K)
-        x_live = t[:, None] < T
-        w_live = None
-        if not EVEN:
-            x_live = x_live & (k[None, :] < K)
-            w_live = (n[None, :] < N) & (k[:, None] < K)
-        x_TK = tl.load(x + t[:, None] * x_stride + k[None, :], mask=x_live, other=0.0)
-        w_KN = tl.load(weight + n[None, :].to(tl.int64) * K + k[:, None], mask=w_live, other=None if EVEN else 0.0)
-        acc = tl.dot(x_TK, w_KN, acc, input_precision="ieee")
-    live = (t[:, None] < T) & (n[None, :] < N)
+    x_first, squares = _tokens(x, norm, k_first, t_live, K, HAS_NORM, EVEN)
+    acc = tl.dot(x_first, w_first, input_precision="ieee")
+    for base in tl.range(begin + FIRST_K, begin + SHARE, TILE_K, num_stages=STAGES):
+        k_WK = _features_in(base, WARPS, TILE_K)
+        w_WKN = _weights(rows, k_WK, n_live, K, EVEN)
+        x_WTK, more = _tokens(x, norm, k_WK, t_live, K, HAS_NORM, EVEN)
+        squares += more
+        acc = tl.dot(x_WTK, w_WKN, acc, input_precision="ieee")
+    total = tl.sum(acc, 0)
+    live = (t[:, None] < T) & (n[None, :] < ROWS)
     if SPLITS > 1:
-        tl.store(shares + (split * T + t[:, None]) * N + n[None, :], acc, mask=live)
+        share = shares + t[:, None] * ROWS + n[None, :]
+        tl.store(share + tl.program_id(1) * (T * ROWS), total, mask=live)
         tl.debug_barrier()  # every thread's share is written before one of them says so
         if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") != SPLITS - 1:
             return
         tl.store(arrivals + tl.program_id(0), 0)  # as it was found, for the next launch
-        acc = tl.zeros([TILE_T, TILE_N], tl.float32)
+        total = tl.zeros([TILE_T, TILE_N], tl.float32)
         for other in tl.static_range(SPLITS):
-            acc += tl.load(shares + (other * T + t[:, None]) * N + n[None, :], mask=live, other=0.0, cache_modifier=".cg")
-    kept = residual + t[:, None] * residual_stride + n[None, :]
-    result = _add(acc.to(out.dtype.element_ty), kept, live, HAS_RESIDUAL)
+            total += tl.load(share + other * (T * ROWS), mask=live, other=0.0, cache_modifier=".cg")
+    if HAS_NORM:
+        total *= tl.rsqrt(squares / K + eps)[:, None]
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = total.to(dtype)
+    if GATED:
+        gate, up = tl.split(tl.reshape(result, [TILE_T, TILE_N // 2, 2]))
+        result = _gated(gate, up)
+        n = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
+    live = (t[:, None] < T) & (n[None, :] < N)
+    result = _add(result, residual + t[:, None] * residual_stride + n[None, :], live, HAS_RESIDUAL)
     tl.store(out + t[:, None] * N + n[None, :], result, mask=live)
 
 
@@ -151,14 +202,14 @@ def small_linear_kernel(
             num_warps=num_warps, **flags,
         )  # fmt: skip
         return out_TN
-    assert norm_K is None, "the norm is for one token alone"
-    assert not gated, "the gate is for one token alone"
-    tile_n, splits, stages = _few_tokens_tiles(N, K)
-    shares = x_TK.new_empty(splits, T, N, dtype=torch.float32) if splits > 1 else None
-    _few_tokens_kernel[(triton.cdiv(N, tile_n), splits)](
-        out_TN, x_TK, weight, residual, shares, arrivals, x_TK.stride(0), residual.stride(0),
-        T=T, N=N, K=K, SPLITS=splits, TILE_T=max(16, triton.next_power_of_2(T)), TILE_N=tile_n,
-        TILE_K=128 if x_TK.dtype.itemsize == 2 else 32, STAGES=stages, num_warps=4, **flags,
+    tiles = _few_tokens_tiles(weight.shape[0], K, T)
+    splits = tiles.pop("SPLITS")
+    assert splits == 1 or norm_K is None, "each program of a norm reads whole tokens"
+    shares = x_TK.new_empty(splits, T, weight.shape[0], dtype=torch.float32) if splits > 1 else None
+    _few_tokens_kernel[(triton.cdiv(weight.shape[0], tiles["TILE_N"]), splits)](
+        out_TN, x_TK, weight, norm_K, residual, shares, arrivals, x_TK.stride(0), residual.stride(0), eps,
+        T=T, N=N, K=K, HAS_NORM=norm_K is not None, GATED=gated, SPLITS=splits, TILE_T=max(16, triton.next_power_of_2(T)),
+        num_warps=tiles["WARPS"], **tiles, **flags,
     )  # fmt: skip
     return out_TN
 
@@ -172,13 +223,24 @@ def _one_token_tiles(N: int, K: int, gated: bool) -> tuple[int, int, int, int]:
     return (16, 256, 2, 4) if gated else (8, 256, 3, 4)
 
 
-def _few_tokens_tiles(N: int, K: int) -> tuple[int, int, int]:
-    """Features of a tile, shares of K, stages: likewise."""
-    if N >= 2**14:
-        return 64, 1, 4
-    programs = triton.cdiv(N, 32)
-    splits = 4 if programs <= 64 else 2 if programs <= 256 else 1
-    return 32, splits, 6 if N * K >= 2**23 else 4
+def _few_tokens_tiles(rows: int, K: int, T: int) -> dict[str, int]:
+    """Likewise. The first FIRST_K features of a share are fetched while the kernel before still runs."""
+    splits, warps, stages, tile_k = 1, 4, 4, 256
+    if rows * K < 2**23:
+        tile_n, first_k = (32, 1024) if rows >= 2**12 else (8, 2048 if K >= 2048 else 1024)
+        if rows < 2**12:
+            warps = 8
+        if T > 16:
+            first_k = min(first_k, 512)
+    elif rows <= K:
+        tile_n, first_k, splits = 32, 256, 4 if rows <= 2**11 else 2
+    else:
+        tile_n, first_k = (64, 256) if rows >= 2**14 else (16, 512)
+    share = triton.cdiv(K, splits)
+    while first_k > max(16 * warps, share):  # a matrix instruction takes 16 features
+        first_k //= 2
+    tile_k = min(tile_k, first_k)
+    return {"SPLITS": splits, "WARPS": warps, "TILE_N": tile_n, "FIRST_K": first_k, "TILE_K": tile_k, "STAGES": stages}
 
 
 def small_linear_cpu(
