@@ -1,11 +1,11 @@
 """Linear layers over few tokens -> kernels that do what stands around them on the way.
 
-Matches: `mm` of at most `MAX_TOKENS` tokens with a transposed weight: in float32 on a CPU, and in 16 bits on a GPU, there of a
-single token any, of more those that cuBLAS is slow at: with no more features out than in, which leave a GPU half empty, or very
-many (an lm_head). With
+Matches: `mm` of few tokens with a transposed weight: on a CPU in float32, up to `MAX_TOKENS`; on a GPU in 16 bits, of a single
+token any, up to `MAX_TOKENS_GPU` those with small weights, or with no more features out than in, at which cuBLAS is slow. With
 - the addition of its result to a residual;
-- the root mean square norm that makes its input (the norm of llama and its kin, weight last), on a GPU for a single token;
-- `silu(gate) * up` of its halves, where gate and up were merged, on a GPU for a single token.
+- the root mean square norm that makes its input (the norm of llama and its kin, weight last);
+- `silu(gate) * up` of its halves, where gate and up were merged;
+the last two on a GPU for a single token or small weights, because each of the kernel's programs norms all tokens.
 Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm on a GPU, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
@@ -16,8 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from passes.graph import emit, is_op, reshape_source, value_source
-from passes.ops.paged_attention import paged_attention
-from passes.ops.small_linear import MAX_TOKENS, small_linear
+from passes.ops.small_linear import MAX_TOKENS, MAX_TOKENS_GPU, is_small, small_linear
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -30,13 +29,10 @@ class _Norm(NamedTuple):
 
 
 def _run(graph: Graph, context: PassContext) -> list[str]:
-    calls = graph.find_nodes(op="call_function", target=paged_attention)
-    if context.num_tokens > MAX_TOKENS or not calls:
+    if context.num_tokens > MAX_TOKENS:
         return []
-    arrivals = calls[0].args[6]
-    assert isinstance(arrivals, Node)
     products = [node for node in graph.find_nodes(op="call_function", target=aten.mm.default) if _is_served(node)]
-    return [_rewrite(graph, product, arrivals) for product in products]
+    return [_rewrite(graph, product) for product in products]
 
 
 def _is_served(product: Node) -> bool:
@@ -45,22 +41,33 @@ def _is_served(product: Node) -> bool:
         return False
     if not x.is_cuda:
         return bool(x.dtype == torch.float32)
-    return bool(x.dtype.itemsize == 2)
+    return bool(x.dtype.itemsize == 2) and _pays(x.shape[0], *weight.shape)
+
+
+def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
+    """Whether our kernel is faster than cuBLAS on a GPU."""
+    return num_tokens == 1 or (num_tokens <= MAX_TOKENS_GPU and (num_out <= num_in or is_small(num_out, num_in)))
+
+
+def _takes_gate(product: Node) -> bool:
+    x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
+    return bool(not x.is_cuda or x.shape[0] == 1 or is_small(*weight.shape))
 
 
 def _takes_norm(product: Node) -> bool:
     """Several tokens are multiplied by the norm's weight before they are normed, for which float16 has not the range."""
     value = product.meta["val"]
-    return bool(not value.is_cuda or value.shape[0] == 1 or value.dtype == torch.bfloat16)
+    return _takes_gate(product) and bool(not value.is_cuda or value.shape[0] == 1 or value.dtype == torch.bfloat16)
 
 
-def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
+def _rewrite(graph: Graph, product: Node) -> str:
     """Put one call in the place of the product and what it takes in; returns what that was."""
     x, transpose = product.args
     assert isinstance(x, Node)
     assert isinstance(transpose, Node)
     num_tokens, num_in = x.meta["val"].shape
-    norm, gate = _norm(x) if _takes_norm(product) else None, _gated_user(product)
+    norm = _norm(x) if _takes_norm(product) else None
+    gate = _gated_user(product) if _takes_gate(product) else None
     addition = _addition(product) if gate is None else None
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):
@@ -70,7 +77,7 @@ def _rewrite(graph: Graph, product: Node, arrivals: Node) -> str:
         if addition is not None:
             residual = emit(graph, aten.reshape.default, addition[1], list(product.meta["val"].shape))
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-        result = emit(graph, small_linear, tokens, weight, arrivals, scale, eps, residual, gate is not None)
+        result = emit(graph, small_linear, tokens, weight, scale, eps, residual, gate is not None)
         if last is not product:
             result = emit(graph, aten.reshape.default, result, list(last.meta["val"].shape))
     last.replace_all_uses_with(result)

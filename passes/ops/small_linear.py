@@ -1,8 +1,11 @@
 """A linear layer over few tokens, with what stands before and after it.
 
 Where few tokens meet a large weight, the time is that of reading the weight; so one kernel reads it once and does the rest
-on the way: the addition to a residual and, for a single token, the root mean square norm of its input and the gate of a gated
-feed-forward layer. Launched early (programmatic dependent launch), it fetches weights while the kernel before it still runs.
+on the way: the root mean square norm of its input, the gate of a gated feed-forward layer, the addition to a residual. Launched
+early (programmatic dependent launch), it fetches weights while the kernel before it still runs.
+
+Up to four tokens are multiplied number by number (`_vector_kernel`), more of them by matrix instructions (`_matrix_kernel`). Both
+have the norm's factor, equal for all features in, come after the sum.
 
 Shapes: T tokens, K features in, N features out; a gated weight is [2 N, K], the gate's rows first.
 """
@@ -19,10 +22,13 @@ from passes.ops import cpu
 from passes.ops.library import define
 
 MAX_TOKENS = 32
+MAX_TOKENS_GPU = 16
+_MAX_VECTOR_TOKENS = 4
+_SMALL = 2**23  # elements of a weight; a larger one takes longer to read than to launch
 
 
 def small_linear_reference(
-    x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
     """Plain PyTorch, rounding where a model would."""
     if norm_K is not None:
@@ -36,10 +42,12 @@ def small_linear_reference(
 
 
 @triton.jit
-def _add(result, residual, mask, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _finished(total, residual, live, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums, rounded, and added to what the residual points to."""
+    result = total.to(dtype)
     if HAS_RESIDUAL:
-        kept = tl.load(residual, mask=mask, other=0.0)
-        result = (kept.to(tl.float32) + result.to(tl.float32)).to(result.dtype)
+        kept = tl.load(residual, mask=live, other=0.0)
+        result = (kept.to(tl.float32) + result.to(tl.float32)).to(dtype)
     return result
 
 
@@ -51,48 +59,53 @@ def _gated(gate, up):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _one_token_kernel(  # type: ignore[no-untyped-def]
-    out, x, weight, norm, residual, eps,
-    N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    EARLY: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+def _vector_kernel(  # type: ignore[no-untyped-def]
+    out, x, weight, norm, residual, x_stride, residual_stride, eps,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    EARLY: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_N features of the only token. The norm's factor, equal for all features in, comes after the sum."""
+    """One program: TILE_N features of all tokens. Its tiles are [TILE_T, TILE_N, TILE_K], or broadcast to that."""
+    t = tl.arange(0, TILE_T)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
-    row = weight + n[:, None].to(tl.int64) * K
-    n_live = n[:, None] < N
-    first = tl.load(row + k[None, :], mask=n_live & (k[None, :] < K), other=0.0)
+    k = tl.arange(0, TILE_K)[None, None, :]
+    row = weight + n[None, :, None].to(tl.int64) * K
+    x += t[:, None, None] * x_stride
+    n_live = n[None, :, None] < N
+    t_live = t[:, None, None] < T
+    w = tl.load(row + k, mask=n_live & (k < K), other=0.0)
     if GATED:
-        first_up = tl.load(row + N * K + k[None, :], mask=n_live & (k[None, :] < K), other=0.0)
+        w_up = tl.load(row + N * K + k, mask=n_live & (k < K), other=0.0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    x_K = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    squares = x_K * x_K
+    values = tl.load(x + k, mask=t_live & (k < K), other=0.0).to(tl.float32)
+    squares = values * values
     if HAS_NORM:
-        x_K *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-    acc = first.to(tl.float32) * x_K[None, :]
+        values *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    acc = w.to(tl.float32) * values
     acc_up = acc
     if GATED:
-        acc_up = first_up.to(tl.float32) * x_K[None, :]
+        acc_up = w_up.to(tl.float32) * values
     for base in tl.range(TILE_K, K, TILE_K, num_stages=STAGES):
-        k = base + tl.arange(0, TILE_K)
-        x_K = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        k = base + tl.arange(0, TILE_K)[None, None, :]
+        values = tl.load(x + k, mask=t_live & (k < K), other=0.0).to(tl.float32)
         if HAS_NORM:
-            squares += x_K * x_K
-            x_K *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-        live = n_live & (k[None, :] < K)
-        acc += tl.load(row + k[None, :], mask=live, other=0.0).to(tl.float32) * x_K[None, :]
+            squares += values * values
+            values *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        acc += tl.load(row + k, mask=n_live & (k < K), other=0.0).to(tl.float32) * values
         if GATED:
-            acc_up += tl.load(row + N * K + k[None, :], mask=live, other=0.0).to(tl.float32) * x_K[None, :]
+            acc_up += tl.load(row + N * K + k, mask=n_live & (k < K), other=0.0).to(tl.float32) * values
+    total = tl.sum(acc, 2)
     factor = 1.0
     if HAS_NORM:
-        factor = tl.rsqrt(tl.sum(squares) / K + eps)
+        factor = tl.rsqrt(tl.sum(squares, 2) / K + eps)
+        total *= factor
     dtype: tl.constexpr = out.dtype.element_ty
-    result = (tl.sum(acc, 1) * factor).to(dtype)
+    live = (t[:, None] < T) & (n[None, :] < N)
     if GATED:
-        result = _gated(result, (tl.sum(acc_up, 1) * factor).to(dtype))
-    tl.store(out + n, _add(result, residual + n, n < N, HAS_RESIDUAL), mask=n < N)
+        total = _gated(total.to(dtype), (tl.sum(acc_up, 2) * factor).to(dtype))
+    result = _finished(total, residual + t[:, None] * residual_stride + n[None, :], live, dtype, HAS_RESIDUAL)
+    tl.store(out + t[:, None] * N + n[None, :], result, mask=live)
 
 
 @triton.jit
@@ -122,144 +135,125 @@ def _tokens(x, norm, k_WK, t_live, K: tl.constexpr, HAS_NORM: tl.constexpr, EVEN
 
 
 @triton.jit
-def _few_tokens_kernel(  # type: ignore[no-untyped-def]
-    out, x, weight, norm, residual, shares, arrivals, x_stride, residual_stride, eps,
+def _matrix_kernel(  # type: ignore[no-untyped-def]
+    out, x, weight, norm, residual, x_stride, residual_stride, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    EARLY: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr,
-    FIRST_K: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, WARPS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, FIRST_K: tl.constexpr,
+    TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE_N rows of the weight for all tokens, over one of SPLITS shares of K; the last to arrive adds the shares.
+    """One program: TILE_N rows of the weight for all tokens; the first FIRST_K features are fetched while the kernel before runs.
 
     Each warp sums over a part of every tile of its own, so that no chain of matrix instructions is long. Where there is a gate,
     a row of it and a row of what it gates take turns.
     """
     ROWS: tl.constexpr = N * (1 + GATED)
-    SHARE: tl.constexpr = (K + TILE_K * SPLITS - 1) // (TILE_K * SPLITS) * TILE_K
-    EVEN: tl.constexpr = ROWS % TILE_N == 0 and SHARE * SPLITS == K
+    EVEN: tl.constexpr = ROWS % TILE_N == 0 and K >= FIRST_K and K % TILE_K == 0
     t = tl.arange(0, TILE_T)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     row = (n % 2) * N + n // 2 if GATED else n
-    begin = tl.program_id(1) * SHARE
     rows = weight + row[None, None, :].to(tl.int64) * K
     x += t[None, :, None] * x_stride
     t_live = t[None, :, None] < T
     n_live = n[None, None, :] < ROWS
-    k_first = _features_in(begin, WARPS, FIRST_K)
+    k_first = _features_in(0, WARPS, FIRST_K)
     w_first = _weights(rows, k_first, n_live, K, EVEN)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     x_first, squares = _tokens(x, norm, k_first, t_live, K, HAS_NORM, EVEN)
     acc = tl.dot(x_first, w_first, input_precision="ieee")
-    for base in tl.range(begin + FIRST_K, begin + SHARE, TILE_K, num_stages=STAGES):
+    for base in tl.range(FIRST_K, K, TILE_K, num_stages=STAGES):
         k_WK = _features_in(base, WARPS, TILE_K)
         w_WKN = _weights(rows, k_WK, n_live, K, EVEN)
         x_WTK, more = _tokens(x, norm, k_WK, t_live, K, HAS_NORM, EVEN)
         squares += more
         acc = tl.dot(x_WTK, w_WKN, acc, input_precision="ieee")
     total = tl.sum(acc, 0)
-    live = (t[:, None] < T) & (n[None, :] < ROWS)
-    if SPLITS > 1:
-        share = shares + t[:, None] * ROWS + n[None, :]
-        tl.store(share + tl.program_id(1) * (T * ROWS), total, mask=live)
-        tl.debug_barrier()  # every thread's share is written before one of them says so
-        if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") != SPLITS - 1:
-            return
-        tl.store(arrivals + tl.program_id(0), 0)  # as it was found, for the next launch
-        total = tl.zeros([TILE_T, TILE_N], tl.float32)
-        for other in tl.static_range(SPLITS):
-            total += tl.load(share + other * (T * ROWS), mask=live, other=0.0, cache_modifier=".cg")
     if HAS_NORM:
         total *= tl.rsqrt(squares / K + eps)[:, None]
     dtype: tl.constexpr = out.dtype.element_ty
-    result = total.to(dtype)
     if GATED:
-        gate, up = tl.split(tl.reshape(result, [TILE_T, TILE_N // 2, 2]))
-        result = _gated(gate, up)
+        gate, up = tl.split(tl.reshape(total.to(dtype), [TILE_T, TILE_N // 2, 2]))
+        total = _gated(gate, up)
         n = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
     live = (t[:, None] < T) & (n[None, :] < N)
-    result = _add(result, residual + t[:, None] * residual_stride + n[None, :], live, HAS_RESIDUAL)
+    result = _finished(total, residual + t[:, None] * residual_stride + n[None, :], live, dtype, HAS_RESIDUAL)
     tl.store(out + t[:, None] * N + n[None, :], result, mask=live)
 
 
 def small_linear_kernel(
-    x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
-    """Triton. The last dim of x and residual and the whole weight are contiguous; `arrivals` are zeros before and after."""
+    """Triton. The last dim of x and residual and the whole weight are contiguous."""
     T, K = x_TK.shape
-    N = weight.shape[0] // (1 + gated)
+    rows = weight.shape[0]
+    N = rows // (1 + gated)
     assert x_TK.stride(1) == 1
     assert weight.is_contiguous()
     assert residual_TN is None or residual_TN.stride(1) == 1
     out_TN = x_TK.new_empty(T, N)
-    flags = {"HAS_RESIDUAL": residual_TN is not None, **early_launch()}
+    flags = {"HAS_NORM": norm_K is not None, "HAS_RESIDUAL": residual_TN is not None, "GATED": gated, **early_launch()}
     residual = out_TN if residual_TN is None else residual_TN
-    if T == 1:
-        tile_n, tile_k, stages, num_warps = _one_token_tiles(N, K, gated)
-        _one_token_kernel[(triton.cdiv(N, tile_n),)](
-            out_TN, x_TK, weight, norm_K, residual, eps,
-            N=N, K=K, HAS_NORM=norm_K is not None, GATED=gated, TILE_N=tile_n, TILE_K=tile_k, STAGES=stages,
-            num_warps=num_warps, **flags,
-        )  # fmt: skip
+    arguments = (out_TN, x_TK, weight, norm_K, residual, x_TK.stride(0), residual.stride(0), eps)
+    if T == 1 or (T <= _MAX_VECTOR_TOKENS and is_small(rows, K)):
+        tiles = _vector_tiles(N, K, gated)
+        _vector_kernel[(triton.cdiv(N, tiles["TILE_N"]),)](
+            *arguments, T=T, N=N, K=K, TILE_T=triton.next_power_of_2(T), **tiles, **flags
+        )
         return out_TN
-    tiles = _few_tokens_tiles(weight.shape[0], K, T)
-    splits = tiles.pop("SPLITS")
-    assert splits == 1 or norm_K is None, "each program of a norm reads whole tokens"
-    shares = x_TK.new_empty(splits, T, weight.shape[0], dtype=torch.float32) if splits > 1 else None
-    _few_tokens_kernel[(triton.cdiv(weight.shape[0], tiles["TILE_N"]), splits)](
-        out_TN, x_TK, weight, norm_K, residual, shares, arrivals, x_TK.stride(0), residual.stride(0), eps,
-        T=T, N=N, K=K, HAS_NORM=norm_K is not None, GATED=gated, SPLITS=splits, TILE_T=max(16, triton.next_power_of_2(T)),
-        num_warps=tiles["WARPS"], **tiles, **flags,
-    )  # fmt: skip
+    tiles = _matrix_tiles(rows, K)
+    _matrix_kernel[(triton.cdiv(rows, tiles["TILE_N"]),)](
+        *arguments, T=T, N=N, K=K, TILE_T=max(16, triton.next_power_of_2(T)), num_warps=tiles["WARPS"], **tiles, **flags
+    )
     return out_TN
 
 
-def _one_token_tiles(N: int, K: int, gated: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, stages, warps: the fastest of those tried on an H200, for layers of 0.6B and 8B models."""
-    if K * N < 2**23:
-        return (2, 1024, 2, 4) if K <= 1024 else (4, 1024, 3, 8)
-    if K >= 8192:
-        return 4, 1024, 2, 4
-    return (16, 256, 2, 4) if gated else (8, 256, 3, 4)
+def is_small(rows: int, K: int) -> bool:
+    """Whether a weight is read so fast that a kernel for the norm alone, or the gate, would cost more than doing it on the way."""
+    return rows * K < _SMALL
 
 
-def _few_tokens_tiles(rows: int, K: int, T: int) -> dict[str, int]:
-    """Likewise. The first FIRST_K features of a share are fetched while the kernel before still runs."""
-    splits, warps, stages, tile_k = 1, 4, 4, 256
-    if rows * K < 2**23:
-        tile_n, first_k = (32, 1024) if rows >= 2**12 else (8, 2048 if K >= 2048 else 1024)
-        if rows < 2**12:
-            warps = 8
-        if T > 16:
-            first_k = min(first_k, 512)
-    elif rows <= K:
-        tile_n, first_k, splits = 32, 256, 4 if rows <= 2**11 else 2
+def _vector_tiles(N: int, K: int, gated: bool) -> dict[str, int]:
+    """The fastest of those tried on an H200, for layers of 0.6B and 8B models."""
+    if is_small(N, K):
+        tile_n, tile_k, stages, warps = (2, 1024, 2, 4) if K <= 1024 else (4, 1024, 3, 8)
+    elif K >= 8192:
+        tile_n, tile_k, stages, warps = 4, 1024, 2, 4
     else:
-        tile_n, first_k = (64, 256) if rows >= 2**14 else (16, 512)
-    share = triton.cdiv(K, splits)
-    while first_k > max(16 * warps, share):  # a matrix instruction takes 16 features
+        tile_n, tile_k, stages, warps = (16, 256, 2, 4) if gated else (8, 256, 3, 4)
+    return {"TILE_N": tile_n, "TILE_K": tile_k, "STAGES": stages, "num_warps": warps}
+
+
+def _matrix_tiles(rows: int, K: int) -> dict[str, int]:
+    """Likewise; FIRST_K is a multiple of TILE_K, and a matrix instruction takes 16 features of a warp's."""
+    if not is_small(rows, K):
+        tile_n, first_k, tile_k, warps = 8, 512, 512, 4
+    elif rows > K:
+        tile_n, first_k, tile_k, warps = 16, 1024, 256, 4
+    else:
+        tile_n, first_k, tile_k, warps = 8, 2048, 512, 8
+    while first_k > max(16 * warps, K):
         first_k //= 2
-    tile_k = min(tile_k, first_k)
-    return {"SPLITS": splits, "WARPS": warps, "TILE_N": tile_n, "FIRST_K": first_k, "TILE_K": tile_k, "STAGES": stages}
+    return {"TILE_N": tile_n, "FIRST_K": first_k, "TILE_K": min(tile_k, first_k), "STAGES": 3, "WARPS": warps}
 
 
 def small_linear_cpu(
-    x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
     """C++ in float32, else the reference."""
     if x_TK.dtype != torch.float32:
-        return small_linear_reference(x_TK, weight, arrivals, norm_K, eps, residual_TN, gated)
+        return small_linear_reference(x_TK, weight, norm_K, eps, residual_TN, gated)
     return cpu.small_linear(x_TK, weight, norm_K, eps, residual_TN, gated)
 
 
 def _small_linear_fake(
-    x_TK: Tensor, weight: Tensor, arrivals: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], weight.shape[0] // (1 + gated))
 
 
 small_linear = define(
-    "small_linear(Tensor x, Tensor weight, Tensor arrivals, Tensor? norm, float eps, Tensor? residual, bool gated) -> Tensor",
+    "small_linear(Tensor x, Tensor weight, Tensor? norm, float eps, Tensor? residual, bool gated) -> Tensor",
     reference=small_linear_reference,
     kernel=small_linear_kernel,
     fake=_small_linear_fake,

@@ -15,34 +15,37 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cu
 
 
 PLAIN, GATED, RESIDUAL = (False, False), (True, False), (False, True)
+SIZES = [
+    (1, (96, 160)),
+    (1, (100, 72)),
+    (2, (100, 72)),
+    (3, (96, 160)),
+    (4, (40, 600)),
+    (16, (100, 72)),
+    (17, (96, 512)),
+    (32, (40, 600)),
+]
 CASES = [
-    *((1, norm, size, kind) for norm, size in ((False, (96, 160)), (True, (100, 72))) for kind in (PLAIN, GATED, RESIDUAL)),
-    *((num_tokens, norm, size, kind) for num_tokens, size in ((3, (96, 160)), (16, (100, 72)), (17, (96, 512)), (32, (40, 600)))
-      for norm in (False, True) for kind in (PLAIN, GATED, RESIDUAL)),
-]  # fmt: skip
+    (num_tokens, norm, size, kind) for num_tokens, size in SIZES for norm in (False, True) for kind in (PLAIN, GATED, RESIDUAL)
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_tokens", "norm", "size", "kind"), CASES)
-def test_kernel_is_the_reference(num_tokens, norm, size, kind, dtype) -> None:  # type: ignore[no-untyped-def]
-    """Twice, because the second launch finds the arrivals as the first one left them."""
-    gated, residual = kind
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("gated", "residual"), [PLAIN, GATED, RESIDUAL])
+@pytest.mark.parametrize(("num_tokens", "num_out", "num_in"), CASES)
+def test_kernel_is_the_reference(num_tokens, num_out, num_in, gated, residual, norm, dtype) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    num_out, num_in = size
     x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[:, :num_in]  # rows apart, as slices of a product are
     weight = torch.randn(num_out * (1 + gated), num_in, device=DEVICE, dtype=dtype) / num_in**0.5
     scale = torch.rand(num_in, device=DEVICE, dtype=dtype) + 0.5 if norm else None
     kept = torch.randn(num_tokens, num_out, device=DEVICE, dtype=dtype) if residual else None
-    arrivals = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    arguments = (x, weight, arrivals, scale, 1e-6, kept, gated)
+    arguments = (x, weight, scale, 1e-6, kept, gated)
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
     expected = small_linear_reference(*wide) if not norm else small_linear_reference(*arguments).double()
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    for _ in range(2):
-        actual = small_linear_kernel(*arguments)
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-        assert not arrivals.any()
+    torch.testing.assert_close(small_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -55,10 +58,10 @@ def test_cpp_is_the_reference(num_tokens, size, gated, residual, norm) -> None: 
     x, weight = torch.randn(num_tokens, 2 * num_in)[:, :num_in], torch.randn(num_out * (1 + gated), num_in) / num_in**0.5
     scale = torch.rand(num_in) + 0.5 if norm else None
     kept = torch.randn(num_tokens, num_out) if residual else None
-    together = small_linear_cpu(x, weight, torch.zeros(0), scale, 1e-6, kept, gated)
-    torch.testing.assert_close(together, small_linear_reference(x, weight, torch.zeros(0), scale, 1e-6, kept, gated))
+    together = small_linear_cpu(x, weight, scale, 1e-6, kept, gated)
+    torch.testing.assert_close(together, small_linear_reference(x, weight, scale, 1e-6, kept, gated))
     alone = [
-        small_linear_cpu(x[t : t + 1], weight, torch.zeros(0), scale, 1e-6, None if kept is None else kept[t : t + 1], gated)
+        small_linear_cpu(x[t : t + 1], weight, scale, 1e-6, None if kept is None else kept[t : t + 1], gated)
         for t in range(num_tokens)
     ]
     if gated:  # the exponential is computed for several tokens at once
@@ -82,9 +85,9 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
     labels: dict[int, list[str]] = {}
     rewrite = small_linear._rewrite
 
-    def noting(graph, product, arrivals):  # type: ignore[no-untyped-def]
+    def noting(graph, product):  # type: ignore[no-untyped-def]
         num_tokens = product.meta["val"].shape[0]
-        labels.setdefault(num_tokens, []).append(rewrite(graph, product, arrivals))
+        labels.setdefault(num_tokens, []).append(rewrite(graph, product))
         return labels[num_tokens][-1]
 
     monkeypatch.setattr(small_linear, "_is_served", lambda product: True)
@@ -110,24 +113,29 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
 def test_several_tokens_in_float16_are_normed_before() -> None:
     """Times the norm's weight, before they are normed, they could be too large."""
     graph = torch.fx.Graph()
-    product = graph.placeholder("product")
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    product = graph.call_function(torch.ops.aten.mm.default, (x, weight))
     taken = {}
     with FakeTensorMode():
         for dtype in (torch.float16, torch.bfloat16):
             for num_tokens in (1, 8):
-                product.meta["val"] = torch.empty(num_tokens, 64, dtype=dtype, device="cuda")
+                x.meta["val"] = product.meta["val"] = torch.empty(num_tokens, 64, dtype=dtype, device="cuda")
+                weight.meta["val"] = torch.empty(64, 64, dtype=dtype, device="cuda")
                 taken[dtype, num_tokens] = small_linear._takes_norm(product)
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
 
 
-def test_tiles_cover_any_size() -> None:
-    for num_rows, num_in in ((64, 4096), (4096, 4096), (2**17, 128), (8192, 28672), (96, 20), (1024, 3072), (28672, 4096)):
-        for num_tokens in (2, 32):
-            tiles = op._few_tokens_tiles(num_rows, num_in, num_tokens)
-            programs = -(-num_rows // tiles["TILE_N"])
-            assert programs <= 4096 or tiles["SPLITS"] == 1, "more programs than there are arrivals to count"
-            assert tiles["FIRST_K"] % tiles["TILE_K"] == 0
-            assert tiles["TILE_K"] >= 16 * tiles["WARPS"]
-            share = -(-num_in // (tiles["TILE_K"] * tiles["SPLITS"])) * tiles["TILE_K"]
-            assert share >= tiles["FIRST_K"], "a share would begin within the one before"
-            assert share * tiles["SPLITS"] >= num_in
+def test_several_tokens_are_served_where_that_pays() -> None:
+    """Of an 8B and a 0.6B model: q, k and v; o; gate and up; down; lm_head."""
+    large = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
+    small = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)]
+    assert [small_linear._pays(8, *shape) for shape in large] == [False, True, False, True, False]
+    assert [small_linear._pays(8, *shape) for shape in small] == [True, True, True, True, False]
+    assert all(small_linear._pays(1, *shape) and not small_linear._pays(17, *shape) for shape in large + small)
+
+
+def test_tiles_suit_matrix_instructions() -> None:
+    for num_rows, num_in in ((64, 4096), (4096, 4096), (96, 20), (1024, 3072), (6144, 1024), (960, 576)):
+        tiles = op._matrix_tiles(num_rows, num_in)
+        assert tiles["FIRST_K"] % tiles["TILE_K"] == 0
+        assert tiles["TILE_K"] >= 16 * tiles["WARPS"]
