@@ -22,7 +22,6 @@ from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_L
 
 TRASH_PAGE = 0
 RING = 4
-MIN_ARRIVALS = 4096
 RECENT = MAX_BAD_WORD_LEN - 1
 
 Int64 = NDArray[np.int64]
@@ -194,7 +193,7 @@ class StepState(nn.Module):
             "logits": (vocabulary, dtype),
             "decode": ((decode_size,), torch.int64),
             "prefill": ((prefill_size,), torch.int64),
-            "arrivals": ((max(MIN_ARRIVALS, num_rows * num_kv_heads),), torch.int32),
+            "arrivals": ((num_rows * num_kv_heads,), torch.int32),
             "step": ((1,), torch.int64),
             "ring_tokens": ((RING, num_rows), torch.int64),
             "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),
