@@ -146,7 +146,8 @@ class Scheduler:
     def _budget(self, num_decoding: int) -> int:
         """Tokens for prompts in this step: the budget, or fewer where more would spill just over the edge of a bucket.
 
-        To spill is worth it when the bucket pads less than the edge would put off.
+        To spill is worth it when the bucket pads less than the edge would put off, or is no larger than all the steps up to the
+        edge together, of which there are many where decoding rows leave little room.
         """
         rows, limit = self.rows, self._limits.max_num_batched_tokens
         work = num_decoding + int((rows.target - rows.computed)[rows.prefilling].sum())
@@ -156,7 +157,10 @@ class Scheduler:
         work = min(work, limit)
         edge = max((size for size in self._limits.prefill_sizes if size <= work), default=0)
         above = min((size for size in self._limits.prefill_sizes if size >= work), default=work)
-        return (edge if edge > num_decoding and work - edge < above - work else limit) - num_decoding
+        room = edge - num_decoding
+        if room <= 0 or work - edge >= above - work or -(-(work - num_decoding) // room) * edge > above:
+            return limit - num_decoding
+        return room
 
     def _admit(self) -> int | None:
         """Give the first request of the queue a row, if there are pages for its tokens and a few to go on with."""

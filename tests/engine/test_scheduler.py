@@ -259,6 +259,8 @@ def test_shared_pages_of_a_window_leave_room_for_the_rest(window: int) -> None:
         (2, [15], 16),
         (16, [30], 46),  # decoding rows alone fill the bucket
         (17, [1], 18),
+        (15, [5], 20),  # instead of 1 token in each of 5 steps
+        (8, [16], 16),  # 8 tokens, twice
     ],
 )
 def test_a_full_bucket_is_preferred_to_a_slight_spill(num_decoding: int, lengths: list[int], expected: int) -> None:
