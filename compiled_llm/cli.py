@@ -104,6 +104,23 @@ def compile_buckets(
 
 
 @app.command()
+def verify(
+    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
+    overrides: Overrides = [],  # noqa: B006
+    model: Model = None,
+) -> None:
+    """Compare every bucket of a config with eager, on random batches (exit code 1 when one differs)."""
+    from compiled_llm.api import CompiledLLM
+
+    settings = load_config(config, [*overrides, "verify=true", "strict=false"])  # all are to be seen, also after one that fails
+    with CompiledLLM.from_pretrained(model, config=settings) as llm:
+        report = llm.report()
+    print(report.verification())
+    if any(bucket.failure for bucket in report.buckets):
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile -o DIR` made.")],
     config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],

@@ -102,6 +102,17 @@ class CacheConfig(Section):
         return value
 
 
+class MemoryConfig(Section):
+    """Memory of the GPU for other things than weights and the KV cache.
+
+    graphs: bytes that CUDA graphs and the pool they work in may take; they are set aside before the cache gets its share, and
+    the least useful buckets for which there is no room are left out. `auto` records all buckets, in what `gpu_memory_utilization`
+    leaves. Nothing is recorded on a CPU.
+    """
+
+    graphs: Bytes | Auto = "auto"
+
+
 class BucketsConfig(Section):
     """Static shapes to compile: sequences of a decode step, tokens of a prefill step, and samplers for each of them.
 
@@ -150,16 +161,19 @@ class Config(Section):
     """One deployment.
 
     strict: make fallbacks, graph skips, recompiles and re-records errors.
+    verify: when the engine starts, compare each bucket with eager on random batches, and do not use one that differs.
     passes: on or off by name; those named run in the order given, before the ones left out.
     """
 
     model: ModelConfig = ModelConfig()
     limits: LimitsConfig = LimitsConfig()
     cache: CacheConfig = CacheConfig()
+    memory: MemoryConfig = MemoryConfig()
     buckets: BucketsConfig = BucketsConfig()
     compile: CompileConfig = CompileConfig()
     passes: dict[str, bool] = {}
     strict: bool = False
+    verify: bool = False
 
     @field_validator("passes")
     @classmethod

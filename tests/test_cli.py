@@ -4,10 +4,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from compiled_llm.cli import app
+from compiled_llm.runtime import verify
 from compiled_llm.runtime.artifacts import Artifact, Kept, Key
 from compiled_llm.runtime.traffic import Traffic
 from tests.tiny import tiny_model
@@ -56,6 +58,21 @@ def test_compile_then_explain(config: Path, tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.output
     assert "artifact" in done.stdout
     assert run.invoke(app, ["explain", str(out), str(config), *other]).exit_code == 0
+
+
+def test_verify(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
+    run = CliRunner()
+    done = run.invoke(app, ["verify", str(config), "--set", "strict=true"])
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.stdout.splitlines() if "prefill-16-greedy" in line]
+    assert "100.0%" in row
+    assert "equal" in row
+
+    monkeypatch.setitem(verify.ALLOWED, torch.float32, 0.0)
+    done = run.invoke(app, ["verify", str(config), "--set", "strict=true"])
+    assert done.exit_code == 1, "two ways to compute something differ in some bit"
+    assert "tokens" in done.stdout
 
 
 def test_suggest(tmp_path: Path) -> None:

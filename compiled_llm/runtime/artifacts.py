@@ -129,6 +129,11 @@ class Artifact:
                 if not target.exists():
                     _write(target, library.read_bytes())
 
+    def drop(self, bucket: str) -> None:
+        """Forget a bucket; raises OSError."""
+        if read_key(self.directory) == self.key:
+            self._path(bucket).unlink(missing_ok=True)
+
     def add_traffic(self, traffic: Mapping[str, Traffic]) -> None:
         """Add what was seen, by kind, to what was seen before with the same limits; raises OSError."""
         if read_key(self.directory) != self.key:

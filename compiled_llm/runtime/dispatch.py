@@ -59,12 +59,14 @@ class CompiledStep:
     Attributes:
         launch: runs the step once.
         graph: whether `launch` replays a recording and nothing else.
+        recording: the graph-tree node that `launch` replays, if it does.
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
     """
 
     launch: Launch
     graph: bool
+    recording: object
     owner: object
     compile_seconds: float
     capture_seconds: float
@@ -98,10 +100,11 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
             compiled(step)
-    launch: Launch = _recording(device).graph.replay if device.type == "cuda" else lambda: compiled(step)
+    recording = _recording(device) if device.type == "cuda" else None
     return CompiledStep(
-        launch=launch,
-        graph=device.type == "cuda",
+        launch=recording.graph.replay if recording is not None else lambda: compiled(step),
+        graph=recording is not None,
+        recording=recording,
         owner=compiled,
         compile_seconds=compiled_at - begin,
         capture_seconds=time.perf_counter() - compiled_at,
@@ -134,6 +137,7 @@ def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: by
     return CompiledStep(
         launch=compiled,
         graph=False,
+        recording=None,
         owner=compiled,
         compile_seconds=compiled_at - begin,
         capture_seconds=time.perf_counter() - compiled_at,
@@ -237,6 +241,25 @@ def graph_events(device: torch.device) -> dict[str, int]:
         "recompiles": counters["stats"]["unique_graphs"],
         "re-records": manager.debug_fail_counter if manager is not None else 0,  # counts every recording
     }
+
+
+def release(compiled: CompiledStep, device: torch.device) -> None:
+    """Let go of a recording, which must not be launched again; the memory that it worked in is for others to work in."""
+    manager = _manager(device)
+    if manager is None or compiled.recording is None:
+        return
+    if manager.current_node is compiled.recording:
+        manager.clear_current_path_state_and_set_to_none()
+    for recorded in manager.roots.values():
+        recorded[:] = [node for node in recorded if node is not compiled.recording]
+
+
+def graph_bytes(device: torch.device) -> int:
+    """What recordings of this thread take: the pool, and what the driver holds beside torch's own memory, such as the graphs."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) + graph_pool(device)[1]
 
 
 def graph_pool(device: torch.device) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from compiled_llm.runtime.memory import used_bytes
 from passes import PassReport
@@ -25,17 +26,46 @@ class PhaseReport:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """A bucket against the same steps uncompiled, on random batches.
+
+    Attributes:
+        batches, rows: tried; the rows of all batches together.
+        agreement: the share of rows for which both chose the same token (top-1, where a row is greedy).
+        logit_difference: the largest; None where the bucket's step keeps no logits and so shows its choices alone.
+        choice_gap: how far a token that the bucket chose lay below the one that it should have, at most; half of it is the
+            least that the logits must have differed by.
+        cache_difference: the largest among the keys and values written.
+        error, allowed: the largest of these differences (of the gap, half), in standard deviations of what was compared.
+        failure: why the bucket is not used, or None.
+    """
+
+    batches: int
+    rows: int
+    agreement: float
+    logit_difference: float | None
+    choice_gap: float
+    cache_difference: float
+    error: float
+    allowed: float
+    failure: str | None
+
+
 @dataclass(slots=True, kw_only=True)
 class BucketReport:
     """One bucket.
 
     Attributes:
         size: tokens of a step.
-        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, see `failure`.
+        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, and `left out` had no
+            room, see `failure`.
         loaded: whether an artifact had it; `compile_seconds` is then what loading took.
         compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
-        bytes: device memory that its capture took.
+        bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
         replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
+        failure: why it is not used, if it is not.
+        verification: what `verify` found.
         passes: reports of its graph passes, when they ran; empty when Inductor's cache served the graph.
     """
 
@@ -49,6 +79,7 @@ class BucketReport:
     replays: int = 0
     padded: int = 0
     failure: str | None = None
+    verification: Verification | None = None
     passes: list[PassReport] = field(default_factory=list)
 
 
@@ -84,6 +115,7 @@ class Report:
         warnings: what the start did otherwise than it was told, and why.
         graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
         fallbacks: steps that ran eagerly, by reason.
+        stand_ins: steps that ran in a larger or dearer bucket than the one that fits, by reason.
         graph_events: graph skips, recompiles and re-records during steps; all zero in a healthy engine. A direct replay can
             cause none, so it is not counted.
     """
@@ -95,6 +127,7 @@ class Report:
     graphs: int = 0
     pool_bytes: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    stand_ins: Counter[str] = field(default_factory=Counter)
     graph_events: dict[str, int] = field(default_factory=dict)
     scheduling: SchedulingReport = field(default_factory=SchedulingReport)
 
@@ -112,18 +145,28 @@ class Report:
         self.phases.append(PhaseReport(name=name, seconds=time.perf_counter() - begin, bytes=used_bytes(device) - used))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fallbacks": dict(self.fallbacks)}
+        return {**asdict(self), "fallbacks": dict(self.fallbacks), "stand_ins": dict(self.stand_ins)}
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120)
         for name, value in self.facts.items():
-            console.print(f"{name}: {value}", highlight=False)
+            console.print(f"{name}: {value}", highlight=False, markup=False)
         for warning in self.warnings:
-            console.print(f"warning: {warning}", highlight=False)
-        console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False)
-        console.print(f"padding: {self.padding_waste:.1%} of the tokens computed in buckets", highlight=False)
+            console.print(f"warning: {warning}", highlight=False, markup=False)
+        console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False, markup=False)
+        console.print(f"padding: {self.padding_waste:.1%} of the tokens computed in buckets", highlight=False, markup=False)
         for table in self._tables():
             console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def verification(self) -> str:
+        """The table of the buckets that were verified, and of those that could not be compiled, why."""
+        console = Console(file=io.StringIO(), width=140)
+        console.print(self._verification_table())
+        for bucket in self.buckets:
+            if bucket.verification is None and bucket.failure is not None:
+                console.print(f"{bucket.bucket} could not be verified: {bucket.failure}", highlight=False, markup=False)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
@@ -133,18 +176,29 @@ class Report:
         yield _table("buckets", columns, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
         yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
+        if any(bucket.verification for bucket in self.buckets):
+            yield self._verification_table()
         yield _table("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
+        if self.stand_ins:
+            yield _table("other buckets", ["reason", "steps"], [(r, str(n)) for r, n in self.stand_ins.items()])
         counts = [(name.replace("_", " "), f"{value:.6g}") for name, value in asdict(self.scheduling).items()]
         yield _table("scheduling", ["what", "count"], counts)
         yield _table("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
+
+    def _verification_table(self) -> Table:
+        found = [_verified_row(bucket.bucket, bucket.verification) for bucket in self.buckets if bucket.verification is not None]
+        return _table("verification", _VERIFIED, found)
+
+
+_WORDS = {"mode", "made by", "failure", "bucket", "outcome"}
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column in {"mode", "made by", "failure", "bucket"} else "right")
+        table.add_column(column, justify="left" if number == 0 or column in _WORDS else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -152,6 +206,15 @@ def _bucket_row(bucket: BucketReport) -> list[str]:
     seconds = (f"{bucket.compile_seconds:.2f}", f"{bucket.capture_seconds:.2f}")
     counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
     return [bucket.bucket, bucket.mode, "artifact" if bucket.loaded else "compiling", *seconds, *counts, bucket.failure or ""]
+
+
+_VERIFIED = ["bucket", "rows", "top-1", "logit difference", "choice gap", "KV difference", "in std", "allowed", "outcome"]
+
+
+def _verified_row(bucket: str, found: Verification) -> list[str]:
+    logits = "not kept" if found.logit_difference is None else f"{found.logit_difference:.2g}"
+    errors = (logits, *(f"{value:.2g}" for value in (found.choice_gap, found.cache_difference, found.error, found.allowed)))
+    return [bucket, str(found.rows), f"{found.agreement:.1%}", *errors, found.failure or "equal"]
 
 
 def _pass_row(bucket: str, report: PassReport) -> list[str]:

@@ -15,19 +15,21 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from compiled_llm.config import Config, Sampler
+from compiled_llm.config import Config
 from compiled_llm.models.default import cache_dir
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.artifacts import Artifact, Key, make_key
-from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets, match
+from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.serving import Serving
 from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step import choose
 from compiled_llm.runtime.traffic import Traffic
+from compiled_llm.runtime.verify import check_entry
 from compiled_llm.runtime.warmup import Entry, StrictError, allocate, compile_buckets
 from passes.ops.top_logprobs import top_logprobs
 
@@ -77,8 +79,7 @@ class Runtime:
         }
         self._traffic = {kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()}
         self._artifact: Artifact | None = None
-        self._entries: dict[Bucket, Entry] = {}
-        self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
+        entries: list[Entry] | None = None
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
             if config.compile.dispatch != "eager":
@@ -86,19 +87,27 @@ class Runtime:
                     buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
                     self._artifact = self._open_artifact(report)
                     entries = compile_buckets(
-                        buckets, model, layers, self.memory, config, self._artifact, report.warnings, progress=progress
+                        buckets, model, layers, self.memory, config, self._artifact, report, progress=progress
                     )
-                self._entries = {entry.bucket: entry for entry in entries}
+                if config.verify:
+                    with report.phase("verify", model.device):
+                        self._verify(entries)
+        self._serving = Serving(self._buckets, entries, report, strict=config.strict)
         self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
-        report.buckets = [entry.report for entry in self._entries.values()]
+        report.buckets = [entry.report for entry in entries or ()]
         report.graph_events = dict.fromkeys(graph_events(model.device), 0)
         self.report = report
 
     @property
+    def entries(self) -> dict[Bucket, Entry]:
+        """The buckets, compiled or not."""
+        return self._serving.entries
+
+    @property
     def prefill_sizes(self) -> list[int]:
-        """Tokens of the prefill buckets, small to large."""
-        return self._sizes("prefill")
+        """Tokens of the prefill buckets that serve, small to large."""
+        return self._serving.sizes("prefill")
 
     @property
     def decodes_apart(self) -> bool:
@@ -107,14 +116,16 @@ class Runtime:
 
     def prefill(self, batch: PrefillBatch) -> Ticket:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
-        entry = self._find("prefill", len(batch.ids), batch.sampler)
+        self._check_thread()
+        entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
         size = entry.bucket.size if entry is not None else len(batch.ids)
         self.memory.state.stage_prefill(batch, size)
         return self._run(entry, Bucket("prefill", len(batch.ids), batch.sampler))
 
     def decode(self, batch: DecodeBatch) -> Ticket:
         """One more token for every row of the batch."""
-        entry = self._find("decode", len(batch.rows), batch.sampler)
+        self._check_thread()
+        entry = self._serving.find("decode", len(batch.rows), batch.sampler)
         if not batch.unchanged:
             self.memory.state.stage_decode(batch)
         return self._run(entry, Bucket("decode", len(batch.rows), batch.sampler))
@@ -183,34 +194,19 @@ class Runtime:
         report.facts["artifact"] = str(kept.directory)
         return kept
 
+    def _verify(self, entries: list[Entry]) -> None:
+        """Give up the buckets that differ from eager, and what is kept of them."""
+        for entry in entries:
+            check_entry(entry, self.model, self.memory, self.limits, strict=self.config.strict)
+            if self._artifact is not None and entry.report.verification and entry.compiled is None:
+                self._artifact.drop(str(entry.bucket))
+
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets
         return make_buckets(kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth)
 
     def _sizes(self, kind: Kind) -> list[int]:
         return sorted({bucket.size for bucket in self._buckets[kind]})
-
-    def _find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
-        """The entry that serves a batch, or None, counted by its reason."""
-        self._check_thread()
-        entry = self._found.get((kind, size, sampler))
-        if entry is not None:
-            return entry
-        bucket = match(self._buckets[kind], size, sampler)
-        entry = self._entries.get(bucket) if bucket is not None else None
-        if entry is not None and entry.compiled is not None:
-            self._found[kind, size, sampler] = entry
-            return entry
-        if self.config.compile.dispatch == "eager":
-            reason = "compile.dispatch is eager"
-        elif bucket is None:
-            reason = f"no {kind} bucket holds {size} with the {sampler} sampler"
-        else:
-            reason = f"{bucket} failed: {self._entries[bucket].report.failure}"
-        self.report.fallbacks[reason] += 1
-        if self.config.strict:
-            raise StrictError(f"a step would run eagerly: {reason}")
-        return None
 
     def keep_traffic(self) -> None:
         """Add the sizes of the steps so far to what the artifact knows, for `compiled-llm buckets suggest`."""

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.ops.chunk_maxima import chunk_maxima, chunk_maxima_reference, mix
+from passes.ops.chunk_maxima import chunk_maxima, chunk_maxima_reference, mix, noisy
 from passes.ops.sampling_cutoff import sampling_cutoff
 
 MAX_LOGPROBS = 20
@@ -103,12 +103,25 @@ def sample_random(logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, posi
 
 def sample_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor) -> Tensor:
     """Next ids [S] int64, with all that `SamplingParams` has; in transformers' order."""
+    return _choose(*_before_noise(logits_SV, params, history, position_S))
+
+
+def scores_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, *, slack_S: Tensor) -> Tensor:
+    """What `sample_full` takes the greatest of, noise included, [S, V]; tokens up to `slack` below the cutoff stay."""
+    return noisy(*_before_noise(logits_SV, params, history, position_S, slack_S))
+
+
+def _before_noise(
+    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, slack_S: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores after all but the noise, which rows have noise (1, else 0), and its keys."""
     scores_SV = adjust(logits_SV.float(), params, history)
     scaled_SV = _scale(scores_SV, params.temperature)
     cutoff_S = sampling_cutoff(scaled_SV, params.top_k, params.top_p, params.min_p)
+    cutoff_S = cutoff_S if slack_S is None else cutoff_S - slack_S
     kept_SV = torch.where(scaled_SV >= cutoff_S[:, None], scaled_SV, float("-inf"))
     draws_S = params.temperature > 0
-    return _choose(torch.where(draws_S[:, None], kept_SV, scores_SV), draws_S.float(), _key(params.seed, position_S))
+    return torch.where(draws_S[:, None], kept_SV, scores_SV), draws_S.float(), _key(params.seed, position_S)
 
 
 def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:

@@ -2,6 +2,7 @@
 once the weights are there and the activations measured, and each bucket, large to small, is compiled and recorded after it.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.merging import count_merged
-from compiled_llm.runtime.artifacts import Artifact, Kept
+from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
 from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, serialize
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, graph_bytes, release, serialize
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups, used_bytes
+from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups
+from compiled_llm.runtime.memory_plan import GraphBudget, by_usefulness, set_aside
 from compiled_llm.runtime.report import BucketReport, Report
 from compiled_llm.runtime.state import DecodeBatch, StepState
 from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
@@ -75,16 +77,18 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
     with report.phase("measure activations", device):
         reserved = _measure_activations(model, layers, state, block_size, limits)
     with report.phase("allocate KV cache", device):
-        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved)
+        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved + set_aside(config, device))
         caches = allocate_caches(layers, groups, block_size, device)
     return Memory(state=state, caches=caches, groups=groups, block_size=block_size)
 
 
 def compile_buckets(
     buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
-    artifact: Artifact | None, warnings: list[str], *, progress: bool,
+    artifact: Artifact | None, report: Report, *, progress: bool,
 ) -> list[Entry]:  # fmt: skip
-    """Compile and capture each bucket, large to small. A bucket that fails is left to eager; with `strict` it is an error.
+    """Compile and capture each bucket: large to small, or with `memory.graphs` the most useful first.
+
+    A bucket that fails is left to eager; with `strict` it is an error. One that `memory.graphs` has no room for is left out.
 
     What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so.
 
@@ -101,8 +105,19 @@ def compile_buckets(
         rotary_embeddings=count_rotary_embeddings(model.config),
         merged_projections=count_merged(model),
     )
+    limit = None if config.memory.graphs == "auto" else config.memory.graphs
+    budget = GraphBudget(limit, partial(graph_bytes, model.device))
+    ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
+    if limit is not None:
+        ordered = by_usefulness(ordered, read_traffic(artifact.directory) if artifact is not None else {})
+    by_bucket = {entry.bucket: entry for entry in entries}
     with _progress(len(entries), enabled=progress) as show:
-        for entry in sorted(entries, key=lambda entry: entry.bucket.cost, reverse=True):
+        for entry in (by_bucket[bucket] for bucket in ordered):
+            refusal = budget.refusal(entry.bucket)
+            if refusal is not None:
+                entry.report.mode, entry.report.failure = "left out", refusal
+                show(entry, model.device)
+                continue
             _stage_padding(memory.state, entry.bucket)
             _compile(
                 entry,
@@ -110,10 +125,32 @@ def compile_buckets(
                 _pipeline(config, entry.bucket, context(num_tokens=entry.bucket.size)),
                 config,
                 artifact,
-                warnings,
+                report.warnings,
             )
+            _keep_within(budget, entry, model.device)
             show(entry, model.device)
+    left_out = [str(entry.bucket) for entry in entries if entry.report.mode == "left out"]
+    if left_out:
+        report.warnings.append(f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead")
     return entries
+
+
+def _keep_within(budget: GraphBudget, entry: Entry, device: torch.device) -> None:
+    """Give a recording back that goes beyond the budget."""
+    if entry.compiled is None:
+        return
+    excess = budget.measure(entry.bucket, entry.report.bytes)
+    if excess is not None:
+        release(entry.compiled, device)
+        entry.compiled, entry.report.mode, entry.report.failure = None, "left out", excess
+        _give_back(device)
+
+
+def _give_back(device: torch.device) -> None:
+    """What no tensor and no recording holds any more, to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure_activations(
@@ -153,7 +190,8 @@ def _pipeline(config: Config, bucket: Bucket, context: PassContext) -> Pipeline:
 
 
 def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, warnings: list[str]) -> None:
-    report, used = entry.report, used_bytes(step.state.tokens.device)
+    report, device = entry.report, step.state.tokens.device
+    held = graph_bytes(device)
     compile_or_load = partial(DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options))
     try:
         loaded = _load(artifact, entry.bucket, compile_or_load, warnings) if artifact is not None else None
@@ -163,11 +201,13 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
         report.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         if config.strict:
             raise StrictError(f"bucket {entry.bucket} could not be compiled: {report.failure}") from error
+    if report.failure is not None:
+        _give_back(device)  # no longer held by the error's frames; others may have room where it had not
         return
     entry.compiled = compiled
     report.mode = "graph" if compiled.graph else "compiled"
     report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
-    report.bytes = used_bytes(step.state.tokens.device) - used
+    report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
     if artifact is not None and loaded is None:
         _save(artifact, entry.bucket, compiled, passes, warnings)

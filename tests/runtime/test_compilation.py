@@ -114,7 +114,7 @@ def test_more_than_twenty_buckets_all_replay(dispatch: str) -> None:
     assert [b.replays for b in report.buckets if b.bucket.startswith("decode")] == [1] * 21
 
 
-def test_a_bucket_that_fails_runs_eagerly_and_the_others_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     direct = warmup.DISPATCHES["direct"]
 
     def failing(step, *arguments):  # type: ignore[no-untyped-def]
@@ -131,11 +131,52 @@ def test_a_bucket_that_fails_runs_eagerly_and_the_others_replay(monkeypatch: pyt
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
-    assert report.fallbacks == {"decode-2-greedy failed: RuntimeError: injected failure": 18}
+    assert report.stand_ins == {"decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18}
+    assert not report.fallbacks
     modes = {bucket.bucket: (bucket.mode == "eager", bucket.replays) for bucket in report.buckets}
-    assert modes == {"decode-2-greedy": (True, 0), "decode-4-greedy": (False, 9), "prefill-48-greedy": (False, 3)}
+    assert modes == {"decode-2-greedy": (True, 0), "decode-4-greedy": (False, 27), "prefill-48-greedy": (False, 3)}
     with pytest.raises(StrictError, match="bucket decode-2-greedy could not be compiled: RuntimeError: injected failure"):
         CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for 2 GiB"), MemoryError()])
+@pytest.mark.parametrize("when", ["compile", "capture"])
+def test_running_out_of_memory_costs_a_bucket_and_not_the_engine(
+    error: Exception, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = warmup.DISPATCHES["direct"]
+
+    def failing(step, *arguments):  # type: ignore[no-untyped-def]
+        if step.size == 48 and when == "compile":
+            raise error
+        compiled = direct(step, *arguments)
+        if step.size == 48:
+            raise error
+        return compiled
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", failing)
+    model = tiny_model("llama")
+    reference = Reference(model)
+    with CompiledLLM(model, None, small_config(), progress=False) as llm:
+        for prompts in ([prompt_of(5), prompt_of(60)], [prompt_of(12)]):
+            assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
+        report = llm.report()
+    assert [bucket.bucket for bucket in report.buckets if bucket.failure] == ["prefill-48-greedy"]
+    assert {reason.partition(":")[0] for reason in report.fallbacks} <= {"prefill-48-greedy failed"}
+    assert all(bucket.replays for bucket in report.buckets if bucket.bucket in ("prefill-16-greedy", "decode-2-greedy"))
+
+
+def test_steps_run_eagerly_where_the_largest_bucket_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(step, *arguments):  # type: ignore[no-untyped-def]
+        raise RuntimeError("injected failure")
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", failing)
+    model = tiny_model("llama")
+    reference = Reference(model)
+    with CompiledLLM(model, None, small_config(), progress=False) as llm:
+        assert greedy(llm, [prompt_of(20)], 8) == [reference(prompt_of(20), 8)]
+        failed = "failed: RuntimeError: injected failure"
+        assert llm.report().fallbacks == {f"prefill-48-greedy {failed}": 1, f"decode-2-greedy {failed}": 7}
 
 
 def test_no_bucket_is_a_counted_fallback() -> None:

@@ -1,0 +1,67 @@
+"""Which bucket serves a step: the cheapest that holds it; where that cannot be used, the cheapest that can; else none, and eager.
+
+Nothing of this is silent: steps served by a bucket in another's stead are counted by the reason, and so are eager ones.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from compiled_llm.config import Sampler
+from compiled_llm.runtime.buckets import Bucket, Kind, match
+from compiled_llm.runtime.report import Report
+from compiled_llm.runtime.warmup import Entry, StrictError
+
+
+class Serving:
+    """Finds the buckets of an engine.
+
+    Args:
+        buckets: of each kind, cheap to dear.
+        entries: of all of them, or None where the config wants nothing compiled.
+        report: where steps are counted.
+        strict: a step that would run eagerly is an error.
+    """
+
+    def __init__(
+        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[Entry] | None, report: Report, *, strict: bool
+    ) -> None:
+        self._buckets, self._report, self._strict = buckets, report, strict
+        self._compiles, self.entries = entries is not None, {entry.bucket: entry for entry in entries or ()}
+        self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
+
+    def find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
+        """The entry that serves a batch, or None; counted, unless it is the one that fits best. Raises StrictError."""
+        entry = self._found.get((kind, size, sampler))
+        if entry is not None:
+            return entry
+        wanted = match(self._buckets[kind], size, sampler) if self._compiles else None
+        if wanted is None:
+            nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
+            self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
+            return None
+        served = match([b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler)
+        if served is None:
+            self._count_eager(self._why_not(wanted))
+            return None
+        if served == wanted:
+            self._found[kind, size, sampler] = self.entries[served]
+        else:
+            self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
+        return self.entries[served]
+
+    def sizes(self, kind: Kind) -> list[int]:
+        """Sizes of the buckets that can be used, small to large; of all, where nothing is compiled."""
+        usable = [b for b in self._buckets[kind] if not self._compiles or self.entries[b].compiled is not None]
+        return sorted({bucket.size for bucket in usable})
+
+    def changed(self) -> None:
+        """Look anew: an entry can be used that could not, or the other way round."""
+        self._found.clear()
+
+    def _count_eager(self, reason: str) -> None:
+        self._report.fallbacks[reason] += 1
+        if self._strict:
+            raise StrictError(f"a step would run eagerly: {reason}")
+
+    def _why_not(self, bucket: Bucket) -> str:
+        report = self.entries[bucket].report
+        return f"{bucket} {'was left out' if report.mode == 'left out' else 'failed'}: {report.failure}"
