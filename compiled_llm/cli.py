@@ -99,8 +99,9 @@ def compile_buckets(
         raise ValueError("nothing was kept: expected compile.dispatch=direct, no compile.dump, and compile.artifact not off")
     if out is not None and kept_in != str(out):
         raise ValueError(f"{report.warnings[0]}; choose another directory, or add --force to replace what it holds")
-    if report.warnings:
-        raise ValueError(report.warnings[0])
+    missing = [bucket.bucket for bucket in report.buckets if bucket.failure is None and not bucket.kept]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} could not be kept: {'; '.join(report.warnings)}")
 
 
 @app.command()

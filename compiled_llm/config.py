@@ -142,12 +142,14 @@ class CompileConfig(Section):
     `torch.compile(mode="reduce-overhead")`; `eager` compiles nothing.
     artifact: a directory that keeps what was compiled, for the next start; `auto` is one in the user's cache directory
     ($COMPILED_LLM_CACHE), `off` is none. Only `direct` has one, and not while graphs are dumped.
+    cache_limit: bytes of artifacts in the cache directory; beyond it, those unused for the longest are removed.
     dump: a directory for the graph before and after each pass.
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
     """
 
     dispatch: Literal["direct", "torch", "eager"] = "direct"
     artifact: Literal["auto", "off"] | Path = "auto"
+    cache_limit: Bytes = 10 * 2**30
     dump: Path | None = None
     options: dict[str, Any] = {}
 

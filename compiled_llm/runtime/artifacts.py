@@ -7,15 +7,13 @@ written under another name first, so that what is there is whole; what is not, o
 An artifact is code: use only what you would run.
 """
 
-import fcntl
 import hashlib
 import inspect
 import json
 import pickle
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,14 +25,14 @@ from compiled_llm.config import Config
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.traffic import Traffic
-from compiled_llm.runtime.whole_files import write_whole
+from compiled_llm.runtime.whole_files import locked, remove_unfinished, write_whole
 from passes import PassReport
 from passes.pipeline import source_digest
 
 FORMAT = 1
 _ROOT = Path(__file__).parents[2]
 _SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
-_MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
+MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +91,53 @@ class Artifact:
     Attributes:
         directory: where; made when the first bucket is saved.
         key: what its buckets must have been compiled for.
+        notice: told, in words, of what was found damaged, which is then made anew.
     """
 
     directory: Path
     key: Key
+    notice: Callable[[str], None] = lambda words: None
+    _damaged: set[Path] = field(default_factory=set, repr=False)  # libraries, relative to where they are
 
     def misfit(self) -> str | None:
-        """Why what is there cannot be used; None where it can, or where nothing is there."""
-        if not (self.directory / _MANIFEST).exists():
+        """Why what is there cannot be used; None where it can, or where nothing is there, or nothing but what is damaged."""
+        manifest = self.directory / MANIFEST
+        if not manifest.exists():
             return None
         found = read_key(self.directory)
         if found is None:
-            return f"{self.directory / _MANIFEST} is damaged"
+            if not any(self.directory.glob("*.bucket")):
+                return f"{manifest} is no manifest of an artifact"
+            self.notice(f"{manifest} is damaged, or of another version: all that it was of is compiled anew")
+            return None
         different = found.differences(self.key)
         return f"{self.directory} was compiled for something else: {', '.join(different)}" if different else None
 
     def load(self, bucket: str) -> Kept | None:
         """The bucket as it was saved for this key, or None; a damaged file is as good as none."""
-        content = _read(self._path(bucket)) if read_key(self.directory) == self.key else None
+        path = self._path(bucket)
+        if read_key(self.directory) != self.key or not path.exists():
+            return None
+        content = _read(path)
         if content is None:
+            self.notice(f"{path} is damaged: the bucket is compiled anew")
             return None
         self._restore_libraries()
         kept: Kept = pickle.loads(content)
         return kept
 
+    def mend(self) -> None:
+        """Put libraries that were damaged in order, where the compiler has made them again; raises OSError."""
+        made = {path.relative_to(_cache_dir()): path for path in _loaded_libraries()} if self._damaged else {}
+        for name in self._damaged & made.keys():
+            with locked(self.directory):
+                _write(self._libraries / name, made[name].read_bytes())
+            self._damaged.remove(name)
+
     def save(self, bucket: str, kept: Kept) -> None:
         """Keep the bucket, in place of what was there, also of another key; raises OSError."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory):
+        with locked(self.directory):
+            remove_unfinished([*self.directory.glob(".*"), *self._libraries.rglob(".*")])
             if read_key(self.directory) != self.key:
                 self._begin()
             _write(self._path(bucket), pickle.dumps(kept))
@@ -138,7 +155,7 @@ class Artifact:
         """Add what was seen, by kind, to what was seen before with the same limits; raises OSError."""
         if read_key(self.directory) != self.key:
             return
-        with _locked(self.directory):
+        with locked(self.directory):
             before = read_traffic(self.directory)
             for kind, seen in traffic.items():
                 if kind in before and before[kind].limit == seen.limit:
@@ -149,16 +166,20 @@ class Artifact:
     def _restore_libraries(self) -> None:
         """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
         for path in self._libraries.rglob("*.so"):
-            target = _cache_dir() / path.relative_to(self._libraries)
-            if not target.exists() and (content := _read(path)) is not None:
-                write_whole(target, content)
+            name = path.relative_to(self._libraries)
+            content = None if (_cache_dir() / name).exists() else _read(path)
+            if content is not None:
+                write_whole(_cache_dir() / name, content)
+            elif not (_cache_dir() / name).exists() and name not in self._damaged:
+                self.notice(f"{path} is damaged: the library is compiled anew")
+                self._damaged.add(name)
 
     def _begin(self) -> None:
         """An empty artifact of this key."""
-        for path in [self.directory / _MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
+        for path in [self.directory / MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
             path.unlink(missing_ok=True)
         manifest = {"format": FORMAT, "digest": self.key.digest, "key": self.key.parts}
-        write_whole(self.directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     @property
     def _libraries(self) -> Path:
@@ -170,7 +191,7 @@ class Artifact:
 
 def discard(directory: Path) -> None:
     """Let the next save begin anew; other files than an artifact's stay."""
-    (directory / _MANIFEST).unlink(missing_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
 
 
 def read_traffic(directory: Path) -> dict[str, Traffic]:
@@ -184,7 +205,7 @@ def read_traffic(directory: Path) -> dict[str, Traffic]:
 def read_key(directory: Path) -> Key | None:
     """The key in a directory's manifest; None where there is none, or none that is whole."""
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text())
         key = Key(dict(manifest["key"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -202,14 +223,6 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, content: bytes) -> None:
     write_whole(path, _hash(content).encode() + b"\n" + content)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    with (directory / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _cache_dir() -> Path:

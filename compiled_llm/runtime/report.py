@@ -60,7 +60,8 @@ class BucketReport:
         size: tokens of a step.
         mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, and `left out` had no
             room, see `failure`.
-        loaded: whether an artifact had it; `compile_seconds` is then what loading took.
+        kept: whether an artifact has it now.
+        loaded: whether it had it before; `compile_seconds` is then what loading took.
         compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
         bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
         replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
@@ -73,6 +74,7 @@ class BucketReport:
     size: int
     mode: str = "eager"
     loaded: bool = False
+    kept: bool = False
     compile_seconds: float = 0.0
     capture_seconds: float = 0.0
     bytes: int = 0

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
-from compiled_llm.models.default import cache_dir
 from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.runtime.artifact_cache import cached_artifacts, make_room, mark_used
 from compiled_llm.runtime.artifacts import Artifact, Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
@@ -89,6 +89,7 @@ class Runtime:
                     entries = compile_buckets(
                         buckets, model, layers, self.memory, config, self._artifact, report, progress=progress
                     )
+                self._tidy_cache(report)
                 if config.verify:
                     with report.phase("verify", model.device):
                         self._verify(entries)
@@ -184,15 +185,24 @@ class Runtime:
             return None
         key = self.key()
         if isinstance(wanted, Path):
-            named = Artifact(wanted, key)
+            named = Artifact(wanted, key, report.warnings.append)
             misfit = named.misfit()
             if misfit is None:
                 report.facts["artifact"] = str(wanted)
                 return named
             report.warnings.append(f"the artifact was not used: {misfit}")
-        kept = Artifact(cache_dir() / "artifacts" / key.digest[:16], key)
+        kept = Artifact(cached_artifacts() / key.digest[:16], key, report.warnings.append)
+        kept.misfit()  # says so where it is damaged
         report.facts["artifact"] = str(kept.directory)
         return kept
+
+    def _tidy_cache(self, report: Report) -> None:
+        """Keep to `compile.cache_limit`, the artifact in use apart."""
+        if self._artifact is not None:
+            mark_used(self._artifact.directory)
+            removed = make_room(self.config.compile.cache_limit, used=self._artifact.directory)
+            if removed:
+                report.facts["removed, unused for the longest"] = f"{', '.join(removed)}, beyond compile.cache_limit"
 
     def _verify(self, entries: list[Entry]) -> None:
         """Give up the buckets that differ from eager, and what is kept of them."""

@@ -4,7 +4,7 @@ once the weights are there and the activations measured, and each bucket, large 
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -209,8 +209,7 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
     report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
-    if artifact is not None and loaded is None:
-        _save(artifact, entry.bucket, compiled, passes, warnings)
+    report.kept = loaded is not None or (artifact is not None and _save(artifact, entry.bucket, compiled, passes, warnings))
 
 
 def _load(
@@ -219,17 +218,25 @@ def _load(
     """The bucket as the artifact has it; None where that has none, or none that works."""
     try:
         kept = artifact.load(str(bucket))
-        return (load(saved=kept.step), kept.passes) if kept is not None else None
+        if kept is None:
+            return None
+        loaded = load(saved=kept.step), kept.passes
+        with suppress(OSError):  # what is damaged then stays so, and the next start says it again
+            artifact.mend()
+        return loaded
     except Exception as error:  # whatever unpickling and capturing may raise
         warnings.append(f"{bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
         return None
 
 
-def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, passes: list[PassReport], warnings: list[str]) -> None:
+def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, passes: list[PassReport], warnings: list[str]) -> bool:
+    """Whether the bucket is kept; if not, a warning says why."""
     try:
         artifact.save(str(bucket), Kept(step=serialize(compiled), passes=passes))
     except Exception as error:  # a full disk, or whatever pickling raises
         warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
+        return False
+    return True
 
 
 def _raise_pass_error(error: BaseException | None) -> None:

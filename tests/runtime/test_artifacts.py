@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM
-from compiled_llm.runtime import artifacts, warmup, whole_files
+from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
 from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key, read_traffic
 from compiled_llm.runtime.report import Report
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
@@ -99,8 +99,77 @@ def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
             assert artifact.load("decode-1-greedy") is None
         path.write_bytes(whole)
     assert artifact.load("decode-1-greedy") == kept(b"one")
-    manifest.write_text("{}")
-    assert artifact.misfit() == f"{manifest} is damaged"
+
+
+def test_a_damaged_manifest_is_replaced_and_anothers_is_not(tmp_path: Path) -> None:
+    noticed: list[str] = []
+    artifact = Artifact(tmp_path, KEY, noticed.append)
+    artifact.save("decode-1-greedy", kept(b"one"))
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    assert artifact.misfit() is None
+    assert artifact.load("decode-1-greedy") is None
+    assert len(noticed) == 1
+    assert noticed[0].startswith(f"{manifest} is damaged")
+    artifact.save("decode-2-greedy", kept(b"two"))
+    assert artifact.load("decode-2-greedy") == kept(b"two")
+    assert artifact.load("decode-1-greedy") is None, "of whatever key it was"
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"name": "a web app"}')
+    assert "no manifest of an artifact" in str(Artifact(tmp_path / "other", KEY).misfit())
+
+
+def test_a_damaged_bucket_is_noticed(tmp_path: Path) -> None:
+    noticed: list[str] = []
+    artifact = Artifact(tmp_path, KEY, noticed.append)
+    artifact.save("decode-1-greedy", kept(b"one"))
+    (bucket,) = tmp_path.glob("*.bucket")
+    bucket.write_bytes(bucket.read_bytes()[:-1])
+    assert artifact.load("decode-1-greedy") is artifact.load("decode-2-greedy") is None
+    assert noticed == [f"{bucket} is damaged: the bucket is compiled anew"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "libraries" / "ab").mkdir(parents=True)
+    left = [tmp_path / ".unfinished-abc", tmp_path / "libraries" / "ab" / ".unfinished-def"]
+    (tmp_path / "src").mkdir()
+    others = [tmp_path / "src" / ".unfinished-poem", tmp_path / ".gitignore"]
+    for path in [*left, *others]:
+        path.write_bytes(b"")
+    Artifact(tmp_path, KEY).save("decode-1-greedy", kept(b"one"))
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_a_process_that_keeps_the_lock_costs_the_artifact_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_files, "_PATIENCE", 0.1)
+    artifact = Artifact(tmp_path, KEY)
+    with whole_files.locked(tmp_path), pytest.raises(TimeoutError, match="another process has had the lock"):
+        artifact.save("decode-1-greedy", kept(b"one"))
+    artifact.save("decode-1-greedy", kept(b"two"))
+    assert artifact.load("decode-1-greedy") == kept(b"two")
+
+
+def _cached(name: str, *, size: int, age: float) -> Path:
+    artifact = Artifact(artifact_cache.cached_artifacts() / name, KEY)
+    artifact.save("decode-1-greedy", kept(b"x" * size))
+    os.utime(artifact.directory / "manifest.json", (time.time() - age, time.time() - age))
+    return artifact.directory
+
+
+def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
+    used, old, older, oldest = (_cached(name, size=100_000, age=n) for n, name in enumerate(["used", "old", "older", "oldest"]))
+    assert artifact_cache.make_room(410_000, used=used) == []
+    artifact_cache.mark_used(oldest)
+    with whole_files.locked(older):
+        assert artifact_cache.make_room(210_000, used=used) == ["old", "oldest"], "another process writes to older"
+    assert [path.name for path in sorted(artifact_cache.cached_artifacts().iterdir())] == ["older", "used"]
+    assert artifact_cache.make_room(1, used=used) == ["older"]
+    assert Artifact(used, KEY).load("decode-1-greedy") is not None
+    assert artifact_cache.make_room(1, used=tmp_path / "named") == [], "the engine is on another directory"
+    assert not old.exists()
 
 
 def test_libraries_that_the_process_has_loaded_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +185,18 @@ def test_libraries_that_the_process_has_loaded_come_along(tmp_path: Path, monkey
     assert artifact.load("decode-1-greedy") == kept(b"one")
     assert (there / "ab" / "cd.so").read_bytes() == b"a library"
     (kept_library,) = artifact.directory.rglob("*.so")
+    whole = kept_library.read_bytes()
     kept_library.write_bytes(b"0" * 80)
     shutil.rmtree(there)
-    artifact.load("decode-1-greedy")
+    noticed: list[str] = []
+    artifact = Artifact(artifact.directory, KEY, noticed.append)
+    for _ in range(2):
+        artifact.load("decode-1-greedy")
     assert not list(there.rglob("*.so")), "a damaged library is left to the compiler"
+    assert noticed == [f"{kept_library} is damaged: the library is compiled anew"]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))  # where it has been made again
+    artifact.mend()
+    assert kept_library.read_bytes() == whole
 
 
 _WRITER = """
@@ -153,9 +230,11 @@ def test_two_writers_and_a_kill_leave_something_whole(tmp_path: Path) -> None:
     one.send_signal(signal.SIGKILL)
     one.wait(60)
     assert artifact.load("decode-1-greedy") is not None
+    (tmp_path / ".unfinished-killed").write_bytes(b"x")
     last = _writer(tmp_path, "z", 1)
     assert last.wait(60) == 0
     assert artifact.load("decode-1-greedy") == kept(b"z" * 1_000_000)
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 _WARM = """
@@ -245,8 +324,10 @@ def test_a_bucket_that_is_damaged_or_new_is_compiled(compiled: Path, expected: l
         "prefill-16-greedy": True, "prefill-48-greedy": True,
         "decode-1-greedy": False, "decode-2-greedy": False, "decode-4-greedy": True,
     }  # fmt: skip
+    assert [damaged.name in warning for warning in report.warnings] == [True]
     again = _run(copy, expected, buckets={"decode": [1, 2]})
     assert all(bucket.loaded for bucket in again.buckets), "it was put in order"
+    assert not again.warnings
 
 
 def test_what_cannot_be_loaded_is_compiled_and_named(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""The artifacts that the cache directory keeps by itself, one for each key: no more of them than the config allows."""
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from compiled_llm.models.default import cache_dir
+from compiled_llm.runtime.artifacts import MANIFEST
+from compiled_llm.runtime.whole_files import locked
+
+
+@dataclass(frozen=True, slots=True)
+class _Artifact:
+    directory: Path
+    used: float
+    bytes: int
+
+
+def cached_artifacts() -> Path:
+    """The directory that holds them."""
+    return cache_dir() / "artifacts"
+
+
+def mark_used(artifact: Path) -> None:
+    """Take note that an engine uses it now."""
+    with suppress(OSError):  # nothing is kept there, or it is not ours to write to
+        os.utime(artifact / MANIFEST)
+
+
+def make_room(limit: int, *, used: Path) -> list[str]:
+    """Remove the artifacts that were not used for the longest time, until the rest takes `limit` bytes at most.
+
+    Args:
+        limit: bytes.
+        used: an artifact that stays, however large it is; so do those that another process writes to just now.
+
+    Returns:
+        The names of those removed.
+    """
+    found = sorted(map(_look_at, _directories(used)), key=lambda artifact: artifact.used)
+    excess, removed = sum(artifact.bytes for artifact in found) - limit, []
+    for artifact in found:
+        if excess > 0 and artifact.directory != used and _remove(artifact.directory):
+            excess -= artifact.bytes
+            removed.append(artifact.directory.name)
+    return removed
+
+
+def _directories(used: Path) -> list[Path]:
+    root = cached_artifacts()
+    return [path for path in root.iterdir() if path.is_dir()] if used.parent == root and root.exists() else []
+
+
+def _look_at(directory: Path) -> _Artifact:
+    used, size = 0.0, 0
+    for path in [directory, *directory.rglob("*")]:
+        with suppress(OSError):  # another process may remove it meanwhile
+            status = path.lstat()
+            size += status.st_size if path.is_file() else 0
+            used = max(used, status.st_mtime) if path.name == MANIFEST else used
+    return _Artifact(directory, used, size)
+
+
+def _remove(directory: Path) -> bool:
+    try:
+        with locked(directory, patience=0):
+            (directory / MANIFEST).unlink(missing_ok=True)  # first: without it, nothing there is used
+            shutil.rmtree(directory)
+    except OSError:
+        return False
+    return True
