@@ -143,6 +143,8 @@ class CompileConfig(Section):
     artifact: a directory that keeps what was compiled, for the next start; `auto` is one in the user's cache directory
     ($COMPILED_LLM_CACHE), `off` is none. Only `direct` has one, and not while graphs are dumped.
     cache_limit: bytes of artifacts in the cache directory; beyond it, those unused for the longest are removed.
+    capture: `start` compiles and captures all buckets before the first request; `lazy` serves at once, eagerly or in the next
+    larger bucket that is ready, and captures a bucket between steps when steps have asked for it, the busiest first.
     dump: a directory for the graph before and after each pass.
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
     """
@@ -150,6 +152,7 @@ class CompileConfig(Section):
     dispatch: Literal["direct", "torch", "eager"] = "direct"
     artifact: Literal["auto", "off"] | Path = "auto"
     cache_limit: Bytes = 10 * 2**30
+    capture: Literal["start", "lazy"] = "start"
     dump: Path | None = None
     options: dict[str, Any] = {}
 
@@ -189,6 +192,8 @@ class Config(Section):
     def _strict_compiles(self) -> Self:
         if self.strict and self.compile.dispatch == "eager":
             raise ValueError("strict forbids eager steps, and compile.dispatch=eager has no others: drop one of the two")
+        if self.strict and self.compile.capture == "lazy":
+            raise ValueError("strict forbids eager steps, and compile.capture=lazy begins with them: drop one of the two")
         return self
 
     def pass_order(self) -> list[str]:

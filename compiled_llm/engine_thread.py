@@ -158,9 +158,11 @@ class EngineThread:
 
     def _work(self, llm: CompiledLLM) -> None:
         while not self._closing:
-            self._obey(wait=not llm.engine.has_work)
+            self._obey(wait=not (llm.engine.has_work or llm.runtime.capture_wanted))
             if llm.engine.has_work and not self._closing:
                 self._tell(llm.engine.step())
+            elif llm.runtime.capture_wanted and not self._closing:
+                llm.runtime.capture_next()
         for channel in list(self._channels.values()):
             self._abort(channel)
 

@@ -129,6 +129,9 @@ class Engine:
         Returns:
             The requests that ended, and those among the watched ones that got tokens.
         """
+        if self._runtime.capture_due:
+            self._learn_all()
+            self._runtime.capture_next()
         began, waited = time.perf_counter(), self._stats.wait_seconds
         self._expire(began)
         plan = self._plan()

@@ -2,20 +2,50 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from compiled_llm.config import Config
 from compiled_llm.models.default import cache_dir
-from compiled_llm.runtime.artifacts import MANIFEST
+from compiled_llm.runtime.artifacts import MANIFEST, Artifact, Key
+from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.whole_files import locked
 
 
 @dataclass(frozen=True, slots=True)
-class _Artifact:
+class _Found:
     directory: Path
     used: float
     bytes: int
+
+
+def open_artifact(config: Config, make_key: Callable[[], Key], report: Report) -> Artifact | None:
+    """The one that is named, if it fits or is empty; else the one in the cache directory; None where nothing can be kept."""
+    wanted, notice = config.compile.artifact, report.warnings.append
+    if wanted == "off" or config.compile.dispatch != "direct" or config.compile.dump is not None:
+        return None
+    key = make_key()
+    if isinstance(wanted, Path):
+        named = Artifact(wanted, key, notice)
+        misfit = named.misfit()
+        if misfit is None:
+            report.facts["artifact"] = str(wanted)
+            return named
+        notice(f"the artifact was not used: {misfit}")
+    kept = Artifact(cached_artifacts() / key.digest[:16], key, notice)
+    kept.misfit()  # says so where it is damaged
+    report.facts["artifact"] = str(kept.directory)
+    return kept
+
+
+def tidy(used: Artifact, limit: int, report: Report) -> None:
+    """Take note that an artifact is in use, and keep the others in the cache directory within the limit."""
+    mark_used(used.directory)
+    removed = make_room(limit, used=used.directory)
+    if removed:
+        report.facts["removed, unused for the longest"] = f"{', '.join(removed)}, beyond compile.cache_limit"
 
 
 def cached_artifacts() -> Path:
@@ -53,14 +83,14 @@ def _directories(used: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.is_dir()] if used.parent == root and root.exists() else []
 
 
-def _look_at(directory: Path) -> _Artifact:
+def _look_at(directory: Path) -> _Found:
     used, size = 0.0, 0
     for path in [directory, *directory.rglob("*")]:
         with suppress(OSError):  # another process may remove it meanwhile
             status = path.lstat()
             size += status.st_size if path.is_file() else 0
             used = max(used, status.st_mtime) if path.name == MANIFEST else used
-    return _Artifact(directory, used, size)
+    return _Found(directory, used, size)
 
 
 def _remove(directory: Path) -> bool:

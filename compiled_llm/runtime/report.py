@@ -58,8 +58,8 @@ class BucketReport:
 
     Attributes:
         size: tokens of a step.
-        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, and `left out` had no
-            room, see `failure`.
+        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, `left out` had no room,
+            and `pending` no step has asked for, see `failure`.
         kept: whether an artifact has it now.
         loaded: whether it had it before; `compile_seconds` is then what loading took.
         compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.

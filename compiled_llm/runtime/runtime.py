@@ -7,7 +7,6 @@ for the device: the ids of a step are read on a stream of their own, while the n
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +16,13 @@ from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.runtime.artifact_cache import cached_artifacts, make_room, mark_used
-from compiled_llm.runtime.artifacts import Artifact, Key, make_key
+from compiled_llm.runtime.artifact_cache import open_artifact
+from compiled_llm.runtime.artifacts import Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
+from compiled_llm.runtime.lazy import LazyBuckets, between_steps
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.making import BucketMaker
 from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
@@ -29,8 +30,7 @@ from compiled_llm.runtime.serving import Serving
 from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step import choose
 from compiled_llm.runtime.traffic import Traffic
-from compiled_llm.runtime.verify import check_entry
-from compiled_llm.runtime.warmup import Entry, StrictError, allocate, compile_buckets
+from compiled_llm.runtime.warmup import Entry, StrictError, allocate
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -78,27 +78,19 @@ class Runtime:
             "prefill": self._make_buckets("prefill", config.buckets.prefill, largest["prefill"]),
         }
         self._traffic = {kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()}
-        self._artifact: Artifact | None = None
-        entries: list[Entry] | None = None
+        self.report = report
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
-            if config.compile.dispatch != "eager":
-                with report.phase("compile and capture", model.device):
-                    buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
-                    self._artifact = self._open_artifact(report)
-                    entries = compile_buckets(
-                        buckets, model, layers, self.memory, config, self._artifact, report, progress=progress
-                    )
-                self._tidy_cache(report)
-                if config.verify:
-                    with report.phase("verify", model.device):
-                        self._verify(entries)
-        self._serving = Serving(self._buckets, entries, report, strict=config.strict)
+            self._artifact = open_artifact(config, self.key, report)
+            maker = BucketMaker(model, layers, self.memory, config, self.limits, self._artifact, report)
+            buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
+            entries = maker.make_all(buckets, progress=progress) if config.compile.dispatch != "eager" else None
+        self._lazy = LazyBuckets(maker.make_one)
+        self._serving = Serving(self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask)
         self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
         report.buckets = [entry.report for entry in entries or ()]
         report.graph_events = dict.fromkeys(graph_events(model.device), 0)
-        self.report = report
 
     @property
     def entries(self) -> dict[Bucket, Entry]:
@@ -114,6 +106,23 @@ class Runtime:
     def decodes_apart(self) -> bool:
         """Whether steps that only decode have buckets of their own, or run eagerly; else they run in prefill buckets."""
         return bool(self._buckets["decode"]) or not self._buckets["prefill"] or self.config.compile.dispatch == "eager"
+
+    @property
+    def capture_wanted(self) -> bool:
+        """Whether steps have asked for a bucket that `compile.capture: lazy` has not made yet."""
+        return self._lazy.wanted
+
+    @property
+    def capture_due(self) -> bool:
+        """Whether it is time for it, also while requests run."""
+        return self._lazy.due
+
+    def capture_next(self) -> None:
+        """Compile and capture what most steps have asked for; what all steps so far sampled must have been read."""
+        self._check_thread()
+        with torch.no_grad(), between_steps(self.memory.state):
+            self._serving.replace(self._lazy.capture_next())
+        self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> Ticket:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
@@ -177,39 +186,6 @@ class Runtime:
         """What a compiled step of this engine depends on."""
         memory = self.memory
         return make_key(self.model, memory.state, memory.caches, memory.groups, self.config, self.limits)
-
-    def _open_artifact(self, report: Report) -> Artifact | None:
-        """The one that is named, if it fits or is empty; else the one in the cache directory."""
-        wanted, compile_config = self.config.compile.artifact, self.config.compile
-        if wanted == "off" or compile_config.dispatch != "direct" or compile_config.dump is not None:
-            return None
-        key = self.key()
-        if isinstance(wanted, Path):
-            named = Artifact(wanted, key, report.warnings.append)
-            misfit = named.misfit()
-            if misfit is None:
-                report.facts["artifact"] = str(wanted)
-                return named
-            report.warnings.append(f"the artifact was not used: {misfit}")
-        kept = Artifact(cached_artifacts() / key.digest[:16], key, report.warnings.append)
-        kept.misfit()  # says so where it is damaged
-        report.facts["artifact"] = str(kept.directory)
-        return kept
-
-    def _tidy_cache(self, report: Report) -> None:
-        """Keep to `compile.cache_limit`, the artifact in use apart."""
-        if self._artifact is not None:
-            mark_used(self._artifact.directory)
-            removed = make_room(self.config.compile.cache_limit, used=self._artifact.directory)
-            if removed:
-                report.facts["removed, unused for the longest"] = f"{', '.join(removed)}, beyond compile.cache_limit"
-
-    def _verify(self, entries: list[Entry]) -> None:
-        """Give up the buckets that differ from eager, and what is kept of them."""
-        for entry in entries:
-            check_entry(entry, self.model, self.memory, self.limits, strict=self.config.strict)
-            if self._artifact is not None and entry.report.verification and entry.compiled is None:
-                self._artifact.drop(str(entry.bucket))
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets

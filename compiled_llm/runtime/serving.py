@@ -3,7 +3,7 @@
 Nothing of this is silent: steps served by a bucket in another's stead are counted by the reason, and so are eager ones.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from compiled_llm.config import Sampler
 from compiled_llm.runtime.buckets import Bucket, Kind, match
@@ -19,12 +19,14 @@ class Serving:
         entries: of all of them, or None where the config wants nothing compiled.
         report: where steps are counted.
         strict: a step that would run eagerly is an error.
+        ask: told of pending buckets that would serve a step best.
     """
 
     def __init__(
-        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[Entry] | None, report: Report, *, strict: bool
-    ) -> None:
-        self._buckets, self._report, self._strict = buckets, report, strict
+        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[Entry] | None, report: Report, *, strict: bool,
+        ask: Callable[[Bucket], None] = lambda bucket: None,
+    ) -> None:  # fmt: skip
+        self._buckets, self._report, self._strict, self._ask = buckets, report, strict, ask
         self._compiles, self.entries = entries is not None, {entry.bucket: entry for entry in entries or ()}
         self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
 
@@ -38,6 +40,9 @@ class Serving:
             nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
             self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
             return None
+        best = match([b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler)
+        if best is not None and self.entries[best].compiled is None:
+            self._ask(best)
         served = match([b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler)
         if served is None:
             self._count_eager(self._why_not(wanted))
@@ -49,13 +54,19 @@ class Serving:
         return self.entries[served]
 
     def sizes(self, kind: Kind) -> list[int]:
-        """Sizes of the buckets that can be used, small to large; of all, where nothing is compiled."""
-        usable = [b for b in self._buckets[kind] if not self._compiles or self.entries[b].compiled is not None]
-        return sorted({bucket.size for bucket in usable})
+        """Sizes of buckets that can be used, now or once a step has asked, small to large; of all, where nothing is compiled."""
+        return sorted({bucket.size for bucket in self._buckets[kind] if not self._compiles or self._is_for_use(bucket)})
 
-    def changed(self) -> None:
-        """Look anew: an entry can be used that could not, or the other way round."""
+    def replace(self, entry: Entry) -> None:
+        """Take an entry for the one that its bucket had, which served no step; also in the report."""
+        old = self.entries[entry.bucket].report
+        self.entries[entry.bucket] = entry
+        self._report.buckets = [entry.report if report is old else report for report in self._report.buckets]
         self._found.clear()
+
+    def _is_for_use(self, bucket: Bucket) -> bool:
+        entry = self.entries[bucket]
+        return entry.compiled is not None or entry.report.mode == "pending"
 
     def _count_eager(self, reason: str) -> None:
         self._report.fallbacks[reason] += 1
@@ -64,4 +75,5 @@ class Serving:
 
     def _why_not(self, bucket: Bucket) -> str:
         report = self.entries[bucket].report
-        return f"{bucket} {'was left out' if report.mode == 'left out' else 'failed'}: {report.failure}"
+        what = {"left out": "was left out", "pending": "is not captured yet"}.get(report.mode, "failed")
+        return f"{bucket} {what}: {report.failure}"

@@ -84,13 +84,14 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
 
 def compile_buckets(
     buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
-    artifact: Artifact | None, report: Report, *, progress: bool,
+    artifact: Artifact | None, report: Report, *, progress: bool, budget: GraphBudget | None = None,
 ) -> list[Entry]:  # fmt: skip
     """Compile and capture each bucket: large to small, or with `memory.graphs` the most useful first.
 
     A bucket that fails is left to eager; with `strict` it is an error. One that `memory.graphs` has no room for is left out.
 
-    What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so.
+    What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so. A budget that
+    is given also counts what was captured before.
 
     Raises:
         ValueError: an Inductor option is unknown.
@@ -105,10 +106,9 @@ def compile_buckets(
         rotary_embeddings=count_rotary_embeddings(model.config),
         merged_projections=count_merged(model),
     )
-    limit = None if config.memory.graphs == "auto" else config.memory.graphs
-    budget = GraphBudget(limit, partial(graph_bytes, model.device))
+    budget = budget or graph_budget(config, model.device)
     ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
-    if limit is not None:
+    if config.memory.graphs != "auto":
         ordered = by_usefulness(ordered, read_traffic(artifact.directory) if artifact is not None else {})
     by_bucket = {entry.bucket: entry for entry in entries}
     with _progress(len(entries), enabled=progress) as show:
@@ -133,6 +133,11 @@ def compile_buckets(
     if left_out:
         report.warnings.append(f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead")
     return entries
+
+
+def graph_budget(config: Config, device: torch.device) -> GraphBudget:
+    """What the config allows recordings to take from now on."""
+    return GraphBudget(None if config.memory.graphs == "auto" else config.memory.graphs, partial(graph_bytes, device))
 
 
 def _keep_within(budget: GraphBudget, entry: Entry, device: torch.device) -> None:

@@ -66,6 +66,8 @@ class SimulatedRuntime:
         num_tokens: computed so far; num_reads: steps whose tokens were read.
     """
 
+    capture_due = False
+
     def __init__(
         self, groups: Sequence[PageGroup], limits: Limits, *, block_size: int, prefill_sizes: list[int], apart: bool, sharing: bool
     ) -> None:

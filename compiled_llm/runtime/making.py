@@ -1,0 +1,72 @@
+"""An engine's buckets, made: compiled or loaded, captured, and verified where the config says so."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from compiled_llm.config import Config
+from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.runtime.artifact_cache import tidy
+from compiled_llm.runtime.artifacts import Artifact
+from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.lazy import pending
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.report import Report
+from compiled_llm.runtime.verify import check_entry
+from compiled_llm.runtime.warmup import Entry, Memory, compile_buckets, graph_budget
+
+
+class BucketMaker:
+    """Makes buckets for one engine, all at its start or one at a time later.
+
+    Args:
+        model: whose steps they are.
+        layers: its attention layers.
+        memory: what the steps work on.
+        config: what is wanted of them.
+        limits: of the engine's batches.
+        artifact: where they are kept, if they are.
+        report: where phases and warnings go.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config, limits: Limits,
+        artifact: Artifact | None, report: Report,
+    ) -> None:  # fmt: skip
+        self._model, self._layers, self._memory, self._limits = model, layers, memory, limits
+        self._config, self._artifact, self._report = config, artifact, report
+        self._budget = graph_budget(config, model.device)
+
+    def make_all(self, buckets: Sequence[Bucket], *, progress: bool) -> list[Entry]:
+        """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
+        if self._config.compile.capture == "lazy":
+            return pending(buckets)
+        with self._report.phase("compile and capture", self._model.device):
+            entries = self._compile(buckets, progress=progress)
+        if self._artifact is not None:
+            tidy(self._artifact, self._config.compile.cache_limit, self._report)
+        if self._config.verify:
+            with self._report.phase("verify", self._model.device):
+                self._verify(entries)
+        return entries
+
+    def make_one(self, bucket: Bucket) -> Entry:
+        """The entry of a bucket that was pending. Raises PassError."""
+        entries = self._compile([bucket], progress=False)
+        if self._config.verify:
+            self._verify(entries)
+        return entries[0]
+
+    def _compile(self, buckets: Sequence[Bucket], *, progress: bool) -> list[Entry]:
+        model, layers, memory, config, artifact = self._model, self._layers, self._memory, self._config, self._artifact
+        return compile_buckets(
+            buckets, model, layers, memory, config, artifact, self._report, progress=progress, budget=self._budget
+        )
+
+    def _verify(self, entries: Sequence[Entry]) -> None:
+        """Give up the buckets that differ from eager, and what is kept of them."""
+        for entry in entries:
+            check_entry(entry, self._model, self._memory, self._limits, strict=self._config.strict)
+            if self._artifact is not None and entry.report.verification and entry.compiled is None:
+                self._artifact.drop(str(entry.bucket))
+                entry.report.kept = False

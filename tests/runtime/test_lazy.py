@@ -1,0 +1,152 @@
+"""Lazy capture: served at once, with the right tokens, and captured as asked for."""
+
+import asyncio
+
+import pytest
+
+from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
+from compiled_llm.config import parse_config
+from compiled_llm.runtime import warmup
+from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.dispatch import CompiledStep
+from compiled_llm.runtime.lazy import LazyBuckets, pending
+from compiled_llm.runtime.step import Step
+from compiled_llm.runtime.warmup import Entry
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+
+LAZY = {"compile": {"capture": "lazy"}}
+
+
+class _Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
+    clock, made = _Clock(), list[str]()
+
+    def make(bucket: Bucket) -> Entry:
+        clock.now += 5
+        made.append(str(bucket))
+        return pending([bucket])[0]
+
+    lazy = LazyBuckets(make, clock=clock)
+    assert not lazy.wanted
+    assert not lazy.due
+    for size, times in ((2, 3), (4, 5), (8, 3)):
+        for _ in range(times):
+            lazy.ask(Bucket("decode", size))
+    assert lazy.due
+    lazy.capture_next()
+    assert lazy.wanted
+    clock.now += 4.9
+    assert not lazy.due
+    clock.now += 0.2
+    assert lazy.due
+    lazy.capture_next()
+    lazy.capture_next()
+    assert made == ["decode-4-greedy", "decode-8-greedy", "decode-2-greedy"]
+    assert not lazy.wanted
+    clock.now += 10
+    assert not lazy.due
+
+
+def test_strict_and_lazy_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile\.capture=lazy begins with them"):
+        parse_config({"strict": True, **LAZY})
+
+
+def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of requests, whose tokens, logprobs and penalties stay what they are."""
+    made: list[int] = []
+    direct = warmup.DISPATCHES["direct"]
+
+    def counting(step, *arguments, **options):  # type: ignore[no-untyped-def]
+        made.append(step.size)
+        return direct(step, *arguments, **options)
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", counting)
+    model = tiny_model("llama")
+    reference = Reference(model)
+    prompts = [prompt_of(20), prompt_of(7)]
+    full = SamplingParams(temperature=1, seed=3, presence_penalty=0.5, logprobs=2, max_tokens=40, ignore_eos=True)
+    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+        expected = llm.generate([prompt_of(9)], full)[0].outputs[0]
+    config = small_config(buckets={"decode": [2], "prefill": [48], "samplers": ["full"]}, verify=True, **LAZY)
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        report = llm.report()
+        assert {bucket.mode for bucket in report.buckets} == {"pending"}
+        assert made == []
+        got = llm.generate([prompt_of(9)], full)[0].outputs[0]
+        assert (got.token_ids, len(made) > 0) == (expected.token_ids, True)
+        for mine, others in zip(got.logprobs or [], expected.logprobs or [], strict=True):
+            assert mine.keys() == others.keys()
+        assert set(report.fallbacks) == {
+            f"{bucket} is not captured yet: compile.capture is lazy" for bucket in ("prefill-48-full", "decode-2-full")
+        }
+        while llm.runtime.capture_wanted:
+            llm.runtime.capture_next()
+        assert sorted(made) == [2, 48]
+        eager = report.fallbacks.total()
+        assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
+        assert report.fallbacks.total() == eager
+        buckets = {bucket.bucket: bucket for bucket in report.buckets}
+        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == ("pending", "compile.capture is lazy")
+        for name in ("decode-2-full", "prefill-48-full"):
+            assert (buckets[name].mode == "pending", buckets[name].failure, buckets[name].replays > 0) == (False, None, True)
+            assert buckets[name].verification is not None
+
+
+def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
+    for _ in range(2):
+        step()
+    return CompiledStep(launch=step, graph=False, recording=None, owner=None, compile_seconds=0.0, capture_seconds=0.0)
+
+
+def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
+    monkeypatch.setattr(LazyBuckets, "due", property(lambda lazy: False))  # not while requests run
+    config = small_config(buckets={"decode": [], "prefill": [16]}, **LAZY)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+    async def serve() -> dict[str, str]:
+        llm = AsyncCompiledLLM(lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False))
+        try:
+            stream = await llm.add(prompt_of(9), params, streaming=False)
+            async for output in stream:
+                assert len(output.outputs[0].token_ids) == 4
+            while await llm.call(lambda engine: engine.runtime.capture_wanted):
+                await asyncio.sleep(0.01)
+            return await llm.call(lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets})
+        finally:
+            llm.close()
+
+    assert asyncio.run(serve()) == {"prefill-16-greedy": "compiled", "prefill-48-greedy": "pending"}
+
+
+def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def failing(step: Step, *arguments: object, **options: object) -> CompiledStep:
+        tried.append(step.size)
+        if step.size == 2:
+            raise MemoryError("injected")
+        return _uncompiled(step)
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", failing)
+    model = tiny_model("llama")
+    reference = Reference(model)
+    with CompiledLLM(model, None, small_config(**LAZY), progress=False) as llm:
+        for _ in range(3):
+            assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
+        while llm.runtime.capture_wanted:
+            llm.runtime.capture_next()
+        assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
+        report = llm.report()
+    assert sorted(tried) == [2, 4, 16]
+    assert report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"] >= 9
+    assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
+        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
+    }  # fmt: skip
