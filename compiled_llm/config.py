@@ -135,9 +135,20 @@ class BucketsConfig(Section):
         return [sampler for sampler in get_args(Sampler) if sampler in listed]
 
 
+# What each `compile.level` stands for.
+LEVELS: dict[int, dict[str, Any]] = {
+    0: {"dispatch": "eager"},
+    1: {"capture": "lazy"},
+    2: {},
+    3: {"options": {"max_autotune": True, "coordinate_descent_tuning": True}},
+}
+
+
 class CompileConfig(Section):
     """How a step is compiled and launched.
 
+    level: a preset for the other keys, which win where they are given: 0 compiles nothing; 1 starts fast and compiles what is
+    needed while it serves; 2 compiles all buckets first; 3 also times every kernel's variants, which can take minutes.
     dispatch: `direct` compiles ahead of time and replays the graph trees' recordings; `torch` calls
     `torch.compile(mode="reduce-overhead")`; `eager` compiles nothing.
     artifact: a directory that keeps what was compiled, for the next start; `auto` is one in the user's cache directory
@@ -149,12 +160,23 @@ class CompileConfig(Section):
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
     """
 
+    level: Literal[0, 1, 2, 3] = 2
     dispatch: Literal["direct", "torch", "eager"] = "direct"
     artifact: Literal["auto", "off"] | Path = "auto"
     cache_limit: Bytes = 10 * 2**30
     capture: Literal["start", "lazy"] = "start"
     dump: Path | None = None
     options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_the_level_stands_for(cls, values: object) -> object:
+        if not isinstance(values, dict) or values.get("level") not in LEVELS:  # refused below, or no level is given
+            return values
+        preset, options = LEVELS[values["level"]], values.get("options")
+        if isinstance(options, dict) and "options" in preset:
+            values = {**values, "options": {**preset["options"], **options}}
+        return {**preset, **values}
 
     @field_validator("artifact", mode="before")
     @classmethod

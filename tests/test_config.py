@@ -77,3 +77,22 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             load_config(tmp_path / f"{name}.yaml")
+
+
+def test_a_level_is_a_preset_and_what_is_given_wins() -> None:
+    eager, fast, usual, most = (parse_config({"compile": {"level": level}}).compile for level in range(4))
+    assert (eager.dispatch, eager.capture) == ("eager", "start")
+    assert (fast.dispatch, fast.capture) == ("direct", "lazy")
+    assert usual == parse_config({}).compile
+    assert most.options == {"max_autotune": True, "coordinate_descent_tuning": True}
+    given = {"level": 3, "capture": "lazy", "options": {"max_autotune": False, "epilogue_fusion": False}}
+    compiling = parse_config({"compile": given}).compile
+    assert compiling.capture == "lazy"
+    assert compiling.options == {"max_autotune": False, "coordinate_descent_tuning": True, "epilogue_fusion": False}
+    assert parse_config({"compile": compiling.model_dump()}).compile == compiling
+    with pytest.raises(ValueError, match=r"'compile.level'"):
+        parse_config({"compile": {"level": 4}})
+    for level in (0, 1):
+        with pytest.raises(ValueError, match="strict forbids eager steps"):
+            parse_config({"strict": True, "compile": {"level": level}})
+    assert parse_config({"strict": True, "compile": {"level": 1, "capture": "start"}}).strict
