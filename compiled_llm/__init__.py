@@ -1,5 +1,9 @@
 """LLM inference by compilation: any Hugging Face causal LM, unmodified, as a paged, CUDA-graphed inference engine."""
 
+from compiled_llm import imported
+
+# isort: split
+
 from compiled_llm.api import CompiledLLM
 from compiled_llm.async_api import AsyncCompiledLLM
 from compiled_llm.config import Config, load_config
@@ -19,3 +23,5 @@ __all__ = [
     "UnsupportedModelError",
     "load_config",
 ]
+
+imported.done()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from compiled_llm import imported
 from compiled_llm.config import Config, ModelConfig, load_config, parse_config
 from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import Engine
@@ -22,7 +23,7 @@ from compiled_llm.models.discovery import attached, discover
 from compiled_llm.models.loading import load, resolve_device
 from compiled_llm.models.merging import linears_by_input, merged
 from compiled_llm.runtime.memory import PageGroup
-from compiled_llm.runtime.report import Report
+from compiled_llm.runtime.report import PhaseReport, Report
 from compiled_llm.runtime.runtime import Runtime
 
 ConfigLike = Config | str | Path | dict[str, Any] | None
@@ -60,7 +61,7 @@ class CompiledLLM:
         _report: Report | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, _resolve_config(config)
-        report = _report or Report()
+        report = _report or _new_report()
         self._resources = ExitStack()
         try:
             self._resources.enter_context(attached(model))
@@ -102,7 +103,7 @@ class CompiledLLM:
         if model is not None:
             named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
             resolved = resolved.model_copy(update={"model": named})
-        report = Report()
+        report = _new_report()
         with report.phase("load weights", resolve_device(resolved.model)):
             loaded = load(resolved.model)
         return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report)
@@ -319,6 +320,10 @@ def _resolve_config(config: ConfigLike) -> Config:
     if isinstance(config, Config):
         return config
     return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def _new_report() -> Report:
+    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
 
 
 def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

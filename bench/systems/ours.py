@@ -61,20 +61,15 @@ class Ours:
         return {**self.llm.report().to_dict(), "import_seconds": self._import_seconds}
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase of the start; tracing is what Dynamo took before it called the compiler."""
-        from torch._dynamo.utils import compilation_time_metrics
-
-        report = self.llm.report()
-        phases = {phase.name: phase.seconds for phase in report.phases}
-        attempts = [sum(seconds) for name, seconds in compilation_time_metrics.items() if name.startswith("compile_attempt_")]
-        trace = sum(attempts) - sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", []))
+        """Seconds of each phase of the start."""
+        phases = {phase.name: phase.seconds for phase in self.llm.report().phases}
+        phases["import"] = self._import_seconds
+        named = {"load": ["load weights"], "compile": ["compile", "load compiled", "autotune"]}
+        named |= {name: [name] for name in ("import", "trace", "capture")}
+        rest = phases.keys() - {name for names in named.values() for name in names}
         return {
-            "import": self._import_seconds,
-            "load": phases.get("load weights", 0.0),
-            "prepare": sum(seconds for name, seconds in phases.items() if name not in {"load weights", "compile and capture"}),
-            "trace": trace,
-            "compile": max(0.0, sum(bucket.compile_seconds for bucket in report.buckets) - trace),
-            "capture": sum(bucket.capture_seconds for bucket in report.buckets),
+            "prepare": sum(phases[name] for name in rest),
+            **{part: sum(phases.get(name, 0.0) for name in names) for part, names in named.items()},
         }
 
     def close(self) -> None:

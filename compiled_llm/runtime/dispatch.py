@@ -7,7 +7,6 @@ then on, which costs the host a few microseconds. `torch` is the mode itself, gu
 
 import difflib
 import threading
-import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
 from compiled_llm.runtime import vector_units
+from compiled_llm.runtime.compile_clock import Durations, Moment, durations
 from compiled_llm.runtime.step import Step
 from passes import Pipeline
 from passes.early_launch import inductor_options, inductor_waits
@@ -62,14 +62,14 @@ class CompiledStep:
         recording: the graph-tree node that `launch` replays, if it does.
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
+        seconds: what it took; where the step was saved before, compiling is reading it.
     """
 
     launch: Launch
     graph: bool
     recording: object
     owner: object
-    compile_seconds: float
-    capture_seconds: float
+    seconds: Durations
 
 
 class Dispatch(Protocol):
@@ -92,11 +92,11 @@ def prepare_thread() -> None:
 def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
     """Compile ahead of time, record through the graph trees, replay the recording."""
     device = step.state.tokens.device
-    begin = time.perf_counter()
+    began = Moment.now()
     with _settings(device, pipeline, options):
         compiled = _compile_ahead(step) if saved is None else AOTCompiledFunction.deserialize(saved, {})
         compiled.disable_guard_check()
-        compiled_at = time.perf_counter()
+        compiled_at = Moment.now()
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
             compiled(step)
@@ -106,8 +106,7 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
         graph=recording is not None,
         recording=recording,
         owner=compiled,
-        compile_seconds=compiled_at - begin,
-        capture_seconds=time.perf_counter() - compiled_at,
+        seconds=durations(began, compiled_at, Moment.now()),
     )
 
 
@@ -128,19 +127,18 @@ def _compile_ahead(step: Step) -> AOTCompiledFunction:
 def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
     """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
     device = step.state.tokens.device
-    begin = time.perf_counter()
+    began = Moment.now()
     with _settings(device, pipeline, options):
         compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
         compiled()
-        compiled_at = time.perf_counter()
+        compiled_at = Moment.now()
         compiled()
     return CompiledStep(
         launch=compiled,
         graph=False,
         recording=None,
         owner=compiled,
-        compile_seconds=compiled_at - begin,
-        capture_seconds=time.perf_counter() - compiled_at,
+        seconds=durations(began, compiled_at, Moment.now()),
     )
 
 

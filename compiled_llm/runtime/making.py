@@ -9,6 +9,7 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.artifact_cache import tidy
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.compile_clock import phases_of
 from compiled_llm.runtime.lazy import pending
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.report import Report
@@ -43,6 +44,7 @@ class BucketMaker:
             return pending(buckets)
         with self._report.phase("compile and capture", self._model.device):
             entries = self._compile(buckets, progress=progress)
+        self._report.phases[-1:] = phases_of(self._report.phases[-1], [entry.report for entry in entries])
         if self._artifact is not None:
             tidy(self._artifact, self._config.compile.cache_limit, self._report)
         if self._config.verify:

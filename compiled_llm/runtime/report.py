@@ -19,7 +19,7 @@ from passes import PassReport
 
 @dataclass(slots=True, kw_only=True)
 class PhaseReport:
-    """One phase of the start: wall time, and how much more memory was in use at its end (see `used_bytes`)."""
+    """One phase of the start: wall time, and how much more memory was in use at its end (see `used_bytes`); 0 for a part of one."""
 
     name: str
     seconds: float
@@ -62,7 +62,7 @@ class BucketReport:
             and `pending` no step has asked for, see `failure`.
         kept: whether an artifact has it now.
         loaded: whether it had it before; `compile_seconds` is then what loading took.
-        compile_seconds, capture_seconds: wall time at the start; capture is two warm calls.
+        trace_seconds, compile_seconds, autotune_seconds, capture_seconds: one after another; capture is two warm calls.
         bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
         replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
         failure: why it is not used, if it is not.
@@ -75,7 +75,9 @@ class BucketReport:
     mode: str = "eager"
     loaded: bool = False
     kept: bool = False
+    trace_seconds: float = 0.0
     compile_seconds: float = 0.0
+    autotune_seconds: float = 0.0
     capture_seconds: float = 0.0
     bytes: int = 0
     replays: int = 0
@@ -174,7 +176,19 @@ class Report:
 
     def _tables(self) -> Iterator[Table]:
         yield _table("phases", ["phase", "seconds", "MiB"], [(p.name, f"{p.seconds:.2f}", _mib(p.bytes)) for p in self.phases])
-        columns = ["bucket", "mode", "made by", "compile s", "capture s", "MiB", "replays", "padded tokens", "failure"]
+        columns = [
+            "bucket",
+            "mode",
+            "made by",
+            "trace s",
+            "compile s",
+            "tune s",
+            "capture s",
+            "MiB",
+            "replays",
+            "padded tokens",
+            "failure",
+        ]
         yield _table("buckets", columns, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
         yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
@@ -204,8 +218,13 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
+_SECONDS = ["trace s", "compile s", "tune s", "capture s"]
+_BUCKET = ["bucket", "mode", "made by", *_SECONDS, "MiB", "replays", "padded tokens", "failure"]
+
+
 def _bucket_row(bucket: BucketReport) -> list[str]:
-    seconds = (f"{bucket.compile_seconds:.2f}", f"{bucket.capture_seconds:.2f}")
+    spent = (bucket.trace_seconds, bucket.compile_seconds, bucket.autotune_seconds, bucket.capture_seconds)
+    seconds = [f"{part:.2f}" for part in spent]
     counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
     return [bucket.bucket, bucket.mode, "artifact" if bucket.loaded else "compiling", *seconds, *counts, bucket.failure or ""]
 

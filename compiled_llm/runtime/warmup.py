@@ -211,7 +211,8 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
         return
     entry.compiled = compiled
     report.mode = "graph" if compiled.graph else "compiled"
-    report.compile_seconds, report.capture_seconds = compiled.compile_seconds, compiled.capture_seconds
+    for name, seconds in compiled.seconds.items():
+        setattr(report, name, seconds)
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
     report.kept = loaded is not None or (artifact is not None and _save(artifact, entry.bucket, compiled, passes, warnings))

@@ -8,6 +8,7 @@ from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.config import parse_config
 from compiled_llm.runtime import warmup
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.compile_clock import Moment, durations
 from compiled_llm.runtime.dispatch import CompiledStep
 from compiled_llm.runtime.lazy import LazyBuckets, pending
 from compiled_llm.runtime.step import Step
@@ -100,9 +101,10 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
+    now = Moment.now()
     for _ in range(2):
         step()
-    return CompiledStep(launch=step, graph=False, recording=None, owner=None, compile_seconds=0.0, capture_seconds=0.0)
+    return CompiledStep(launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now))
 
 
 def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
