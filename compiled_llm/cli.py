@@ -1,18 +1,13 @@
 """The command line: a thin face over the API. Bad input is one line on standard error and exit code 2."""
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from compiled_llm.config import load_config
-
-if TYPE_CHECKING:  # torch takes seconds to import
-    from compiled_llm.api import CompiledLLM
-    from compiled_llm.engine.sampling_params import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
 
@@ -24,6 +19,9 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Ov
 PromptsFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE.jsonl", help="Many prompts, one JSON line each.")]
 AnswersFile = Annotated[
     Path | None, typer.Option("--out", metavar="FILE.jsonl", help="Their answers; what it holds already is kept.")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report-file", metavar="FILE", help="Write the report there: .html (plots), .json or .txt.")
 ]
 Model = Annotated[str | None, typer.Option("--model", help="A directory, hub id or .gguf file; the default model when left out.")]
 
@@ -46,33 +44,47 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Completions of each prompt in --prompts.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Complete texts as they are, without the chat template.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Print what was done and what it cost, on standard error.")] = False,
+    report_file: ReportFile = None,
 ) -> None:
     """Answer a prompt, and print the text as it comes; or answer a file of prompts into another file.
 
     A line of --prompts is a JSON string, or an object with "prompt" (text or token ids) or "messages", and optionally "id" and
     "params". A line of --out is written as its prompt ends; a run that was killed goes on where it was when started again.
     """
+    from compiled_llm.answering import answer, answer_file, check_inputs
     from compiled_llm.api import CompiledLLM
     from compiled_llm.engine.sampling_params import SamplingParams
+    from compiled_llm.report_file import check_ending, hand_out
 
-    _check_inputs(prompt, prompts, out, n)
+    check_inputs(prompt, prompts, out, n)
+    check_ending(report_file)
     params = SamplingParams(
         n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
     start = partial(CompiledLLM.from_pretrained, model, config=load_config(config, overrides))
+    finish = partial(hand_out, printed=report, file=report_file)
     if prompts is not None and out is not None:
-        _answer_file(start, prompts, out, params, raw=raw, report=report)
+        if not answer_file(start, prompts, out, params, raw=raw, finish=finish):
+            raise typer.Exit(1)
     elif prompt is not None:
-        _answer(start, prompt, params, raw=raw, report=report)
+        answer(start, prompt, params, raw=raw, finish=finish)
 
 
 @app.command()
-def inspect(config: ConfigFile = None, overrides: Overrides = [], model: Model = None) -> None:  # noqa: B006
+def inspect(
+    config: ConfigFile = None,
+    overrides: Overrides = [],  # noqa: B006
+    model: Model = None,
+    report_file: ReportFile = None,
+) -> None:
     """Start an engine and print its phases, buckets, passes and fallbacks."""
     from compiled_llm.api import CompiledLLM
+    from compiled_llm.report_file import check_ending, hand_out
 
+    check_ending(report_file)
     with CompiledLLM.from_pretrained(model, config=load_config(config, overrides)) as llm:
         print(llm.report())
+        hand_out(llm.report(), printed=False, file=report_file)
 
 
 @app.command("compile")
@@ -83,17 +95,21 @@ def compile_buckets(
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     model: Model = None,
+    report_file: ReportFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what DIR holds, whatever that was compiled for.")] = False,
 ) -> None:
     """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
     from compiled_llm.api import CompiledLLM
+    from compiled_llm.report_file import check_ending, hand_out
     from compiled_llm.runtime.artifacts import discard
 
+    check_ending(report_file)
     if out is not None and force:
         discard(out)
     with CompiledLLM.from_pretrained(model, config=load_config(config, overrides), artifact=out) as llm:
         report = llm.report()
     print(report)
+    hand_out(report, printed=False, file=report_file)
     kept_in = report.facts.get("artifact")
     if kept_in is None:
         raise ValueError("nothing was kept: expected compile.dispatch=direct, no compile.dump, and compile.artifact not off")
@@ -175,45 +191,6 @@ def bench(context: typer.Context) -> None:
             raise
         raise ValueError("the benchmark suite is not installed: run this from a checkout of the project, or install one") from None
     suite(args=context.args, prog_name="compiled-llm bench")
-
-
-def _check_inputs(prompt: str | None, prompts: Path | None, out: Path | None, n: int) -> None:
-    if (prompt is None) == (prompts is None):
-        raise ValueError(f"expected either a prompt or --prompts, got {'both' if prompts is not None else 'neither'}")
-    if (prompts is None) != (out is None):
-        raise ValueError(f"--prompts and --out go together, got only {'--out' if prompts is None else '--prompts'}")
-    if prompt == "":
-        raise ValueError("the prompt is empty: expected at least one character")
-    if prompt is not None and n != 1:
-        raise ValueError(f"a single prompt has one completion, got --n {n}: use --prompts")
-
-
-def _answer(start: Callable[[], "CompiledLLM"], prompt: str, params: "SamplingParams", *, raw: bool, report: bool) -> None:
-    with start() as llm:
-        templated = llm.tokenizer is not None and llm.tokenizer.chat_template and not raw
-        for text in llm.stream([{"role": "user", "content": prompt}] if templated else prompt, params):
-            print(text, end="", flush=True)
-        print()
-        if report:
-            print(llm.report(), file=sys.stderr)
-
-
-def _answer_file(
-    start: Callable[[], "CompiledLLM"], prompts: Path, out: Path, params: "SamplingParams", *, raw: bool, report: bool
-) -> None:
-    from compiled_llm.batch import Batch
-
-    with Batch(prompts, out, params, raw=raw) as batch:
-        if len(batch.left) < batch.total:
-            print(f"resuming: {batch.total - len(batch.left)} of {batch.total} done", file=sys.stderr)
-        if batch.left:
-            with start() as llm:
-                batch.run(llm)
-                if report:
-                    print(llm.report(), file=sys.stderr)
-        if batch.num_failed:
-            print(f'{batch.num_failed} of {batch.total} prompts failed: see their "error" in {out}', file=sys.stderr)
-            raise typer.Exit(1)
 
 
 def main() -> None:

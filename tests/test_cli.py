@@ -33,10 +33,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compile_then_explain(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     run, out = CliRunner(), tmp_path / "artifact"
-    done = run.invoke(app, ["compile", str(config), "-o", str(out)])
+    done = run.invoke(app, ["compile", str(config), "-o", str(out), "--report-file", str(tmp_path / "page.html")])
     assert done.exit_code == 0, done.output
     assert f"artifact: {out}" in done.stdout.replace("\n", "")
     assert [path.name for path in out.glob("*.bucket")] == ["prefill-16-greedy.bucket"]
+    assert "prefill-16-greedy, capture" in (tmp_path / "page.html").read_text()
 
     done = run.invoke(app, ["explain", str(out), str(config)])
     assert done.exit_code == 0, done.output
@@ -63,6 +64,8 @@ def test_compile_then_explain(config: Path, tmp_path: Path, monkeypatch: pytest.
 def test_verify(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     run = CliRunner()
+    done = run.invoke(app, ["inspect", "--config", str(config), "--report-file", str(tmp_path / "page.pdf")])
+    assert "must end in" in str(done.exception)
     done = run.invoke(app, ["verify", str(config), "--set", "strict=true"])
     assert done.exit_code == 0, done.output
     (row,) = [line for line in done.stdout.splitlines() if "prefill-16-greedy" in line]

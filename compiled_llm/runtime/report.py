@@ -1,19 +1,16 @@
 """What an engine did and what it cost: phases, buckets, passes, fallbacks."""
 
-import io
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from compiled_llm.runtime.memory import used_bytes
+from compiled_llm.runtime.sheets import Sheet, printed
 from passes import PassReport
 
 
@@ -152,70 +149,42 @@ class Report:
         return {**asdict(self), "fallbacks": dict(self.fallbacks), "stand_ins": dict(self.stand_ins)}
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        for name, value in self.facts.items():
-            console.print(f"{name}: {value}", highlight=False, markup=False)
-        for warning in self.warnings:
-            console.print(f"warning: {warning}", highlight=False, markup=False)
-        console.print(f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB", highlight=False, markup=False)
-        console.print(f"padding: {self.padding_waste:.1%} of the tokens computed in buckets", highlight=False, markup=False)
-        for table in self._tables():
-            console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return printed([*self.headlines(), *self.sheets()])
 
     def verification(self) -> str:
         """The table of the buckets that were verified, and of those that could not be compiled, why."""
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self._verification_table())
-        for bucket in self.buckets:
-            if bucket.verification is None and bucket.failure is not None:
-                console.print(f"{bucket.bucket} could not be verified: {bucket.failure}", highlight=False, markup=False)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        failed = [bucket for bucket in self.buckets if bucket.verification is None and bucket.failure is not None]
+        reasons = [f"{bucket.bucket} could not be verified: {bucket.failure}" for bucket in failed]
+        return printed([self._verification_sheet(), *reasons])
 
-    def _tables(self) -> Iterator[Table]:
-        yield _table("phases", ["phase", "seconds", "MiB"], [(p.name, f"{p.seconds:.2f}", _mib(p.bytes)) for p in self.phases])
-        columns = [
-            "bucket",
-            "mode",
-            "made by",
-            "trace s",
-            "compile s",
-            "tune s",
-            "capture s",
-            "MiB",
-            "replays",
-            "padded tokens",
-            "failure",
+    def headlines(self) -> list[str]:
+        """Facts, warnings, and what sums the tables up."""
+        return [
+            *(f"{name}: {value}" for name, value in self.facts.items()),
+            *(f"warning: {warning}" for warning in self.warnings),
+            f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB",
+            f"padding: {self.padding_waste:.1%} of the tokens computed in buckets",
         ]
-        yield _table("buckets", columns, [_bucket_row(bucket) for bucket in self.buckets])
+
+    def sheets(self) -> Iterator[Sheet]:
+        """All that is counted, as tables."""
+        phases = [(phase.name, f"{phase.seconds:.2f}", _mib(phase.bytes)) for phase in self.phases]
+        yield Sheet("phases", ["phase", "seconds", "MiB"], phases)
+        yield Sheet("buckets", _BUCKET, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
-        yield _table("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
+        yield Sheet("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
         if any(bucket.verification for bucket in self.buckets):
-            yield self._verification_table()
-        yield _table("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
+            yield self._verification_sheet()
+        yield Sheet("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
         if self.stand_ins:
-            yield _table("other buckets", ["reason", "steps"], [(r, str(n)) for r, n in self.stand_ins.items()])
+            yield Sheet("other buckets", ["reason", "steps"], [(r, str(n)) for r, n in self.stand_ins.items()])
         counts = [(name.replace("_", " "), f"{value:.6g}") for name, value in asdict(self.scheduling).items()]
-        yield _table("scheduling", ["what", "count"], counts)
-        yield _table("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
+        yield Sheet("scheduling", ["what", "count"], counts)
+        yield Sheet("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
 
-    def _verification_table(self) -> Table:
+    def _verification_sheet(self) -> Sheet:
         found = [_verified_row(bucket.bucket, bucket.verification) for bucket in self.buckets if bucket.verification is not None]
-        return _table("verification", _VERIFIED, found)
-
-
-_WORDS = {"mode", "made by", "failure", "bucket", "outcome"}
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column in _WORDS else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+        return Sheet("verification", _VERIFIED, found)
 
 
 _SECONDS = ["trace s", "compile s", "tune s", "capture s"]
@@ -226,7 +195,8 @@ def _bucket_row(bucket: BucketReport) -> list[str]:
     spent = (bucket.trace_seconds, bucket.compile_seconds, bucket.autotune_seconds, bucket.capture_seconds)
     seconds = [f"{part:.2f}" for part in spent]
     counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
-    return [bucket.bucket, bucket.mode, "artifact" if bucket.loaded else "compiling", *seconds, *counts, bucket.failure or ""]
+    maker = "artifact" if bucket.loaded else "compiling" if bucket.mode not in ("pending", "left out") else ""
+    return [bucket.bucket, bucket.mode, maker, *seconds, *counts, bucket.failure or ""]
 
 
 _VERIFIED = ["bucket", "rows", "top-1", "logit difference", "choice gap", "KV difference", "in std", "allowed", "outcome"]
