@@ -129,8 +129,10 @@ class Engine:
         Returns:
             The requests that ended, and those among the watched ones that got tokens.
         """
-        if self._runtime.capture_due:
-            self._learn_all()
+        if self._runtime.capture_due and not self.num_waiting:  # it may take long, so first prompts begin, and all get their news
+            if self._launched or self._news:
+                self._learn_all()
+                return self._take_news()
             self._runtime.capture_next()
         began, waited = time.perf_counter(), self._stats.wait_seconds
         self._expire(began)
@@ -141,6 +143,9 @@ class Engine:
         while len(self._launched) > ahead:
             self._learn(self._launched.popleft())
         self._stats.host_seconds += time.perf_counter() - began - (self._stats.wait_seconds - waited)
+        return self._take_news()
+
+    def _take_news(self) -> list[Request]:
         news, self._news = self._news, []
         return list(dict.fromkeys(news))
 

@@ -152,3 +152,27 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
         "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
     }  # fmt: skip
+
+
+def test_nobody_waits_for_a_capture_with_a_token_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor before a prompt has begun."""
+    made: list[int] = []
+
+    def counting(step: Step, *arguments: object, **options: object) -> CompiledStep:
+        made.append(step.size)
+        return _uncompiled(step)
+
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", counting)
+    monkeypatch.setattr(LazyBuckets, "due", LazyBuckets.wanted)  # whatever the last one took
+    config = small_config(buckets={"decode": [2], "prefill": [16], "samplers": ["full"]}, **LAZY)
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+        for count, then_made in ((1, []), (6, [16, 2])):
+            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1)
+            (request,) = llm.jobs.make(prompt_of(5), params).requests
+            llm.engine.add(request)
+            while request not in llm.engine.step():
+                pass
+            assert (len(request.token_ids), made) == (1, [])
+            while request.finish_reason is None:
+                llm.engine.step()
+            assert made == then_made
