@@ -41,12 +41,12 @@ class BucketMaker:
     def make_all(self, buckets: Sequence[Bucket], *, progress: bool) -> list[Entry]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
         if self._config.compile.capture == "lazy":
+            self._tidy()
             return pending(buckets)
         with self._report.phase("compile and capture", self._model.device):
             entries = self._compile(buckets, progress=progress)
         self._report.phases[-1:] = phases_of(self._report.phases[-1], [entry.report for entry in entries])
-        if self._artifact is not None:
-            tidy(self._artifact, self._config.compile.cache_limit, self._report)
+        self._tidy()
         if self._config.verify:
             with self._report.phase("verify", self._model.device):
                 self._verify(entries)
@@ -64,6 +64,10 @@ class BucketMaker:
         return compile_buckets(
             buckets, model, layers, memory, config, artifact, self._report, progress=progress, budget=self._budget
         )
+
+    def _tidy(self) -> None:
+        if self._artifact is not None:
+            tidy(self._artifact, self._config.compile.cache_limit, self._report)
 
     def _verify(self, entries: Sequence[Entry]) -> None:
         """Give up the buckets that differ from eager, and what is kept of them."""

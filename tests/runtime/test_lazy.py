@@ -1,12 +1,15 @@
 """Lazy capture: served at once, with the right tokens, and captured as asked for."""
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.config import parse_config
 from compiled_llm.runtime import warmup
+from compiled_llm.runtime.artifacts import Artifact, Kept
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_clock import Moment, durations
 from compiled_llm.runtime.dispatch import CompiledStep
@@ -176,3 +179,16 @@ def test_nobody_waits_for_a_capture_with_a_token_that_is_there(monkeypatch: pyte
             while request.finish_reason is None:
                 llm.engine.step()
             assert made == then_made
+
+
+def test_an_artifact_in_use_is_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is loaded from it yet."""
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
+    config = small_config(compile={"capture": "lazy", "artifact": "auto"})
+    for start in range(2):
+        with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+            manifest = Path(str(llm.report().facts["artifact"])) / "manifest.json"
+            if start == 0:
+                Artifact(manifest.parent, llm.runtime.key()).save("decode-9-greedy", Kept(step=b"", passes=[]))
+                os.utime(manifest, (0, 0))
+    assert manifest.stat().st_mtime > 0
