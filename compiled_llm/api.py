@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, cast
@@ -22,6 +22,7 @@ from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
 from compiled_llm.models.discovery import attached, discover
 from compiled_llm.models.loading import load, resolve_device
 from compiled_llm.models.merging import linears_by_input, merged
+from compiled_llm.runtime.compile_pool import CompilePool, begin_early
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.report import PhaseReport, Report
 from compiled_llm.runtime.runtime import Runtime
@@ -59,6 +60,7 @@ class CompiledLLM:
         *,
         progress: bool = True,
         _report: Report | None = None,
+        _pool: CompilePool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, _resolve_config(config)
         report = _report or _new_report()
@@ -70,7 +72,7 @@ class CompiledLLM:
                     layers = discover(model)
                 wanted = self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order()
                 self._resources.enter_context(merged(model, groups if wanted else []))
-            self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress)
+            self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress, pool=_pool)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
             self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)
         except BaseException:
@@ -103,10 +105,11 @@ class CompiledLLM:
         if model is not None:
             named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
             resolved = resolved.model_copy(update={"model": named})
-        report = _new_report()
-        with report.phase("load weights", resolve_device(resolved.model)):
-            loaded = load(resolved.model)
-        return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report)
+        report, device = _new_report(), resolve_device(resolved.model)
+        with begin_early(resolved) or nullcontext() as pool:
+            with report.phase("load weights", device):
+                loaded = load(resolved.model)
+            return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report, _pool=pool)
 
     @property
     def default_sampling_params(self) -> SamplingParams:

@@ -158,6 +158,8 @@ class CompileConfig(Section):
     larger bucket that is ready, and captures a bucket between steps when steps have asked for it, the busiest first.
     dump: a directory for the graph before and after each pass.
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
+    processes: how many may compile buckets side by side, where an artifact is kept; with 0 the engine compiles them one after
+    another. `auto` is one less than there are cores, up to 16, or 0 with fewer than 4 cores.
     """
 
     level: Literal[0, 1, 2, 3] = 2
@@ -167,6 +169,7 @@ class CompileConfig(Section):
     capture: Literal["start", "lazy"] = "start"
     dump: Path | None = None
     options: dict[str, Any] = {}
+    processes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,8 @@ from pathlib import Path
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from passes.ops.ahead import KernelCall, kernel_calls
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassContext:
@@ -78,12 +80,14 @@ class Pipeline(CustomGraphPass):
         passes: in the order in which they run.
         context: see `PassContext`.
         dump_dir: where to write the graph before and after each pass; nowhere when None.
+        kernel_calls: of the graph that the passes left.
     """
 
     passes: Sequence[GraphPass]
     context: PassContext
     dump_dir: Path | None = None
     reports: list[PassReport] = field(default_factory=list)
+    kernel_calls: list[KernelCall] = field(default_factory=list)
 
     def __call__(self, graph: Graph) -> None:
         for number, graph_pass in enumerate(self.passes):
@@ -92,6 +96,7 @@ class Pipeline(CustomGraphPass):
             self._dump(graph, f"{number}-{graph_pass.name}-after")
         graph.eliminate_dead_code()
         graph.lint()
+        self.kernel_calls = kernel_calls(graph)
 
     def uuid(self) -> bytes:
         """Everything the rewritten graph depends on: the passes, their order, the context, and all of this package's source."""

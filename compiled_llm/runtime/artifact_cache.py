@@ -1,5 +1,6 @@
 """The artifacts that the cache directory keeps by itself, one for each key: no more of them than the config allows."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from compiled_llm.config import Config
 from compiled_llm.models.default import cache_dir
-from compiled_llm.runtime.artifacts import MANIFEST, Artifact, Key
+from compiled_llm.runtime.artifacts import MANIFEST, Artifact, Key, read_manifest
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.whole_files import locked
 
@@ -28,16 +29,27 @@ def open_artifact(config: Config, make_key: Callable[[], Key], report: Report) -
         return None
     key = make_key()
     if isinstance(wanted, Path):
-        named = Artifact(wanted, key, notice)
+        named = Artifact(wanted, key, notice, _digest(config))
         misfit = named.misfit()
         if misfit is None:
             report.facts["artifact"] = str(wanted)
             return named
         notice(f"the artifact was not used: {misfit}")
-    kept = Artifact(cached_artifacts() / key.digest[:16], key, notice)
+    kept = Artifact(cached_artifacts() / key.digest[:16], key, notice, _digest(config))
     kept.misfit()  # says so where it is damaged
     report.facts["artifact"] = str(kept.directory)
     return kept
+
+
+def is_expected(config: Config) -> bool:
+    """Whether there seems to be an artifact for the config, before its key can be known."""
+    wanted = config.compile.artifact
+    directories = [wanted] if isinstance(wanted, Path) else cached_artifacts().glob("*")
+    return any(read_manifest(directory).get("config") == _digest(config) for directory in directories)
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def tidy(used: Artifact, limit: int, report: Report) -> None:

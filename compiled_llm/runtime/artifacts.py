@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.traffic import Traffic
 from compiled_llm.runtime.whole_files import locked, remove_unfinished, write_whole
 from passes import PassReport
+from passes.ops.ahead import KernelFiles, restore_kernels
 from passes.pipeline import source_digest
 
 FORMAT = 1
@@ -54,10 +56,11 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """One bucket: the compiled step, serialised, and what the passes reported when it was compiled."""
+    """One bucket: the compiled step, serialised, what the passes reported when it was compiled, and our own kernels."""
 
     step: bytes
     passes: list[PassReport]
+    kernels: KernelFiles
 
 
 def make_key(
@@ -73,7 +76,7 @@ def make_key(
             "python": platform.python_version(),
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
-            "inductor": f"settings {_short(_inductor_settings())}",
+            "inductor": inductor_settings(),
             "model": f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {_code_of(model)}",
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
@@ -92,11 +95,13 @@ class Artifact:
         directory: where; made when the first bucket is saved.
         key: what its buckets must have been compiled for.
         notice: told, in words, of what was found damaged, which is then made anew.
+        config: the digest of a config that asks for it, by which a later start may guess that it is there.
     """
 
     directory: Path
     key: Key
     notice: Callable[[str], None] = lambda words: None
+    config: str = ""
     _damaged: set[Path] = field(default_factory=set, repr=False)  # libraries, relative to where they are
 
     def misfit(self) -> str | None:
@@ -124,7 +129,12 @@ class Artifact:
             return None
         self._restore_libraries()
         kept: Kept = pickle.loads(content)
+        restore_kernels(kept.kernels)
         return kept
+
+    def has(self, bucket: str) -> bool:
+        """Whether a file is there for the bucket and this key."""
+        return self._path(bucket).exists() and read_key(self.directory) == self.key
 
     def mend(self) -> None:
         """Put libraries that were damaged in order, where the compiler has made them again; raises OSError."""
@@ -178,7 +188,7 @@ class Artifact:
         """An empty artifact of this key."""
         for path in [self.directory / MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
             path.unlink(missing_ok=True)
-        manifest = {"format": FORMAT, "digest": self.key.digest, "key": self.key.parts}
+        manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, "key": self.key.parts}
         write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     @property
@@ -204,12 +214,21 @@ def read_traffic(directory: Path) -> dict[str, Traffic]:
 
 def read_key(directory: Path) -> Key | None:
     """The key in a directory's manifest; None where there is none, or none that is whole."""
+    manifest = read_manifest(directory)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
         key = Key(dict(manifest["key"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     return key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What it says; nothing where there is none, or none that can be read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _read(path: Path) -> bytes | None:
@@ -253,15 +272,15 @@ def _code_of(model: nn.Module) -> str:
     return f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
 
 
-def _inductor_settings() -> str:
-    """What the user or the environment set in torch's compiler."""
+def inductor_settings() -> str:
+    """A digest of what the user or the environment set in torch's compiler."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
     settings = {config.__name__: config.get_config_copy() for config in (dynamo, functorch, inductor)}
     text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__qualname__", str(type(value))))
-    return text.replace(str(Path(torch.__file__).parents[1]), "")
+    return f"settings {_short(text.replace(str(Path(torch.__file__).parents[1]), ''))}"
 
 
 def _layout(modules: Iterable[nn.Module]) -> str:

@@ -110,6 +110,12 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
     )
 
 
+def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> bytes:
+    """What `direct` takes as `saved`; nothing of the step runs, so its tensors need no memory."""
+    with _settings(step.state.tokens.device, pipeline, options):
+        return AOTCompiledFunction.serialize(_compile_ahead(step)).serialized_data
+
+
 def serialize(compiled: CompiledStep) -> bytes:
     """Of what `direct` compiled: what it takes as `saved` in another process."""
     assert isinstance(compiled.owner, AOTCompiledFunction)

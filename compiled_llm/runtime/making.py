@@ -10,6 +10,7 @@ from compiled_llm.runtime.artifact_cache import tidy
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_clock import phases_of
+from compiled_llm.runtime.compile_pool import CompilePool
 from compiled_llm.runtime.lazy import pending
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.report import Report
@@ -38,13 +39,13 @@ class BucketMaker:
         self._config, self._artifact, self._report = config, artifact, report
         self._budget = graph_budget(config, model.device)
 
-    def make_all(self, buckets: Sequence[Bucket], *, progress: bool) -> list[Entry]:
+    def make_all(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None) -> list[Entry]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
         if self._config.compile.capture == "lazy":
             self._tidy()
             return pending(buckets)
         with self._report.phase("compile and capture", self._model.device):
-            entries = self._compile(buckets, progress=progress)
+            entries = self._compile(buckets, progress=progress, pool=pool)
         self._report.phases[-1:] = phases_of(self._report.phases[-1], [entry.report for entry in entries])
         self._tidy()
         if self._config.verify:
@@ -59,10 +60,10 @@ class BucketMaker:
             self._verify(entries)
         return entries[0]
 
-    def _compile(self, buckets: Sequence[Bucket], *, progress: bool) -> list[Entry]:
+    def _compile(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None) -> list[Entry]:
         model, layers, memory, config, artifact = self._model, self._layers, self._memory, self._config, self._artifact
         return compile_buckets(
-            buckets, model, layers, memory, config, artifact, self._report, progress=progress, budget=self._budget
+            buckets, model, layers, memory, config, artifact, self._report, progress=progress, budget=self._budget, pool=pool
         )
 
     def _tidy(self) -> None:

@@ -19,6 +19,7 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.artifact_cache import open_artifact
 from compiled_llm.runtime.artifacts import Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
+from compiled_llm.runtime.compile_pool import CompilePool
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.lazy import LazyBuckets, between_steps
 from compiled_llm.runtime.limits import Limits
@@ -66,7 +67,14 @@ class Runtime:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: list[AttentionLayer], config: Config, report: Report, *, progress: bool
+        self,
+        model: PreTrainedModel,
+        layers: list[AttentionLayer],
+        config: Config,
+        report: Report,
+        *,
+        progress: bool,
+        pool: CompilePool | None = None,
     ) -> None:
         self.model, self.config = model, config
         self._thread = threading.get_ident()
@@ -84,7 +92,7 @@ class Runtime:
             self._artifact = open_artifact(config, self.key, report)
             maker = BucketMaker(model, layers, self.memory, config, self.limits, self._artifact, report)
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
-            entries = maker.make_all(buckets, progress=progress) if config.compile.dispatch != "eager" else None
+            entries = maker.make_all(buckets, progress=progress, pool=pool) if config.compile.dispatch != "eager" else None
         self._lazy = LazyBuckets(maker.make_one)
         self._serving = Serving(self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask)
         self._readback = Readback(self.memory.state)

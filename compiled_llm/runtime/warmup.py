@@ -20,6 +20,7 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.models.merging import count_merged
 from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
 from compiled_llm.runtime.buckets import Bucket, Kind
+from compiled_llm.runtime.compile_pool import CompilePool, at_work
 from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, graph_bytes, release, serialize
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups
@@ -28,6 +29,7 @@ from compiled_llm.runtime.report import BucketReport, Report
 from compiled_llm.runtime.state import DecodeBatch, StepState
 from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
 from passes import PASSES, PassContext, PassError, PassReport, Pipeline
+from passes.ops.ahead import compile_kernels
 
 STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
 
@@ -85,13 +87,15 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
 def compile_buckets(
     buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
     artifact: Artifact | None, report: Report, *, progress: bool, budget: GraphBudget | None = None,
+    pool: CompilePool | None = None,
 ) -> list[Entry]:  # fmt: skip
     """Compile and capture each bucket: large to small, or with `memory.graphs` the most useful first.
 
     A bucket that fails is left to eager; with `strict` it is an error. One that `memory.graphs` has no room for is left out.
 
-    What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so. A budget that
-    is given also counts what was captured before.
+    What the artifact has is not compiled, and what is compiled goes into it; where that fails, a warning says so. If the config
+    lets several processes compile, they do so in the pool, or in a new one. A budget that is given also counts what was captured
+    before.
 
     Raises:
         ValueError: an Inductor option is unknown.
@@ -100,33 +104,25 @@ def compile_buckets(
     """
     check_options(config.compile.options)
     entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size)) for bucket in buckets]
-    context = partial(
-        PassContext,
-        layers=tuple(layer.name for layer in layers),
-        rotary_embeddings=count_rotary_embeddings(model.config),
-        merged_projections=count_merged(model),
-    )
     budget = budget or graph_budget(config, model.device)
     ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
     if config.memory.graphs != "auto":
         ordered = by_usefulness(ordered, read_traffic(artifact.directory) if artifact is not None else {})
     by_bucket = {entry.bucket: entry for entry in entries}
-    with _progress(len(entries), enabled=progress) as show:
+    working = at_work(pool, ordered, (model, layers, memory), config, artifact, report)
+    with _progress(len(entries), enabled=progress) as show, working as others:
         for entry in (by_bucket[bucket] for bucket in ordered):
             refusal = budget.refusal(entry.bucket)
             if refusal is not None:
                 entry.report.mode, entry.report.failure = "left out", refusal
                 show(entry, model.device)
                 continue
+            compiled_in = others.wait(entry.bucket) if others is not None else None
             _stage_padding(memory.state, entry.bucket)
-            _compile(
-                entry,
-                memory.step(model, entry.bucket),
-                _pipeline(config, entry.bucket, context(num_tokens=entry.bucket.size)),
-                config,
-                artifact,
-                report.warnings,
-            )
+            pipeline = make_pipeline(config, entry.bucket, model, layers)
+            _compile(entry, memory.step(model, entry.bucket), pipeline, config, artifact, report.warnings)
+            if compiled_in is not None and entry.report.loaded:
+                entry.report.loaded, entry.report.compile_seconds = False, compiled_in
             _keep_within(budget, entry, model.device)
             show(entry, model.device)
     left_out = [str(entry.bucket) for entry in entries if entry.report.mode == "left out"]
@@ -186,7 +182,14 @@ def _stage_padding(state: StepState, bucket: Bucket) -> None:
         state.stage_decode(DecodeBatch(rows=np.empty(0, np.int64)))
 
 
-def _pipeline(config: Config, bucket: Bucket, context: PassContext) -> Pipeline:
+def make_pipeline(config: Config, bucket: Bucket, model: PreTrainedModel, layers: list[AttentionLayer]) -> Pipeline:
+    """The passes that the config wants, for one bucket."""
+    context = PassContext(
+        layers=tuple(layer.name for layer in layers),
+        rotary_embeddings=count_rotary_embeddings(model.config),
+        merged_projections=count_merged(model),
+        num_tokens=bucket.size,
+    )
     return Pipeline(
         passes=[PASSES[name] for name in config.pass_order()],
         context=context,
@@ -215,7 +218,7 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
         setattr(report, name, seconds)
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
-    report.kept = loaded is not None or (artifact is not None and _save(artifact, entry.bucket, compiled, passes, warnings))
+    report.kept = loaded is not None or (artifact is not None and _save(artifact, entry.bucket, compiled, pipeline, warnings))
 
 
 def _load(
@@ -235,10 +238,11 @@ def _load(
         return None
 
 
-def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, passes: list[PassReport], warnings: list[str]) -> bool:
+def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, pipeline: Pipeline, warnings: list[str]) -> bool:
     """Whether the bucket is kept; if not, a warning says why."""
     try:
-        artifact.save(str(bucket), Kept(step=serialize(compiled), passes=passes))
+        kept = Kept(step=serialize(compiled), passes=pipeline.reports, kernels=compile_kernels(pipeline.kernel_calls))
+        artifact.save(str(bucket), kept)
     except Exception as error:  # a full disk, or whatever pickling raises
         warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
         return False

@@ -6,6 +6,8 @@ import torch
 
 NAMESPACE = "compiled_llm"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# What runs each op on a GPU.
+KERNELS: dict[object, Callable[..., object]] = {}
 
 
 def define(
@@ -37,4 +39,5 @@ def define(
         LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    KERNELS[overload] = kernel
     return overload
