@@ -106,7 +106,7 @@ class CompiledLLM:
             named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
             resolved = resolved.model_copy(update={"model": named})
         report, device = _new_report(), resolve_device(resolved.model)
-        with begin_early(resolved) or nullcontext() as pool:
+        with begin_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):
                 loaded = load(resolved.model)
             return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report, _pool=pool)

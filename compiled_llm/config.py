@@ -159,7 +159,7 @@ class CompileConfig(Section):
     dump: a directory for the graph before and after each pass.
     options: Inductor options, e.g. `coordinate_descent_tuning: true`.
     processes: how many may compile buckets side by side, where an artifact is kept; with 0 the engine compiles them one after
-    another. `auto` is one less than there are cores, up to 16, or 0 with fewer than 4 cores.
+    another. `auto` is one less than there are cores, up to 16; 0 with fewer than 4 cores, and for a GPU, where it is not proven.
     """
 
     level: Literal[0, 1, 2, 3] = 2

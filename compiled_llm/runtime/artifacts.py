@@ -87,6 +87,10 @@ def make_key(
     )
 
 
+def _ignore(words: str) -> None:
+    """Takes a notice that nobody wants."""
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A directory of compiled buckets.
@@ -100,7 +104,7 @@ class Artifact:
 
     directory: Path
     key: Key
-    notice: Callable[[str], None] = lambda words: None
+    notice: Callable[[str], None] = _ignore
     config: str = ""
     _damaged: set[Path] = field(default_factory=set, repr=False)  # libraries, relative to where they are
 

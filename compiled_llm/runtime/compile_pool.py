@@ -85,8 +85,8 @@ class CompilePool:
             self._process.stdin.write(len(content).to_bytes(8) + content)
             self._process.stdin.flush()
 
-    def wait(self, bucket: Bucket) -> float | None:
-        """Wait until the bucket is in the artifact: the seconds that it took, or None where it is not to be had."""
+    def wait(self, bucket: Bucket) -> bool:
+        """Wait until the bucket is in the artifact; False where it is not to be had."""
         name = str(bucket)
         while name in self._expected and name not in self._answers:
             assert self._process.stdout is not None
@@ -96,7 +96,7 @@ class CompilePool:
                 break
             answer = json.loads(line)
             self._answers[answer["bucket"]] = answer
-        return self._answers.get(name, {}).get("seconds")
+        return "failure" not in self._answers.get(name, {"failure": "not asked for"})
 
     def failures(self) -> list[str]:
         """A line for each bucket that is not to be had."""
@@ -130,19 +130,19 @@ class CompilePool:
 def num_processes(config: Config, device: torch.device, missing: int) -> int:
     """How many processes shall compile this many buckets; 0 where the engine had better do it itself."""
     chosen, cores = config.compile.processes, _num_cores()
-    automatic = min(cores - 1, _MAX_PROCESSES) if cores >= _MIN_CORES else 0
+    automatic = min(cores - 1, _MAX_PROCESSES) if cores >= _MIN_CORES and device.type == "cpu" else 0
     wanted = automatic if chosen == "auto" else chosen
     if device.type == "cuda":
         wanted = min(wanted, free_bytes(device) // _CONTEXT_BYTES)
     return min(wanted, missing) if missing > 1 else 0
 
 
-def begin_early(config: Config) -> CompilePool | None:
+def begin_early(config: Config, device: torch.device) -> CompilePool | None:
     """A pool that imports while the model loads, where it is likely that there will be something to compile."""
     settings = config.compile
     possible = settings.dispatch == "direct" and settings.artifact != "off" and settings.dump is None
-    device = torch.device("cpu")  # how much memory there is does not matter yet
-    return CompilePool() if possible and num_processes(config, device, 2) and not is_expected(config) else None
+    at_once = possible and settings.capture == "start"
+    return CompilePool() if at_once and num_processes(config, device, 2) and not is_expected(config) else None
 
 
 @contextmanager

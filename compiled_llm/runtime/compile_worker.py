@@ -13,7 +13,6 @@ import signal
 import struct
 import sys
 import threading
-import time
 import traceback
 from typing import Any, BinaryIO
 
@@ -71,12 +70,12 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
     except Exception as error:
         failure = error
     while number := os.read(tasks, _NUMBER.size):
-        bucket, began = work.buckets[_NUMBER.unpack(number)[0]], time.perf_counter()
+        bucket = work.buckets[_NUMBER.unpack(number)[0]]
         try:
             if failure is not None:
                 raise failure
             _compile(bucket, engine, work)
-            answer: dict[str, object] = {"bucket": str(bucket), "seconds": time.perf_counter() - began}
+            answer = {"bucket": str(bucket)}
         except Exception as error:
             traceback.print_exc()
             answer = {"bucket": str(bucket), "failure": f"{type(error).__name__}: {error}"[:500]}
