@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from compiled_llm.cli import app
 from compiled_llm.runtime import verify
-from compiled_llm.runtime.artifacts import Artifact, Kept, Key
+from compiled_llm.runtime.artifact_key import Key
+from compiled_llm.runtime.artifacts import Artifact, Kept
 from compiled_llm.runtime.traffic import Traffic
 from tests.tiny import tiny_model
 

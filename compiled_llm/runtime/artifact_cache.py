@@ -10,7 +10,8 @@ from pathlib import Path
 
 from compiled_llm.config import Config
 from compiled_llm.models.default import cache_dir
-from compiled_llm.runtime.artifacts import MANIFEST, Artifact, Key, read_manifest
+from compiled_llm.runtime.artifact_key import Key
+from compiled_llm.runtime.artifacts import MANIFEST, Artifact, read_manifest
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.whole_files import locked
 

@@ -22,7 +22,8 @@ import torch._inductor.codegen.triton
 import torch._inductor.compile_fx
 
 from compiled_llm.runtime import hollow
-from compiled_llm.runtime.artifacts import Kept, inductor_settings
+from compiled_llm.runtime.artifact_key import inductor_settings
+from compiled_llm.runtime.artifacts import Kept
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_pool import Work
 from compiled_llm.runtime.dispatch import compile_only

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.artifact_cache import open_artifact
-from compiled_llm.runtime.artifacts import Key, make_key
+from compiled_llm.runtime.artifact_key import Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.compile_pool import CompilePool
 from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread

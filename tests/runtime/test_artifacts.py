@@ -16,7 +16,8 @@ from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
-from compiled_llm.runtime.artifacts import Artifact, Kept, Key, discard, read_key, read_traffic
+from compiled_llm.runtime.artifact_key import Key
+from compiled_llm.runtime.artifacts import Artifact, Kept, discard, read_key, read_traffic
 from compiled_llm.runtime.report import Report
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -202,7 +203,8 @@ def test_libraries_that_the_process_has_loaded_come_along(tmp_path: Path, monkey
 _WRITER = """
 import sys, time
 from pathlib import Path
-from compiled_llm.runtime.artifacts import Artifact, Kept, Key
+from compiled_llm.runtime.artifact_key import Key
+from compiled_llm.runtime.artifacts import Artifact, Kept
 artifact = Artifact(Path(sys.argv[1]), Key({"torch": "2.11.0", "model": "a"}))
 print("ready", flush=True)
 for _ in range(int(sys.argv[3])):

@@ -1,0 +1,107 @@
+"""For what a compilation is: all that a compiled step depends on besides its bucket, in words."""
+
+import hashlib
+import inspect
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compiled_llm.config import Config
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import PageGroup
+from passes.pipeline import source_digest
+
+_ROOT = Path(__file__).parents[2]
+_SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """All that a compiled step depends on besides its bucket, by name, in words."""
+
+    parts: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        return hash_of(json.dumps(self.parts, sort_keys=True).encode())
+
+    def differences(self, other: "Key") -> list[str]:
+        """A line for each part in which the other differs."""
+        names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
+        pairs = [(name, self.parts.get(name, "nothing"), other.parts.get(name, "nothing")) for name in names]
+        return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
+
+
+def make_key(
+    model: PreTrainedModel, state: nn.Module, caches: nn.Module, groups: list[PageGroup], config: Config, limits: Limits
+) -> Key:
+    """The key of an engine whose buffers and caches are allocated."""
+    seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
+    pages = " + ".join(str(group.num_pages) for group in groups)
+    options = {"passes": config.pass_order(), **config.compile.options}
+    return Key(
+        {
+            **{package: version(package) for package in ("torch", "triton", "transformers")},
+            "python": platform.python_version(),
+            "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
+            "device": _device(model.device),
+            "inductor": inductor_settings(),
+            "model": f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {_code_of(model)}",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": f"layout {_short(_layout([model]))}",
+            "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
+            "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout([state, caches]))}",
+            "passes and options": ", ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        }
+    )
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, CUDA {torch.version.cuda}"
+    # Inductor's C++ has the number of threads in it.
+    return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _code_of(model: nn.Module) -> str:
+    path = inspect.getsourcefile(type(model))
+    return f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
+
+
+def inductor_settings() -> str:
+    """A digest of what the user or the environment set in torch's compiler."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    settings = {config.__name__: config.get_config_copy() for config in (dynamo, functorch, inductor)}
+    text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__qualname__", str(type(value))))
+    return f"settings {_short(text.replace(str(Path(torch.__file__).parents[1]), ''))}"
+
+
+def _layout(modules: Iterable[nn.Module]) -> str:
+    """Names, shapes, dtypes and strides of all tensors, and which of them share a storage, where."""
+    lines, storages = [], dict[int, int]()
+    for module in modules:
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            number = storages.setdefault(tensor.untyped_storage().data_ptr(), len(storages))
+            place = (number, tensor.storage_offset(), tensor.data_ptr() % 16)
+            lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {place}")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return hash_of(text.encode())[:12]
+
+
+def hash_of(content: bytes) -> str:
+    """SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
