@@ -19,7 +19,7 @@ from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
-from compiled_llm.models.discovery import attached, discover
+from compiled_llm.models.discovery import attached, check_tokens_meet_in_attention, discover
 from compiled_llm.models.loading import load, resolve_device
 from compiled_llm.models.merging import linears_by_input, merged
 from compiled_llm.runtime.compile_pool import CompilePool, begin_early
@@ -70,6 +70,7 @@ class CompiledLLM:
             with report.phase("examine model", model.device):
                 with linears_by_input(model) as groups:
                     layers = discover(model)
+                check_tokens_meet_in_attention(model)
                 wanted = self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order()
                 self._resources.enter_context(merged(model, groups if wanted else []))
             self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress, pool=_pool)
@@ -352,5 +353,5 @@ def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
 
 
 def _describe(group: PageGroup, block_size: int) -> str:
-    window = f" with a window of {group.window}" if group.window else ""
+    window = f" with a window of {group.window}" if group.window > 0 else f" in chunks of {-group.window}" if group.window else ""
     return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"

@@ -164,7 +164,8 @@ class KVCache:
 
     def _first_needed(self, window: int, position: int) -> int:
         """The first block that a query at the position sees."""
-        return max(0, position - window + 1) // self.block_size if window else 0
+        oldest = position // -window * -window if window < 0 else position - window + 1 if window else 0
+        return max(0, oldest) // self.block_size
 
     def _needs(self, group: int, row: int, end: int) -> int:
         """How many more pages the row needs for its tokens up to `end`."""
@@ -174,7 +175,7 @@ class KVCache:
         """The same where a window lets go of pages on the way: it holds so many at a time, those it has included."""
         needs, window = self._needs(group, row, end), self._windows[group]
         held = int(self._end[group, row] - self._begin[group, row])
-        return min(needs, window // self.block_size + 2 - held) if window else needs
+        return min(needs, abs(window) // self.block_size + 2 - held) if window else needs
 
     def _extend(self, group: int, row: int, end: int) -> None:
         old, new = int(self._end[group, row]), -(-end // self.block_size)

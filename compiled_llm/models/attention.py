@@ -1,8 +1,11 @@
-"""The only door into a model: an attention function in transformers' public registry.
+"""The first door into a model: an attention function in transformers' public registry.
 
 While a step runs, `CURRENT.attention` says what an attention call does: emit the marker that the passes rewrite, or
 (when a model is being examined) write down what was asked for. The function learns nothing from the keyword arguments
 that a model may forget to hand on; it reads them only to refuse what it cannot serve.
+
+The function has two names. Under the one that steps use, transformers builds no mask; under the one for examining, masks are built
+only to learn how far back they reach (see `masks`), and steps then know that for each call.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import passes.ops.marker  # noqa: F401  # registers the op
+from compiled_llm.models.masks import EXAMINING_NAME, reach_of
 
 ATTENTION_NAME = "compiled_llm"
 
@@ -25,6 +29,7 @@ _REDUNDANT = {
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
+    "logits_to_keep",
 }
 
 
@@ -38,15 +43,17 @@ class AttentionCall:
 
     Attributes:
         scale: factor of q k^T.
-        window: how many tokens back a query sees, itself included; 0 for all.
+        reach: while a model is examined, how far back its mask, or else the call, lets queries see (see `AttentionLayer.window`).
         softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
         sinks: [H] a score for each head that takes weight and gives no value, or None.
+        is_causal: what the call and its module say, where no mask says more.
     """
 
     scale: float
-    window: int = 0
+    reach: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    is_causal: bool = True
 
 
 class Attention(Protocol):
@@ -80,12 +87,11 @@ def attention_forward(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: k and v come after RoPE and before repetition, for the new tokens only."""
-    if attention_mask is not None:
+    reach = reach_of(attention_mask)
+    if attention_mask is not None and reach is None:
         raise UnsupportedModelError("attention with an explicit attention_mask is not supported: only causal masks and windows are")
     if dropout:
         raise UnsupportedModelError(f"attention dropout of {dropout} is not supported: put the model in eval mode")
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError("bidirectional attention (is_causal=False) is not supported")
     for name, given in kwargs.items():
         if given is not None and name not in _REDUNDANT:
             raise UnsupportedModelError(f"attention argument {name!r} is not supported")
@@ -93,15 +99,17 @@ def attention_forward(
         raise RuntimeError("this model's attention belongs to a CompiledLLM: call it through that, or set_attn_implementation")
     call = AttentionCall(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0,
+        reach=(sliding_window or 0) if reach is None else reach,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        is_causal=reach is not None or (is_causal is not False and getattr(module, "is_causal", True) is not False),
     )
     return CURRENT.attention(module, query, key, value, call), None
 
 
-# No mask function is registered under this name, so transformers builds no mask at all.
+# No mask function is registered under the first name, so transformers builds no mask at all.
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionInterface.register(EXAMINING_NAME, attention_forward)
 
 
 class LayerCache(nn.Module):
@@ -122,6 +130,7 @@ class PagedAttention:
 
     Attributes:
         groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
+        windows: for each call how far back its queries see, as in `passes.ops.paged_attention`.
         slots: [G, T] int64, where each token's key and value go.
         block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, arrivals: int32, as in
             `passes.ops.paged_attention`.
@@ -130,6 +139,7 @@ class PagedAttention:
 
     caches: nn.ModuleList
     groups: tuple[int, ...]
+    windows: tuple[int, ...]
     slots: Tensor
     block_tables: Tensor
     query_start: Tensor
@@ -143,6 +153,6 @@ class PagedAttention:
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
             q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            self.arrivals, call.sinks, layer, call.scale, call.window, call.softcap, self.max_query_len,
+            self.arrivals, call.sinks, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

@@ -1,6 +1,5 @@
 """What attention a model asks for, found by running it once on one token with an attention that only takes notes."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,14 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from compiled_llm.models.attention import ATTENTION_NAME, CURRENT, AttentionCall, UnsupportedModelError
+from compiled_llm.models.attention import ATTENTION_NAME, CURRENT, Attention, AttentionCall, UnsupportedModelError
+from compiled_llm.models.forward import Forward
+from compiled_llm.models.masks import EXAMINING_NAME
 
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayer:
-    """One attention call of a forward, in call order. `window` is in tokens, 0 for none; dims are in elements a head."""
+    """One attention call of a forward, in call order.
+
+    Attributes:
+        name: the module that calls.
+        num_heads, num_kv_heads: G of the latter, each shared by as many of the former.
+        key_dim, value_dim: elements a head.
+        window: how many tokens back a query sees, itself included; 0 for all; -C for those of its own chunk of C tokens.
+        softcap: of its scores, 0 for none; sinks: whether scores of sinks take part.
+        dtype: of keys and values.
+    """
 
     name: str
     num_heads: int
@@ -24,6 +34,8 @@ class AttentionLayer:
     key_dim: int
     value_dim: int
     window: int
+    softcap: float
+    sinks: bool
     dtype: torch.dtype
 
     @property
@@ -57,17 +69,49 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     config = model.config.get_text_config()
     _check_layer_types(config)
-    _check_forward(model)
     notes = _Notes({module: name for name, module in model.named_modules()})
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    try:
-        CURRENT.attention = notes
-        with torch.no_grad():
-            model(input_ids=token, position_ids=token, use_cache=False)
-    finally:
-        CURRENT.attention = None
+    with _examined(model, notes):
+        _forward_positions(model, [0] * 4)
     _check_calls(config, notes.layers)
     return notes.layers
+
+
+def check_tokens_meet_in_attention(model: PreTrainedModel) -> None:
+    """Where each token attends to itself alone, none changes another's logits: all else that a sequence knows is in its cache.
+
+    Raises:
+        UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface.
+    """
+    with _examined(model, _attend_to_itself):
+        one, other = (_forward_positions(model, ids)[:, 1:].float() for ids in ([0, 1, 1], [2, 1, 1]))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # experts may get other tokens beside theirs, and round otherwise
+    if not (one - other).abs().max() <= tolerance * one.abs().max():
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: its tokens meet outside transformers' attention interface, which is not supported"
+        )
+
+
+@contextmanager
+def _examined(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+    """Attention calls do this meanwhile, and masks are built only to learn how far they reach."""
+    try:
+        model.set_attn_implementation(EXAMINING_NAME)
+        CURRENT.attention = attention
+        with torch.no_grad():
+            yield
+    finally:
+        CURRENT.attention = None
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _forward_positions(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits [1, T, V] of these tokens as a sequence's first."""
+    tokens = torch.tensor([ids], device=model.device)
+    return Forward(model)(tokens, torch.arange(len(ids), device=model.device)[None])
+
+
+def _attend_to_itself(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
 def _experts(model: PreTrainedModel) -> dict[str, str | None]:
@@ -99,9 +143,13 @@ class _Notes:
             num_kv_heads=k.shape[1],
             key_dim=k.shape[3],
             value_dim=v.shape[3],
-            window=call.window,
+            window=call.reach,
+            softcap=call.softcap,
+            sinks=call.sinks is not None,
             dtype=k.dtype,
         )
+        if not call.is_causal:
+            raise UnsupportedModelError(f"{layer.name}: bidirectional attention (is_causal=False) is not supported")
         if layer.num_heads % layer.num_kv_heads:
             raise UnsupportedModelError(f"{layer.name}: {layer.num_heads} heads cannot share {layer.num_kv_heads} key heads evenly")
         if max(layer.key_dim, layer.value_dim) > 256:
@@ -118,27 +166,13 @@ def _check_layer_types(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{config.model_type}: layers of type {', '.join(others)} are not supported")
 
 
-def _check_forward(model: PreTrainedModel) -> None:
-    accepted = inspect.signature(model.forward).parameters
-    missing = [name for name in ("position_ids", "logits_to_keep") if name not in accepted]
-    if missing:
-        raise UnsupportedModelError(f"{model.config.model_type}: its forward takes no {' and no '.join(missing)}")
-
-
 def _check_calls(config: PretrainedConfig, layers: list[AttentionLayer]) -> None:
-    """Every layer of the config calls attention once, and windows reach the call rather than hide in a mask."""
-    kind, num_layers = config.model_type, config.num_hidden_layers
+    """Every layer calls attention, as often as the others."""
     if not layers:
-        raise UnsupportedModelError(f"{kind}: its attention does not go through transformers' attention interface")
-    if len(layers) != num_layers:
-        seen = ", ".join(layer.name for layer in layers)
+        raise UnsupportedModelError(f"{config.model_type}: its attention does not go through transformers' attention interface")
+    names = dict.fromkeys(layer.name for layer in layers)
+    if len(layers) % config.num_hidden_layers:
         raise UnsupportedModelError(
-            f"{kind}: its config has {num_layers} layers, but attention was called {len(layers)} times, by {seen}"
+            f"{config.model_type}: its config has {config.num_hidden_layers} layers, but attention was called {len(layers)} times, "
+            f"by {', '.join(names)}"
         )
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        slides = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if slides else "full_attention"] * num_layers
-    for layer, layer_type in zip(layers, types, strict=True):
-        if layer_type == "sliding_attention" and not layer.window:
-            raise UnsupportedModelError(f"{kind}: the sliding window of {layer.name} is only in its mask, which is not supported")

@@ -32,7 +32,7 @@ class PageGroup:
     """Layers that see equally far back, and so need and release pages together.
 
     Attributes:
-        window: tokens that the layers see, 0 for all.
+        window: how far back the layers see, as in `AttentionLayer`.
         layers: their numbers, in call order.
         num_pages: pages of each of their caches, the trash page included.
     """
@@ -87,7 +87,7 @@ def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:
     """The most pages that one sequence holds at a time: all of it, or its window and a step's tokens."""
     length = limits.max_model_len
     if window:
-        length = min(length, window + min(limits.max_num_batched_tokens, length) + 2 * block_size)
+        length = min(length, abs(window) + min(limits.max_num_batched_tokens, length) + 2 * block_size)
     return -(-length // block_size)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compiled_llm.models.attention import CURRENT, LayerCache, PagedAttention
+from compiled_llm.models.forward import Forward
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.sampling import MAX_LOGPROBS, History, RowParams, sample_full, sample_greedy, sample_random
 from compiled_llm.runtime.state import RING, DecodeInputs, PrefillInputs, StepState
@@ -15,11 +16,20 @@ from passes.ops.top_logprobs import top_logprobs
 
 
 class Step(nn.Module):
-    """What both kinds of step share: the model, its caches (a group number for each) and the state."""
+    """What both kinds of step share: the model, its caches (a group number and a window for each) and the state."""
 
-    def __init__(self, model: nn.Module, caches: nn.ModuleList, groups: tuple[int, ...], state: StepState, bucket: Bucket) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        caches: nn.ModuleList,
+        groups: tuple[int, ...],
+        windows: tuple[int, ...],
+        state: StepState,
+        bucket: Bucket,
+    ) -> None:
         super().__init__()
-        self.model, self.caches, self.groups, self.state = model, caches, groups, state
+        self.model, self.caches, self.groups, self.windows, self.state = model, caches, groups, windows, state
+        self.call_model = Forward(model)
         self.size, self.sampler = bucket.size, bucket.sampler
         self.current = CURRENT
         first = caches[0]
@@ -39,11 +49,9 @@ class Step(nn.Module):
     def _logits(self, ids: Tensor, positions: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
         """Logits [T, V] of the tokens, or [S, V] of those at the indices `wanted`."""
         self.current.attention = attention
-        keep = {} if wanted is None else {"logits_to_keep": wanted}
-        output = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+        logits = self.call_model(ids[None], positions[None], wanted)
         self.current.attention = None
-        logits: Tensor = output.logits[0]
-        return logits
+        return logits[0]
 
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, recent: Tensor | None, samples: Tensor) -> None:
         """Choose the ids at these positions of these rows: their next tokens, and the step's output."""
@@ -90,6 +98,7 @@ class DecodeStep(Step):
         attention = PagedAttention(
             caches=self.caches,
             groups=self.groups,
+            windows=self.windows,
             slots=self._slots(rows, positions),
             block_tables=self._tables()[:, rows],
             query_start=state.ordinals[: self.size + 1],
@@ -118,6 +127,7 @@ class PrefillStep(Step):
         attention = PagedAttention(
             caches=self.caches,
             groups=self.groups,
+            windows=self.windows,
             slots=self._slots(inputs.rows, inputs.positions),
             block_tables=self._tables()[:, seqs],
             query_start=inputs.query_start.int(),

@@ -51,7 +51,8 @@ class Memory:
     def step(self, model: PreTrainedModel, bucket: Bucket) -> Step:
         """The step of a bucket, not compiled."""
         groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
-        return STEPS[bucket.kind](model, self.caches, tuple(groups.values()), self.state, bucket)
+        windows = tuple(self.groups[g].window for g in groups.values())
+        return STEPS[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, bucket)
 
 
 @dataclass(slots=True, kw_only=True)

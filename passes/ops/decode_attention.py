@@ -42,6 +42,8 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     oldest = 0
     if WINDOW > 0:
         oldest = tl.maximum(length - WINDOW, 0)
+    if WINDOW < 0:
+        oldest = tl.maximum(length - 1, 0) // -WINDOW * -WINDOW
     begin = oldest // TILE_K * TILE_K
     tiles = tl.cdiv(length - begin, TILE_K)
     tiles_each = tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), num_splits))
@@ -134,7 +136,7 @@ def decode_attention(
     tile_k = 32 if wide else 64
     longest = block_table_SN.shape[1] * page
     if window:
-        longest = min(window, longest)
+        longest = min(abs(window), longest)
     least = 1 if S * G <= FEW else LEAST
     splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, S * G), triton.cdiv(longest, least * tile_k)))
     out_SHE = q_SHD.new_empty(S, H, E)

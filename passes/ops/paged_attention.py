@@ -6,7 +6,8 @@ P pages in the pool, B tokens a page (a power of two), N pages a sequence at mos
 Sequence s owns the queries `query_start[s] : query_start[s + 1]`, which are the last ones of its `seq_lens[s]` tokens;
 its token i lies in page `block_table[s, i // B]` at offset `i % B`. Lengths, starts and tables are int32 tensors and
 reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, and tokens past the last start, are
-zeros in the output, whatever the cache holds there. With a window, pages that no query sees any more are not read, so
+zeros in the output, whatever the cache holds there. `window` is how many tokens back a query sees, itself included; 0 for all of
+them; -C for those of its own chunk, where chunks of C tokens follow each other. Pages that no query sees any more are not read, so
 they may serve others. `arrivals` is the decode kernel's: zeros before and after (see `decode_attention`).
 
 The kernel computes softmax online, one tile of keys at a time (FlashAttention-2, arXiv:2307.08691), over pages found
@@ -49,11 +50,18 @@ def paged_attention_reference(
     return out_THE
 
 
+def oldest_seen(positions: Tensor, window: int) -> Tensor:
+    """The first token that a query at each of these positions sees; below 0 where it sees all."""
+    if window < 0:
+        return positions // -window * -window
+    return positions - window + 1 if window else torch.zeros_like(positions)
+
+
 def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int) -> Tensor:
     """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
     block_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
-    first_S1 = (positions_SQ[:, :1] - window + 1).clamp(min=0) if window else torch.zeros_like(last_S1)
+    first_S1 = oldest_seen(positions_SQ[:, :1], window).clamp(min=0)
     tokens_SK = torch.arange(int(last_S1.max()) + 1, device=last_S1.device).minimum(last_S1).maximum(first_S1)
     pages_SK = block_table_SN.long().gather(1, tokens_SK // block_size)
     return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[pages_SK * block_size + tokens_SK % block_size]
@@ -72,8 +80,7 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     keys = torch.arange(K, device=q_SQHD.device)
     seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
-    if window:
-        seen_SQK &= keys > positions_SQ[..., None] - window
+    seen_SQK &= keys >= oldest_seen(positions_SQ, window)[..., None]
     scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)
@@ -113,6 +120,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         seen = cached[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        if WINDOW < 0:
+            seen = seen & (key[None, :] >= position[:, None] // -WINDOW * -WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_peak[:, None])  # rounded alike with a mask and without
@@ -178,6 +187,8 @@ def _paged_attention_kernel(  # type: ignore[no-untyped-def]
     oldest = 0
     if WINDOW > 0:
         oldest = tl.maximum(first_position - WINDOW + 1, 0)
+    if WINDOW < 0:
+        oldest = first_position // -WINDOW * -WINDOW
     begin = oldest // TILE_K * TILE_K
     end = tl.minimum(first_position + TILE_Q, length)
     if WINDOW == 0:

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm import UnsupportedModelError
 from compiled_llm.models.attention import attention_forward
-from compiled_llm.models.discovery import attached, count_rotary_embeddings, discover
+from compiled_llm.models.discovery import attached, check_tokens_meet_in_attention, count_rotary_embeddings, discover
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -39,13 +39,9 @@ def _model(kind: str, **values: object) -> torch.nn.Module:
 
 
 REFUSED = {
-    "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its forward takes no position_ids"),
+    "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its attention does not go through transformers'"),
     "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "gptj: its attention does not go through transformers'"),
     "lfm2": ({"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}, "lfm2: layers of type conv are not supported"),
-    "phimoe": (
-        {"sliding_window": 8, "num_key_value_heads": 2, "num_local_experts": 2},
-        r"phimoe: the sliding window of .* is only in its mask, which is not supported",
-    ),
 }
 
 
@@ -57,12 +53,32 @@ def test_what_is_not_served_is_named(kind: str) -> None:
         discover(model)
 
 
+def test_windows_are_found_in_masks() -> None:
+    """phimoe builds its window into the mask alone, llama4 its chunks; a sliding and a full layer of one model differ."""
+    values = {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8}
+    kinds = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16, "num_experts_per_tok": 1}
+    llama4 = {**values, **kinds, "intermediate_size_mlp": 32, "moe_layers": [1], "no_rope_layers": [1, 0]}
+    for kind, changes, windows in [("phimoe", {**values, "sliding_window": 8}, [8, 8]), ("llama4_text", llama4, [-16, 0])]:
+        model = _model(kind, **changes)
+        with attached(model):
+            assert [layer.window for layer in discover(model)] == windows
+
+
+def test_tokens_must_meet_in_attention_alone() -> None:
+    """Attention that a model does by itself shows in what its logits depend on."""
+    mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
+    with pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"), attached(mixed):
+        check_tokens_meet_in_attention(mixed)
+    model = tiny_model("llama")
+    with attached(model):
+        check_tokens_meet_in_attention(model)
+
+
 def test_unknown_attention_arguments_are_refused_by_name() -> None:
     q = torch.zeros(1, 2, 1, 16)
     for arguments, message in [
         ({"attention_mask": torch.zeros(1)}, "explicit attention_mask"),
         ({"attention_mask": None, "dropout": 0.1}, "dropout of 0.1"),
-        ({"attention_mask": None, "is_causal": False}, "is_causal=False"),
         ({"attention_mask": None, "position_bias": q}, "'position_bias' is not supported"),
     ]:
         with pytest.raises(UnsupportedModelError, match=message):

@@ -62,7 +62,7 @@ class Case:
         for s, (begin, end) in enumerate(itertools.pairwise(self.starts.tolist())):
             for token in range(begin, end if self.lens[s] else begin):
                 position = int(self.lens[s]) - (end - token)
-                first = max(0, position - window + 1) if window else 0
+                first = max(0, position - window + 1) if window > 0 else position // -window * -window if window else 0
                 keys = self.keys[s][first : position + 1].double().repeat_interleave(repeat, 1)
                 values = self.values[s][first : position + 1].double().repeat_interleave(repeat, 1)
                 scores = torch.einsum("hd,khd->hk", self.q[token].double(), keys) * scale
@@ -83,6 +83,7 @@ SHAPES = [
     pytest.param({"heads": 7, "kv_heads": 1, "dim": 80, "value_dim": 48}, {}, id="odd-dims"),
     pytest.param({"heads": 2, "kv_heads": 2, "dim": 256, "block_size": 32}, {}, id="wide-head"),
     pytest.param({"block_size": 128}, {"window": 9}, id="window"),
+    pytest.param({}, {"window": -9}, id="chunks"),
     pytest.param({}, {"softcap": 2.0}, id="softcap"),
     pytest.param({"sinks": True}, {"window": 20, "softcap": 5.0}, id="sinks-window-softcap"),
 ]
@@ -121,7 +122,9 @@ def test_cpp_decode_is_the_reference(lens, shape, options) -> None:  # type: ign
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lens", [[1300, 64, 65, 127, 128, 129, 700], [2000]], ids=["ragged", "one"])
-@pytest.mark.parametrize(("shape", "options"), [({}, {}), ({"sinks": True}, {"softcap": 3.0}), ({}, {"window": 300})])
+@pytest.mark.parametrize(
+    ("shape", "options"), [({}, {}), ({"sinks": True}, {"softcap": 3.0}), ({}, {"window": 300}), ({}, {"window": -300})]
+)
 def test_decode_splits_long_sequences(lens, shape, options, dtype) -> None:  # type: ignore[no-untyped-def]
     """Twice, because the second launch finds what the first one left behind."""
     case = Case(lens, [1] * len(lens), **shape, dtype=dtype)

@@ -145,7 +145,9 @@ extern "C" void decode_attention(
 #pragma omp for collapse(2) schedule(dynamic)
         for (long s = 0; s < S; ++s)
             for (long g = 0; g < G; ++g) {
-                const long length = seq_lens[s], oldest = window ? std::max(0L, length - window) : 0, seen = length - oldest;
+                const long length = seq_lens[s];
+                const long oldest = window < 0 ? (length - 1) / -window * -window : window ? std::max(0L, length - window) : 0;
+                const long seen = length - oldest;
                 const int* table = block_table + s * table_stride;
                 float* outs = out + (s * H + g * group) * E;
                 std::fill(outs, outs + group * E, 0.0f);

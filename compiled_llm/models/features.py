@@ -1,0 +1,27 @@
+"""What a model's attention has, in words."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from compiled_llm.models.discovery import AttentionLayer
+
+
+def features(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[str]:
+    """What is to be served of the model besides plain causal attention of equal heads."""
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
+    windows = {layer.window for layer in layers}
+    heads = {(layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers}
+    found = {
+        "windows": any(window > 0 for window in windows),
+        "chunks": any(window < 0 for window in windows),
+        "all tokens": 0 in windows and len(windows) > 1,
+        "softcap": any(layer.softcap for layer in layers),
+        "sinks": any(layer.sinks for layer in layers),
+        "shared key heads": any(layer.num_heads > layer.num_kv_heads for layer in layers),
+        "keys and values of different dims": any(layer.key_dim != layer.value_dim for layer in layers),
+        "heads that differ by layer": len(heads) > 1,
+        "several calls a layer": len(layers) > num_layers,
+        "experts": any(name.endswith("experts") for name, _ in model.named_modules()),
+    }
+    return [name for name, has in found.items() if has]
