@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test sweep lint clean
 
 demo: .venv/ready
 	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest
+
+sweep: .venv/ready
+	$(BIN)/python -m sweep
 
 lint: .venv/ready
 	$(BIN)/ruff check .

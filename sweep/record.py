@@ -1,0 +1,89 @@
+"""The sweep's results: kept as data in configs/models.yaml, shown as a table in docs/models.md."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sweep.outcome import Outcome
+
+ROOT = Path(__file__).parents[1]
+DATA, TABLE = ROOT / "configs" / "models.yaml", ROOT / "docs" / "models.md"
+_EXCUSES = Path(__file__).parent / "excuses.yaml"
+_HEAD = "# Written by `python -m sweep --update`: what was found of each model type, compiled on a CPU. See docs/models.md.\n"
+
+
+def read_excuses() -> dict[str, str]:
+    """Types of which no tiny model can be checked, and why."""
+    values: dict[str, str] = yaml.safe_load(_EXCUSES.read_text())
+    return values
+
+
+def read_data(path: Path = DATA) -> dict[str, dict[str, str]]:
+    """For each type its status, and its reason or what was exercised; nothing where there is no file."""
+    return dict(yaml.safe_load(path.read_text())["models"]) if path.exists() else {}
+
+
+def to_data(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, str]]:
+    """What is kept of outcomes: nothing that differs from machine to machine."""
+    return {name: _kept(outcome) for name, outcome in sorted(outcomes.items())}
+
+
+def _kept(outcome: Outcome) -> dict[str, str]:
+    said = {"exercised": outcome.exercised} if outcome.status == "works" else {"reason": outcome.reason}
+    return {"status": outcome.status, **said}
+
+
+def write(outcomes: Mapping[str, Outcome], versions: Mapping[str, str]) -> None:
+    """Replace the data and the table by these outcomes."""
+    values: dict[str, Any] = {**versions, "models": to_data(outcomes)}
+    DATA.write_text(_HEAD + yaml.safe_dump(values, sort_keys=False, width=200))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(values))
+
+
+def differences(outcomes: Mapping[str, Outcome], known: Mapping[str, dict[str, str]]) -> list[str]:
+    """A line for each type that is not as the data says, or that fails."""
+    lines = []
+    for name, outcome in outcomes.items():
+        before, now = known.get(name), _kept(outcome)
+        if outcome.status == "fails":
+            lines.append(f"{name}: fails: {outcome.reason}")
+        elif before is None or (before["status"], before.get("reason")) != (now["status"], now.get("reason")):
+            lines.append(f"{name}: {_words(now)}; configs/models.yaml says: {_words(before) if before else 'nothing'}")
+    return lines
+
+
+def totals(models: Mapping[str, Mapping[str, str]]) -> str:
+    counts = Counter(kept["status"] for kept in models.values())
+    return ", ".join(f"{counts[status]} {status}" for status in ("works", "unsupported", "fails") if counts[status])
+
+
+def table(values: Mapping[str, Any]) -> str:
+    """The Markdown page for the data of configs/models.yaml."""
+    models = values["models"]
+    rows = [f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |" for name, kept in models.items()]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"The model types that transformers {values['transformers']} knows as causal LMs: {totals(models)}, of {len(models)}.",
+            "",
+            "For each, `make sweep` makes a tiny random model from its config class, of 2 to 4 layers with each kind of layer",
+            "present, compiles it on the CPU in float32 with the default passes, and compares it with transformers' own eager",
+            "generation: a prompt, the edge of a bucket, a prompt in chunks and a ragged batch, each with 12 decode steps.",
+            "It works where all greedy tokens are equal and all logits within 1e-4, relative to the largest. What is unsupported",
+            "is refused, with this reason, when an engine starts.",
+            "",
+            "| type | | what was exercised, or why it is refused |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _words(kept: Mapping[str, str]) -> str:
+    return f"{kept['status']} ({kept['reason']})" if "reason" in kept else kept["status"]
