@@ -92,21 +92,21 @@ def _norm(x: Node) -> _Norm | None:
         if weight.op != "placeholder" or weight.meta["val"].ndim != 1:
             continue
         for tokens, factor in _orders(value_source(normed), aten.mul.Tensor):
-            found = _inverse_rms(factor)
+            found = _inverse_rms(factor, width=weight.meta["val"].shape[0])
             if found is not None and found[0] is value_source(tokens) and found[0].meta["val"].dtype == x.meta["val"].dtype:
                 return _Norm(found[0], weight, found[1])
     return None
 
 
-def _inverse_rms(factor: Node) -> tuple[Node, float] | None:
-    """Of `rsqrt(mean(tokens ** 2, -1) + eps)`: tokens and eps."""
+def _inverse_rms(factor: Node, width: int) -> tuple[Node, float] | None:
+    """Of `rsqrt(mean(tokens ** 2, -1) + eps)` over so many features, and not over groups of them: tokens and eps."""
     if not is_op(factor, aten.rsqrt.default) or not is_op(factor.args[0], aten.add.Tensor):
         return None
     mean, eps = factor.args[0].args
     if not is_op(mean, aten.mean.dim) or mean.args[1] != [-1] or not isinstance(eps, float):
         return None
     square = mean.args[0]
-    if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
+    if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or square.meta["val"].shape[-1] != width:
         return None
     return value_source(square.args[0]), eps
 

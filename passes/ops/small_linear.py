@@ -187,13 +187,12 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
 def small_linear_kernel(
     x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
-    """Triton. The last dim of x and residual and the whole weight are contiguous."""
+    """Triton. The whole weight is contiguous."""
+    x_TK, residual_TN = _in_rows(x_TK), None if residual_TN is None else _in_rows(residual_TN)
     T, K = x_TK.shape
     rows = weight.shape[0]
     N = rows // (1 + gated)
-    assert x_TK.stride(1) == 1
     assert weight.is_contiguous()
-    assert residual_TN is None or residual_TN.stride(1) == 1
     out_TN = x_TK.new_empty(T, N)
     flags = {"HAS_NORM": norm_K is not None, "HAS_RESIDUAL": residual_TN is not None, "GATED": gated, **early_launch()}
     residual = out_TN if residual_TN is None else residual_TN
@@ -248,10 +247,16 @@ def _matrix_tiles(T: int, rows: int, K: int) -> dict[str, int]:
     return {**tiles, "STAGES": 3, "WARPS": warps, "num_warps": warps}
 
 
+def _in_rows(tensor: Tensor) -> Tensor:
+    """Itself, or a copy where the compiler chose to lay it out in columns, as behind a convolution."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def small_linear_cpu(
     x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
     """C++ in float32, else the reference."""
+    x_TK, residual_TN = _in_rows(x_TK), None if residual_TN is None else _in_rows(residual_TN)
     if x_TK.dtype != torch.float32:
         return small_linear_reference(x_TK, weight, norm_K, eps, residual_TN, gated)
     return cpu.small_linear(x_TK, weight, norm_K, eps, residual_TN, gated)

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_llm import CompiledLLM
 from passes import small_linear
+from passes.graph import emit
 from passes.ops import small_linear as op
 from passes.ops.small_linear import small_linear_cpu, small_linear_kernel, small_linear_reference
 from tests.conftest import DEVICE
@@ -113,6 +114,22 @@ def test_several_tokens_in_float16_are_normed_before() -> None:
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
 
 
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_norm_of_groups_of_features_stays(num_groups: int) -> None:
+    """As mamba2 has it: the mean is over each group."""
+    graph, aten = torch.fx.Graph(), torch.ops.aten
+    with FakeTensorMode():
+        tokens, weight = graph.placeholder("tokens"), graph.placeholder("weight")
+        tokens.meta["val"], weight.meta["val"] = torch.empty(3, 64), torch.empty(64)
+        groups = emit(graph, aten.reshape.default, tokens, [3, num_groups, 64 // num_groups])
+        mean = emit(graph, aten.mean.dim, emit(graph, aten.pow.Tensor_Scalar, groups, 2), [-1], True)
+        factor = emit(graph, aten.rsqrt.default, emit(graph, aten.add.Tensor, mean, 1e-6))
+        normed = emit(graph, aten.reshape.default, emit(graph, aten.mul.Tensor, groups, factor), [3, 64])
+        x = emit(graph, aten.mul.Tensor, weight, normed)
+    found = small_linear._norm(x)
+    assert (found is not None) == (num_groups == 1)
+
+
 def test_several_tokens_are_served_where_that_pays() -> None:
     """Of an 8B and a 0.6B model: q, k and v; o; gate and up; down; lm_head."""
     large = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
@@ -129,3 +146,14 @@ def test_tiles_suit_matrix_instructions() -> None:
             assert tiles["FIRST_K"] % tiles["TILE_K"] == 0
             assert tiles["TILE_K"] >= 16 * tiles["WARPS"]
             assert tiles["TILE_T"] >= num_tokens
+
+
+@pytest.mark.gpu
+def test_inputs_in_columns_are_as_good_as_in_rows() -> None:
+    """The compiler lays a tensor out as it likes: behind a convolution, say, features come apart."""
+    torch.manual_seed(0)
+    x, kept = torch.randn(100, 3, device=DEVICE).t(), torch.randn(72, 3, device=DEVICE).t()
+    weight = torch.randn(72, 100, device=DEVICE) / 10
+    operation = small_linear_cpu if DEVICE.type == "cpu" else small_linear_kernel
+    actual = operation(x, weight, None, 0.0, kept, False)
+    torch.testing.assert_close(actual, small_linear_reference(x, weight, None, 0.0, kept, False))
