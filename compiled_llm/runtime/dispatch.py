@@ -166,6 +166,7 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())
+        settings.enter_context(vector_units.sums_stay_in_bounds())
         settings.enter_context(_recovery(device))
         yield
 

@@ -1,7 +1,8 @@
-"""Which vector instructions the C++ compiler can make here: tried once on a machine, not once a process.
+"""Vector instructions in Inductor's C++: which the compiler can make here, and where they must not be used.
 
-Torch tries each by compiling a small library and loading it in a process of its own, which imports torch: 16 seconds in all, on
-two cores, in every process that compiles or loads C++. Whether the processor has the instructions is asked anew, always.
+Which there are is tried once on a machine, not once a process. Torch tries each by compiling a small library and loading it in a
+process of its own, which imports torch: 16 seconds in all, on two cores, in every process that compiles or loads C++. Whether the
+processor has the instructions is asked anew, always.
 """
 
 import hashlib
@@ -32,4 +33,26 @@ def remembered() -> Iterator[None]:
         return works
 
     with patch.object(VecISA, "check_build", check_once):
+        yield
+
+
+@contextmanager
+def sums_stay_in_bounds() -> Iterator[None]:
+    """Leave loops alone that Inductor would vectorize wrongly (pytorch#196681).
+
+    Where a sum is inside a loop that is inside the one to vectorize, it forgets what is left over at the end of the latter: the
+    sums are stored as a whole vector, past the end of the tensor or over its next row.
+    """
+    from torch._inductor.codegen.cpp import TilingSelect
+
+    select = TilingSelect.select_tiling
+
+    def select_safe(self: Any, functions: Any, sizes: Any) -> tuple[list[int], list[int]]:
+        factors, loops = select(self, functions, sizes)
+        kept, summed = max(sizes, key=lambda both: len(both[1]))
+        outer = [loop % (len(kept) + len(summed)) for loop in loops]
+        wrong = summed and any(n + 1 < len(kept) and kept[n] % factor != 0 for n, factor in zip(outer, factors, strict=True))
+        return ([], []) if wrong else (factors, loops)
+
+    with patch.object(TilingSelect, "select_tiling", select_safe):
         yield
