@@ -58,9 +58,9 @@ def check(model: PreTrainedModel, dispatch: str) -> Found:
     Raises:
         MismatchError: tokens or logits differ, or the model would not show it if they did.
     """
+    found = Found(exercised=_exercised(model))
     reference = Reference(model)
     check_sensitive(reference)
-    found = Found(exercised=_exercised(model))
     with CompiledLLM(model, None, engine_config(dispatch), progress=False) as llm:
         for case, lengths in CASES.items():
             prompts = [prompt_of(length) for length in lengths]

@@ -58,7 +58,7 @@ class Engine:
             block_size=memory.block_size,
             max_num_seqs=limits.max_num_seqs,
             max_blocks=memory.state.max_blocks,
-            sharing=runtime.config.cache.prefix_caching,
+            sharing=runtime.config.cache.prefix_caching and not runtime.has_states,
         )
         self._scheduler = Scheduler(self._rows, self._cache, SchedulerLimits.of(runtime))
         self._launched: deque[_Launched] = deque()

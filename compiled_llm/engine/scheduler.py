@@ -26,16 +26,23 @@ class OutOfPagesError(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class SchedulerLimits:
-    """The most tokens a step; the sizes of prefill buckets; whether steps that only decode are batches of their own."""
+    """The most tokens a step; the sizes of prefill buckets; whether steps that only decode are batches of their own, and whether
+    those that prefill serve a single sequence."""
 
     max_num_batched_tokens: int
     prefill_sizes: Sequence[int]
     decodes_apart: bool
+    prefills_alone: bool = False
 
     @classmethod
     def of(cls, runtime: Runtime) -> "SchedulerLimits":
         tokens = runtime.limits.max_num_batched_tokens
-        return cls(max_num_batched_tokens=tokens, prefill_sizes=runtime.prefill_sizes, decodes_apart=runtime.decodes_apart)
+        return cls(
+            max_num_batched_tokens=tokens,
+            prefill_sizes=runtime.prefill_sizes,
+            decodes_apart=runtime.decodes_apart,
+            prefills_alone=runtime.has_states,
+        )
 
 
 class Scheduler:
@@ -48,6 +55,7 @@ class Scheduler:
         self._num_arrived = 0
         self._last_decode: Int64 | None = None
         self._joined: list[int] = []
+        self._prefilled_alone = False
 
     @property
     def waiting(self) -> list[Request]:
@@ -101,10 +109,13 @@ class Scheduler:
         """
         rows = self.rows
         decoding = np.flatnonzero(rows.decoding)
+        alone = self._alone(len(decoding)) if self._limits.prefills_alone else None
+        if alone:
+            decoding = decoding[:0]
         changed = self.cache.grow_decoding(decoding, rows.computed[decoding])
         if changed is None:
             raise OutOfPagesError
-        chunks = self._chunks(len(decoding))
+        chunks = self._chunks(len(decoding)) if alone is None else alone
         if not chunks and not len(decoding):
             if rows.prefilling:
                 raise OutOfPagesError  # for the next chunk of a window's pages
@@ -123,6 +134,7 @@ class Scheduler:
         rows.launch(decoding, 1)
         rows.sample(plan.rows)
         self._last_decode = decoding if apart else None
+        self._prefilled_alone = bool(alone)
         return plan
 
     def _order(self, row: int) -> tuple[int, int]:
@@ -142,6 +154,17 @@ class Scheduler:
                 chunks.append(chunk)
                 budget -= chunk.count
         return chunks
+
+    def _alone(self, num_decoding: int) -> list[Chunk]:
+        """A chunk of one prompt, in turns with rows that decode. All but a prompt's first are as large as a step can be."""
+        if num_decoding and self._prefilled_alone:
+            return []
+        row = self.rows.prefilling[0] if self.rows.prefilling else self._admit()
+        if row is None:
+            return []
+        most = self._limits.max_num_batched_tokens
+        chunk = self._chunk(row, (int(self.rows.target[row] - self.rows.computed[row]) - 1) % most + 1)
+        return [chunk] if chunk is not None else []
 
     def _budget(self, num_decoding: int) -> int:
         """Tokens for prompts in this step: the budget, or fewer where more would spill just over the edge of a bucket.

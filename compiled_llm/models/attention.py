@@ -149,6 +149,9 @@ class PagedAttention:
     calls: int = field(default=0, init=False)
 
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        if q.shape[0] > 1:  # a row for each token
+            q, k, v = (tensor.permute(2, 1, 0, 3) for tensor in (q, k, v))
+            return self(module, q, k, v, call).transpose(0, 1)
         layer, cache, group = self.calls, self.caches[self.calls], self.groups[self.calls]
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME, CURRENT, Attention, AttentionCall, UnsupportedModelError
-from compiled_llm.models.forward import Forward
+from compiled_llm.models.forward import Forward, PositionsCache
 from compiled_llm.models.masks import EXAMINING_NAME
+from compiled_llm.models.states import RowStates, State, fresh_cache, states_of
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +72,40 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
     config = model.config.get_text_config()
     _check_layer_types(config)
     notes = _Notes({module: name for name, module in model.named_modules()})
+    states = discover_states(model)
     with _examined(model, notes):
-        _forward_positions(model, [0] * 4)
-    _check_calls(config, notes.layers)
+        _forward_alone(model, [0] * 4)
+    if not states:
+        _check_calls(config, notes.layers)
     return notes.layers
+
+
+def continues_from_states(model: PreTrainedModel) -> bool:
+    """Whether several tokens at once go on from the states, if there are any, as one token does; some models only begin so."""
+    cache = fresh_cache(model)
+    if cache is None:
+        return True
+    with _examined(model, _attend_to_itself):
+        whole = _forward_alone(model, [1, 2, 3, 4])[:, 2:].float()
+        _call(model, [1, 2], cache)
+        rest = _call(model, [3, 4], cache, start=2).float()
+    return _alike(whole, rest, model.dtype)
+
+
+def allocate_states(model: PreTrainedModel, num_rows: int) -> RowStates | None:
+    """Slots for the states of so many sequences at once; None where the model has no states."""
+    cache = fresh_cache(model)
+    return None if cache is None else RowStates(discover_states(model), len(cache.layers), num_rows, model.device)
+
+
+def discover_states(model: PreTrainedModel) -> list[State]:
+    """What layers of an attached model remember of a sequence besides keys and values."""
+    cache = fresh_cache(model)
+    if cache is None:
+        return []
+    with _examined(model, _attend_to_itself):
+        _call(model, [0] * 4, cache)
+    return states_of(cache)
 
 
 def check_tokens_meet_in_attention(model: PreTrainedModel) -> None:
@@ -83,9 +115,11 @@ def check_tokens_meet_in_attention(model: PreTrainedModel) -> None:
         UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface.
     """
     with _examined(model, _attend_to_itself):
-        one, other = (_forward_positions(model, ids)[:, 1:].float() for ids in ([0, 1, 1], [2, 1, 1]))
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # experts may get other tokens beside theirs, and round otherwise
-    if not (one - other).abs().max() <= tolerance * one.abs().max():
+        if fresh_cache(model) is None:
+            one, other = (_forward_alone(model, ids)[:, 1:].float() for ids in ([0, 1, 1], [2, 1, 1]))
+        else:  # what a layer remembers must be in its cache, and each call gets a new one
+            one, _, other = (_forward_alone(model, ids).float() for ids in ([1], [0], [1]))
+    if not _alike(one, other, model.dtype):
         raise UnsupportedModelError(
             f"{model.config.model_type}: its tokens meet outside transformers' attention interface, which is not supported"
         )
@@ -104,13 +138,38 @@ def _examined(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _forward_positions(model: PreTrainedModel, ids: list[int]) -> Tensor:
+def _forward_alone(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Logits [1, T, V] of these tokens as a sequence's first."""
+    return _call(model, ids, fresh_cache(model) or PositionsCache(torch.arange(len(ids), device=model.device)))
+
+
+def _call(model: PreTrainedModel, ids: list[int], cache: Cache, start: int = 0) -> Tensor:
     tokens = torch.tensor([ids], device=model.device)
-    return Forward(model)(tokens, torch.arange(len(ids), device=model.device)[None])
+    positions = start + torch.arange(len(ids), device=model.device)[None]
+    try:
+        return Forward(model).call(tokens, positions, cache, attention_mask=torch.ones_like(tokens))
+    except (torch.OutOfMemoryError, UnsupportedModelError):
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{model.config.model_type}: {_what_failed(error)}, which is not supported") from error
+
+
+def _what_failed(error: Exception) -> str:
+    """What a model asks of its cache, in whose forward this error came up, while ours was there."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, AttributeError | IndexError):
+        return f"it keeps what it remembers in a cache of its own kind ({said})"
+    return f"its forward needs the cache's length as a number, while sequences in a batch differ in theirs ({said})"
+
+
+def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for rounding: experts may get other tokens beside theirs, and scans go in other pieces."""
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    return bool((one - other).abs().max() <= tolerance * one.abs().max())
 
 
 def _attend_to_itself(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    v = v[:, :, -q.shape[2] :]  # a cache may put what came before in front
     return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
@@ -122,13 +181,14 @@ def _experts(model: PreTrainedModel) -> dict[str, str | None]:
     return {name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()}
 
 
-def count_rotary_embeddings(config: PretrainedConfig) -> int:
-    """How many rotary embeddings a step computes: one, or one for each layer type that has parameters of its own."""
-    parameters = getattr(config.get_text_config(), "rope_parameters", None)
-    if not parameters:
+def count_rotary_embeddings(model: PreTrainedModel) -> int:
+    """How many rotary embeddings a step computes: one, or one for each layer type there is that has parameters of its own."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters or not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         return 0
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return len(nested) or 1
+    nested = {name for name, value in parameters.items() if isinstance(value, dict)}
+    return len(nested & set(getattr(config, "layer_types", None) or nested)) or 1
 
 
 @dataclass
@@ -161,7 +221,7 @@ class _Notes:
 
 
 def _check_layer_types(config: PretrainedConfig) -> None:
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS - _OTHER_LAYERS)
     if others:
         raise UnsupportedModelError(f"{config.model_type}: layers of type {', '.join(others)} are not supported")
 

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,7 @@ class Key:
 
 
 def make_key(
-    model: PreTrainedModel, state: nn.Module, caches: nn.Module, groups: list[PageGroup], config: Config, limits: Limits
+    model: PreTrainedModel, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits
 ) -> Key:
     """The key of an engine whose buffers and caches are allocated."""
     seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
@@ -57,7 +57,7 @@ def make_key(
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
             "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
-            "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout([state, caches]))}",
+            "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout(buffers))}",
             "passes and options": ", ".join(f"{name}={value}" for name, value in sorted(options.items())),
         }
     )

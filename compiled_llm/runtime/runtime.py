@@ -6,7 +6,7 @@ for the device: the ids of a step are read on a stream of their own, while the n
 
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
-from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.models.discovery import AttentionLayer, continues_from_states
 from compiled_llm.runtime.artifact_cache import open_artifact
 from compiled_llm.runtime.artifact_key import Key, make_key
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
@@ -80,15 +80,25 @@ class Runtime:
         self._thread = threading.get_ident()
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
+        prefill = config.buckets.prefill
+        if not continues_from_states(model):
+            report.warnings.append(
+                f"{model.config.model_type} does not go on from its states with several tokens at once, so prompts are prefilled "
+                f"one token a step, and limits.max_num_batched_tokens={self.limits.max_num_batched_tokens} is not used"
+            )
+            self.limits = replace(self.limits, max_num_batched_tokens=1)
+            prefill = prefill and [1]
         largest: dict[Kind, int] = {"decode": self.limits.max_num_seqs, "prefill": self.limits.max_num_batched_tokens}
         self._buckets: dict[Kind, list[Bucket]] = {
             "decode": self._make_buckets("decode", config.buckets.decode, largest["decode"]),
-            "prefill": self._make_buckets("prefill", config.buckets.prefill, largest["prefill"]),
+            "prefill": self._make_buckets("prefill", prefill, largest["prefill"]),
         }
         self._traffic = {kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()}
         self.report = report
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
+            if self.has_states and config.cache.prefix_caching:
+                report.warnings.append(f"{model.config.model_type} keeps states of its sequences, so prompts share no pages")
             self._artifact = open_artifact(config, self.key, report)
             maker = BucketMaker(model, layers, self.memory, config, self.limits, self._artifact, report)
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
@@ -111,9 +121,15 @@ class Runtime:
         return self._serving.sizes("prefill")
 
     @property
+    def has_states(self) -> bool:
+        """Whether sequences have states (see `models.states`): a prefill step then takes tokens of one of them alone."""
+        return self.memory.states is not None
+
+    @property
     def decodes_apart(self) -> bool:
         """Whether steps that only decode have buckets of their own, or run eagerly; else they run in prefill buckets."""
-        return bool(self._buckets["decode"]) or not self._buckets["prefill"] or self.config.compile.dispatch == "eager"
+        eager = self.config.compile.dispatch == "eager"
+        return bool(self._buckets["decode"]) or not self._buckets["prefill"] or eager or self.has_states
 
     @property
     def capture_wanted(self) -> bool:
@@ -136,9 +152,11 @@ class Runtime:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
         self._check_thread()
         entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
-        size = entry.bucket.size if entry is not None else len(batch.ids)
-        self.memory.state.stage_prefill(batch, size)
-        return self._run(entry, Bucket("prefill", len(batch.ids), batch.sampler))
+        size = len(batch.ids)
+        if entry is None and self.has_states:  # several tokens and one may go different ways in a model, and then round otherwise
+            size = max(size, min(2, self.limits.max_num_batched_tokens))
+        self.memory.state.stage_prefill(batch, entry.bucket.size if entry is not None else size)
+        return self._run(entry, Bucket("prefill", size, batch.sampler))
 
     def decode(self, batch: DecodeBatch) -> Ticket:
         """One more token for every row of the batch."""
@@ -193,7 +211,8 @@ class Runtime:
     def key(self) -> Key:
         """What a compiled step of this engine depends on."""
         memory = self.memory
-        return make_key(self.model, memory.state, memory.caches, memory.groups, self.config, self.limits)
+        buffers = [memory.state, memory.caches, *([memory.states] if memory.states else [])]
+        return make_key(self.model, buffers, memory.groups, self.config, self.limits)
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets

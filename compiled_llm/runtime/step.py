@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compiled_llm.models.attention import CURRENT, LayerCache, PagedAttention
 from compiled_llm.models.forward import Forward
+from compiled_llm.models.states import RowStates
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.sampling import MAX_LOGPROBS, History, RowParams, sample_full, sample_greedy, sample_random
 from compiled_llm.runtime.state import RING, DecodeInputs, PrefillInputs, StepState
@@ -25,16 +26,15 @@ class Step(nn.Module):
         groups: tuple[int, ...],
         windows: tuple[int, ...],
         state: StepState,
+        states: RowStates | None,
         bucket: Bucket,
     ) -> None:
         super().__init__()
         self.model, self.caches, self.groups, self.windows, self.state = model, caches, groups, windows, state
-        self.call_model = Forward(model)
+        self.states, self.call_model = states, Forward(model, states)
         self.size, self.sampler = bucket.size, bucket.sampler
         self.current = CURRENT
-        first = caches[0]
-        assert isinstance(first, LayerCache)
-        self.block_size = first.k.shape[1]
+        self.block_size = next((cache.k.shape[1] for cache in caches if isinstance(cache, LayerCache)), 1)
 
     def _tables(self) -> Tensor:
         """The block table, [G, R + 1, N]."""
@@ -46,12 +46,12 @@ class Step(nn.Module):
         pages = self._tables()[:, rows, positions // self.block_size]
         return pages.long() * self.block_size + positions % self.block_size
 
-    def _logits(self, ids: Tensor, positions: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
         """Logits [T, V] of the tokens, or [S, V] of those at the indices `wanted`."""
         self.current.attention = attention
-        logits = self.call_model(ids[None], positions[None], wanted)
+        logits = self.call_model(ids, positions, rows, wanted)
         self.current.attention = None
-        return logits[0]
+        return logits
 
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, recent: Tensor | None, samples: Tensor) -> None:
         """Choose the ids at these positions of these rows: their next tokens, and the step's output."""
@@ -106,7 +106,7 @@ class DecodeStep(Step):
             arrivals=state.arrivals,
             max_query_len=1,
         )
-        logits = self._logits(state.tokens[rows], positions, attention, None)
+        logits = self._logits(state.tokens[rows], positions, rows, attention, None)
         self._sample(logits, rows, positions + 1, None, lengths)
         if rows.device.type == "cpu":  # Inductor's C++ gets a read and a write by one index in a kernel wrong (pytorch#181621)
             state.positions.index_put_((rows,), live.long(), accumulate=True)
@@ -137,12 +137,12 @@ class PrefillStep(Step):
         )
         last = (inputs.query_start[1:] - 1).clamp(min=0)
         if self.sampler == "scoring":
-            every = self._logits(ids, inputs.positions, attention, None)
+            every = self._logits(ids, inputs.positions, inputs.rows, attention, None)
             scored = top_logprobs(every, inputs.targets, inputs.scores, MAX_LOGPROBS)
             state.prompt_logprobs[: self.size], state.prompt_ids[: self.size] = scored
             logits = every[last]
         else:
-            logits = self._logits(ids, inputs.positions, attention, last)
+            logits = self._logits(ids, inputs.positions, inputs.rows, attention, last)
         recent = torch.where(inputs.fresh[:, None] > 0, inputs.recent.view(S, -1), state.recent[seqs])
         self._sample(logits, seqs, inputs.seq_lens, recent, inputs.samples)
         state.positions[seqs] = inputs.seq_lens

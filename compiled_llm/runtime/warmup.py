@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
-from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
+from compiled_llm.models.discovery import AttentionLayer, allocate_states, count_rotary_embeddings
 from compiled_llm.models.merging import count_merged
+from compiled_llm.models.states import RowStates
 from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
 from compiled_llm.runtime.buckets import Bucket, Kind
 from compiled_llm.runtime.compile_pool import CompilePool, at_work
@@ -27,12 +28,14 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups
 from compiled_llm.runtime.memory_plan import GraphBudget, by_usefulness, set_aside
 from compiled_llm.runtime.report import BucketReport, Report
+from compiled_llm.runtime.sequence_step import SequenceStep
 from compiled_llm.runtime.state import DecodeBatch, StepState
 from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
 from passes import PASSES, PassContext, PassError, PassReport, Pipeline
 from passes.ops.ahead import compile_kernels
 
 STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
+STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": SequenceStep}
 
 
 class StrictError(RuntimeError):
@@ -41,9 +44,10 @@ class StrictError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What every step works on; see `StepState` and `LayerCache`."""
+    """What every step works on; see `StepState`, `LayerCache` and `RowStates`; `states` is None for a model without any."""
 
     state: StepState
+    states: RowStates | None
     caches: nn.ModuleList
     groups: list[PageGroup]
     block_size: int
@@ -52,7 +56,8 @@ class Memory:
         """The step of a bucket, not compiled."""
         groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
         windows = tuple(self.groups[g].window for g in groups.values())
-        return STEPS[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, bucket)
+        steps = STEPS if self.states is None else STEPS_WITH_STATES
+        return steps[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,17 +78,18 @@ def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Confi
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
         num_groups=len({layer.window for layer in layers}),
-        num_kv_heads=max(layer.num_kv_heads for layer in layers),
+        num_kv_heads=max((layer.num_kv_heads for layer in layers), default=1),
         vocab_size=vocab_size,
         dtype=model.dtype,
         device=device,
     )
+    states = allocate_states(model, limits.max_num_seqs)
     with report.phase("measure activations", device):
-        reserved = _measure_activations(model, layers, state, block_size, limits)
+        reserved = _measure_activations(model, layers, state, states, block_size, limits)
     with report.phase("allocate KV cache", device):
         groups = plan_groups(config.cache, layers, limits, device, reserved=reserved + set_aside(config, device))
         caches = allocate_caches(layers, groups, block_size, device)
-    return Memory(state=state, caches=caches, groups=groups, block_size=block_size)
+    return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
 
 
 def compile_buckets(
@@ -159,7 +165,12 @@ def _give_back(device: torch.device) -> None:
 
 
 def _measure_activations(
-    model: PreTrainedModel, layers: list[AttentionLayer], state: StepState, block_size: int, limits: Limits
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    state: StepState,
+    states: RowStates | None,
+    block_size: int,
+    limits: Limits,
 ) -> int:
     """Peak bytes of an eager step of the largest prefill bucket, all of it padding, on a cache of the trash page alone."""
     device = model.device
@@ -171,7 +182,7 @@ def _measure_activations(
     _stage_padding(state, bucket)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    Memory(state=state, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
+    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
@@ -190,7 +201,7 @@ def make_pipeline(config: Config, bucket: Bucket, model: PreTrainedModel, layers
     """The passes that the config wants, for one bucket."""
     context = PassContext(
         layers=tuple(layer.name for layer in layers),
-        rotary_embeddings=count_rotary_embeddings(model.config),
+        rotary_embeddings=count_rotary_embeddings(model),
         merged_projections=count_merged(model),
         num_tokens=bucket.size,
     )

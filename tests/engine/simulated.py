@@ -69,10 +69,18 @@ class SimulatedRuntime:
     capture_due = False
 
     def __init__(
-        self, groups: Sequence[PageGroup], limits: Limits, *, block_size: int, prefill_sizes: list[int], apart: bool, sharing: bool
+        self,
+        groups: Sequence[PageGroup],
+        limits: Limits,
+        *,
+        block_size: int,
+        prefill_sizes: list[int],
+        apart: bool,
+        sharing: bool,
+        states: bool = False,
     ) -> None:
         self.groups, self.limits, self.block_size = groups, limits, block_size
-        self.prefill_sizes, self.decodes_apart = prefill_sizes, apart
+        self.prefill_sizes, self.decodes_apart, self.has_states = prefill_sizes, apart or states, states
         cache = CacheConfig.model_construct(block_size=block_size, prefix_caching=sharing)
         self.config, self.report = Config(limits=LimitsConfig(), cache=cache), Report()
         self.memory = self.state = self
@@ -109,6 +117,10 @@ class SimulatedRuntime:
         assert 0 < len(batch.ids) == batch.lengths.sum() <= self.limits.max_num_batched_tokens
         assert fresh.any() or not self.decodes_apart
         assert (batch.lengths > 0).all()
+        if self.has_states:
+            assert len(rows) == 1, "tokens of other sequences"
+            full = batch.lengths[0] == self.limits.max_num_batched_tokens
+            assert full or batch.starts[0] == 0, "padding would come behind what a state knows"
         assert (batch.lengths[~fresh] == 1).all()
         assert (batch.starts[~fresh] == self._positions[rows[~fresh]]).all()
         assert ((batch.ids < 0) == ~np.repeat(fresh, batch.lengths)).all()

@@ -36,6 +36,7 @@ class Setup:
     smaller_buckets: tuple[int, ...] | None = ()
     apart: bool = True
     sharing: bool = True
+    states: bool = False
 
     def runtime(self) -> SimulatedRuntime:
         limits = Limits(
@@ -51,7 +52,13 @@ class Setup:
         ]
         sizes = sorted(buckets or ())
         return SimulatedRuntime(
-            groups, limits, block_size=self.block_size, prefill_sizes=sizes, apart=self.apart, sharing=self.sharing
+            groups,
+            limits,
+            block_size=self.block_size,
+            prefill_sizes=sizes,
+            apart=self.apart,
+            sharing=self.sharing,
+            states=self.states,
         )
 
 
@@ -187,6 +194,7 @@ setups = st.builds(
     smaller_buckets=st.none() | st.lists(st.integers(1, 60), max_size=3).map(tuple),
     apart=st.booleans(),
     sharing=st.booleans(),
+    states=st.sampled_from([False, False, True]),
 )
 cases = st.builds(
     Case,
@@ -234,6 +242,22 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
     assert stats.preemptions > 0
     assert stats.cached_tokens > 200
     assert stats.decode_steps > 50 or not apart
+
+
+def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> None:
+    rows = Rows(max_num_seqs=4, max_model_len=128)
+    cache = KVCache([PageGroup(window=0, layers=(0,), num_pages=100)], block_size=16, max_num_seqs=4, max_blocks=8, sharing=False)
+    limits = SchedulerLimits(max_num_batched_tokens=8, prefill_sizes=[8], decodes_apart=True, prefills_alone=True)
+    scheduler = Scheduler(rows, cache, limits)
+    for length in (20, 17):
+        scheduler.add(Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20))
+    sizes = []
+    for _ in range(9):
+        plan = scheduler.plan()
+        assert plan is not None
+        sizes.append(("prefill", len(plan.batch.ids)) if isinstance(plan.batch, PrefillBatch) else ("decode", len(plan.rows)))
+    first = [("prefill", 4), ("prefill", 8), ("prefill", 8)]
+    assert sizes == [*first, ("decode", 1), ("prefill", 1), ("decode", 1), ("prefill", 8), ("decode", 1), ("prefill", 8)]
 
 
 @pytest.mark.parametrize("window", [12, 20, 28])

@@ -21,7 +21,7 @@ def test_layers_are_found(family: str) -> None:
     assert len({layer.name for layer in layers}) == 2
     windows = {"gemma2": [24, 0], "gpt_oss": [24, 0], "phi3": [24, 24]}
     assert [layer.window for layer in layers] == windows.get(family, [0, 0])
-    assert count_rotary_embeddings(model.config) == (0 if family == "gpt2" else 1)
+    assert count_rotary_embeddings(model) == (0 if family == "gpt2" else 1)
 
 
 def test_attaching_leaves_the_model_as_it_was() -> None:
@@ -41,7 +41,15 @@ def _model(kind: str, **values: object) -> torch.nn.Module:
 REFUSED = {
     "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its attention does not go through transformers'"),
     "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "gptj: its attention does not go through transformers'"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}, "lfm2: layers of type conv are not supported"),
+    "xglm": (
+        {"d_model": 32, "ffn_dim": 32, "attention_heads": 4, "num_layers": 2},
+        "xglm: its forward needs the cache's length as a",
+    ),
+    "recurrent_gemma": (
+        {"num_hidden_layers": 3, "lru_width": 32},
+        "recurrent_gemma: it keeps what it remembers in a cache of its own",
+    ),
+    "deepseek_v32": ({}, "deepseek_v32: layers of type deepseek_sparse_attention are not supported"),
 }
 
 

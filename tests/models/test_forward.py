@@ -20,7 +20,7 @@ def _bart() -> torch.nn.Module:
 @pytest.mark.parametrize("make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"])
 def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
-    ids = torch.tensor([[11, 12, 13]], device=DEVICE)
+    ids, rows = torch.tensor([11, 12, 13], device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     forward = Forward(model)
     seen: list[torch.Tensor] = []
 
@@ -31,13 +31,13 @@ def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # t
     with attached(model), torch.no_grad():
         CURRENT.attention = attend
         try:
-            row = forward(ids, torch.tensor([[7, 0, 30]], device=DEVICE))
-            alone = forward(ids[:, 2:], torch.tensor([[30]], device=DEVICE))
-            elsewhere = forward(ids[:, 2:], torch.tensor([[31]], device=DEVICE))
-            last = forward(ids, torch.tensor([[7, 0, 30]], device=DEVICE), torch.tensor([2, 0], device=DEVICE))
+            row = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows)
+            alone = forward(ids[2:], torch.tensor([30], device=DEVICE), rows[2:])
+            elsewhere = forward(ids[2:], torch.tensor([31], device=DEVICE), rows[2:])
+            last = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows, torch.tensor([2, 0], device=DEVICE))
         finally:
             CURRENT.attention = None
     assert seen
-    torch.testing.assert_close(row[:, 2:], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(row[2:], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(elsewhere, alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last, row[:, [2, 0]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, row[[2, 0]], rtol=1e-4, atol=1e-5)

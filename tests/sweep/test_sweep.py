@@ -25,6 +25,7 @@ SPREAD = {
     "gemma3n_text": "4 calls, windows, all tokens, shared key heads",
     "gemma4_text": "4 calls, windows, all tokens, shared key heads, heads that differ by layer",
     "gpt_oss": "2 calls, windows, all tokens, sinks, shared key heads, experts",
+    "jamba": "2 calls, shared key heads, experts",
     "llama4_text": "4 calls, chunks, all tokens, shared key heads, experts",
     "mixtral": "2 calls, shared key heads, experts",
     "opt": "2 calls",
