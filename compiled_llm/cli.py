@@ -72,17 +72,25 @@ def generate(
 
 @app.command()
 def inspect(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory, hub id or .gguf file; by default what the config names.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = [],  # noqa: B006
-    model: Model = None,
+    start: Annotated[bool, typer.Option("--start", help="Start an engine: its phases, buckets, passes and fallbacks.")] = False,
     report_file: ReportFile = None,
 ) -> None:
-    """Start an engine and print its phases, buckets, passes and fallbacks."""
+    """Say from a model's config alone what an engine would do with it, or why it would refuse it; no weights are read."""
     from compiled_llm.api import CompiledLLM
+    from compiled_llm.inspection import inspect_model
     from compiled_llm.report_file import check_ending, hand_out
 
     check_ending(report_file)
-    with CompiledLLM.from_pretrained(model, config=load_config(config, overrides)) as llm:
+    settings = load_config(config, overrides if model is None else [*overrides, f"model.name={model}"])
+    if not start and report_file is None:
+        print(inspect_model(settings))
+        return
+    with CompiledLLM.from_pretrained(config=settings) as llm:
         print(llm.report())
         hand_out(llm.report(), printed=False, file=report_file)
 

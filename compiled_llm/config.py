@@ -48,6 +48,7 @@ class ModelConfig(Section):
     name: a directory with safetensors, a hub id, a .gguf file, or (with random weights) a bare config.json; when None, the
     default model, SmolLM2-135M-Instruct.
     weights: `auto` reads the checkpoint; `random` initialises from the config, seeded, directly on the device.
+    trust_remote_code: run code that comes with the checkpoint, where transformers does not know the model; else that is refused.
     """
 
     name: str | None = None
@@ -55,6 +56,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
+    trust_remote_code: bool = False
 
 
 class LimitsConfig(Section):

@@ -87,7 +87,7 @@ def test_the_command_line_generates_and_reports(monkeypatch: pytest.MonkeyPatch,
     assert "Paris" in out
     assert "load weights" in err
     assert "compile.dispatch is eager" in err
-    assert _run(monkeypatch, "inspect", *overrides) == 0
+    assert _run(monkeypatch, "inspect", "--start", *overrides) == 0
     assert "allocate KV cache" in capsys.readouterr().out
 
 

@@ -45,6 +45,10 @@ class AttentionLayer:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
+class UndecidedError(ValueError):
+    """On the meta device a forward asked for values, so that nothing can be told of it without weights."""
+
+
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention to us, in eval mode and without gradients; put everything back at the end."""
@@ -146,11 +150,16 @@ def _forward_alone(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def _call(model: PreTrainedModel, ids: list[int], cache: Cache, start: int = 0) -> Tensor:
     tokens = torch.tensor([ids], device=model.device)
     positions = start + torch.arange(len(ids), device=model.device)[None]
+    masks = {"attention_mask": torch.ones_like(tokens)}
+    if model.device.type == "meta" and not isinstance(cache, PositionsCache):
+        masks = {}  # layers with states look whether it masks anything
     try:
-        return Forward(model).call(tokens, positions, cache, attention_mask=torch.ones_like(tokens))
+        return Forward(model).call(tokens, positions, cache, **masks)
     except (torch.OutOfMemoryError, UnsupportedModelError):
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if model.device.type == "meta" and "meta" in str(error):
+            raise UndecidedError(f"{model.config.model_type}: what its forward does depends on values ({error})") from error
         raise UnsupportedModelError(f"{model.config.model_type}: {_what_failed(error)}, which is not supported") from error
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compiled_llm.config import ModelConfig
+from compiled_llm.models.attention import UnsupportedModelError
 from compiled_llm.models.default import default_model
+from compiled_llm.models.preflight import refuse_unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +31,50 @@ def load(config: ModelConfig) -> LoadedModel:
     """Load what the config names.
 
     Raises:
+        UnsupportedModelError: its config tells that it is not served; no weight was read.
         ValueError: the checkpoint is missing or incomplete; the message says what was expected.
     """
-    device, dtype = resolve_device(config), _resolve_dtype(config)
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
     if config.weights == "random":
         return _initialise(config, device, dtype)
     path, files = _locate(config)
-    with _gguf_read_once() if files else nullcontext():
+    with _gguf_read_once() if "gguf_file" in files else nullcontext():
+        model_config = _read_config(config, path, files)
+        refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
         return LoadedModel(model=model.eval(), tokenizer=_load_tokenizer(path, files))
+
+
+def read_config(config: ModelConfig) -> PretrainedConfig:
+    """The transformers config of what the config names; no weights are read.
+
+    Raises:
+        UnsupportedModelError: it needs code of the checkpoint's own, which `trust_remote_code` does not allow.
+        ValueError: there is no such config.
+    """
+    if config.weights == "random":
+        if config.name is None:
+            raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
+        return _read_config(config, config.name, {"trust_remote_code": config.trust_remote_code})
+    path, files = _locate(config)
+    with _gguf_read_once() if "gguf_file" in files else nullcontext():
+        return _read_config(config, path, files)
+
+
+def _read_config(config: ModelConfig, path: str, files: dict[str, Any]) -> PretrainedConfig:
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(path, **files)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"model {config.name!r} needs code of its own, which is run only where model.trust_remote_code=true asks for that"
+            ) from error
+        raise ValueError(f"model config {config.name!r} cannot be read: {_first_line(error)}") from error
+    return found
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -50,19 +85,20 @@ def resolve_device(config: ModelConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if available and config.device != "cpu" else torch.device("cpu")
 
 
-def _resolve_dtype(config: ModelConfig) -> torch.dtype | str:
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """`auto` is float32 on a CPU, and on a GPU what the checkpoint says (bfloat16 where it says float32 or nothing)."""
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    return torch.float32 if resolve_device(config).type == "cpu" else torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The path or hub id for transformers, and the arguments that name files in it."""
+    """The path or hub id for transformers, and the arguments that say what to do with it."""
+    trust = {"trust_remote_code": config.trust_remote_code}
     path = default_model() if config.name is None else Path(config.name)
     if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), {"gguf_file": path.name, **trust}
     if path.is_file():
         raise ValueError(
             f"model {config.name!r} is a file but not a .gguf: expected a directory, or model.weights=random for a config"
@@ -72,10 +108,10 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"model directory {config.name!r} holds no *.safetensors: add the weights, or set model.weights=random"
             )
-        return str(path), {}
+        return str(path), trust
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
-    return str(config.name), {}
+    return str(config.name), trust
 
 
 @contextmanager
@@ -88,23 +124,24 @@ def _gguf_read_once() -> Iterator[None]:
         yield
 
 
-def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype | str) -> LoadedModel:
-    if config.name is None:
-        raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
-    try:
-        model_config = AutoConfig.from_pretrained(config.name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model config {config.name!r} cannot be read: {_first_line(error)}") from error
+def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    model_config = read_config(config)
+    trust = config.trust_remote_code
+    refuse_unsupported(model_config, dtype, trust_remote_code=trust)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=trust)
     return LoadedModel(model=model.eval(), tokenizer=None)
 
 
 def _load_tokenizer(path: str, files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     names = [entry.name for entry in Path(path).iterdir()] if Path(path).is_dir() else None
-    if names is not None and not files and not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", name) for name in names):
+    if (
+        names is not None
+        and "gguf_file" not in files
+        and not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", name) for name in names)
+    ):
         return None  # where there is none, transformers makes an empty one up
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)

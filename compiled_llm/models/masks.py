@@ -28,6 +28,7 @@ def _note_mask(
 ) -> Tensor | None:
     """Stands for a mask: a tensor that knows its reach, or that is a mask like any other where it has none that is served."""
     stand_in = torch.zeros(1, 1, 1, 1, device=device)
+    device = torch.device("cpu") if device.type == "meta" else device
     size = local_size or _FULL // 3
     edges = sorted({0, 1, size - 1, size, size + 1, 2 * size, 3 * size - 1})
     reaches = [0, local_size, -local_size] if local_size else [0]

@@ -33,9 +33,9 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
     for tensor, module in calls:
         by_input.setdefault(id(tensor), []).append(module)
     times_called = Counter(module for _, module in calls)
-    times_held = Counter(parameter.data_ptr() for parameter in _all_parameters(model))
+    times_held = Counter(map(_place, _all_parameters(model)))
     for modules in by_input.values():
-        alike = [m for m in modules if not _has_bias(m) and times_called[m] == 1 and times_held[m.weight.data_ptr()] == 1]
+        alike = [m for m in modules if not _has_bias(m) and times_called[m] == 1 and times_held[_place(m.weight)] == 1]
         if len(alike) > 1 and len({(m.weight.dtype, m.weight.device) for m in alike}) == 1:
             groups.append(alike)
 
@@ -74,6 +74,11 @@ def _merge(group: list[nn.Linear]) -> None:
     together = torch.cat([module.weight.data for module in group])
     for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):
         module.weight.data = weight
+
+
+def _place(parameter: Tensor) -> int:
+    """Where it lies; on the meta device, where nothing lies, which it is."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def _has_bias(module: nn.Module) -> bool:

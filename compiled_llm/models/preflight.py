@@ -1,0 +1,89 @@
+"""What can be told of a model from its config alone: it is built on the meta device, without weights, and examined there.
+
+So a model that is not served is refused before any of its weights is read. What depends on values, such as a loop over the experts
+that tokens chose, cannot be told like this; then an engine learns it when it starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from compiled_llm.models.attention import UnsupportedModelError
+from compiled_llm.models.discovery import (
+    AttentionLayer,
+    UndecidedError,
+    attached,
+    count_rotary_embeddings,
+    discover,
+    discover_states,
+)
+from compiled_llm.models.features import features
+from compiled_llm.models.merging import linears_by_input
+from compiled_llm.models.states import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What an engine would find.
+
+    Attributes:
+        num_parameters: of all weights, tied ones counted once.
+        layers: attention calls in call order; states: what other layers remember of a sequence.
+        features: what the attention has besides plain causal attention of equal heads, in words.
+        rotary_embeddings: a step; merged_projections: groups of linear layers that would share a storage.
+    """
+
+    model_type: str
+    num_parameters: int
+    layers: tuple[AttentionLayer, ...]
+    states: tuple[State, ...]
+    features: tuple[str, ...]
+    rotary_embeddings: int
+    merged_projections: int
+
+
+def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Preflight:
+    """Examine a model of this config.
+
+    Raises:
+        UnsupportedModelError: naming the feature that is not served.
+        UndecidedError: only its weights can tell.
+    """
+    refuse_quantised(config)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise UnsupportedModelError(f"{config.model_type}: transformers knows no causal LM of this type")
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with attached(model):
+        with linears_by_input(model) as groups:
+            layers = discover(model)
+        return Preflight(
+            model_type=config.model_type,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            layers=tuple(layers),
+            states=tuple(discover_states(model)),
+            features=tuple(features(model, layers)),
+            rotary_embeddings=count_rotary_embeddings(model),
+            merged_projections=len(groups),
+        )
+
+
+def refuse_unsupported(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
+    """Raises UnsupportedModelError where the config tells that a model is not served."""
+    try:
+        preflight(config, dtype, trust_remote_code=trust_remote_code)
+    except UndecidedError:
+        return
+
+
+def refuse_quantised(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModelError for a checkpoint of quantised weights, with the method's name."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            raise UnsupportedModelError(
+                f"{config.model_type}: weights quantised by {getattr(method, 'value', method) or 'an unnamed method'} are not "
+                "supported: use a checkpoint in bfloat16, float16 or float32, or a .gguf file, whose weights are expanded"
+            )

@@ -1,0 +1,102 @@
+"""What a config alone tells: the same as the model itself, or why it is not served, before any weight is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compiled_llm import UnsupportedModelError
+from compiled_llm.config import ModelConfig, parse_config
+from compiled_llm.inspection import inspect_model
+from compiled_llm.models import loading
+from compiled_llm.models.discovery import UndecidedError, attached, count_rotary_embeddings, discover, discover_states
+from compiled_llm.models.loading import load
+from compiled_llm.models.merging import linears_by_input
+from compiled_llm.models.preflight import preflight, refuse_unsupported
+from sweep.shrink import tiny_config
+from sweep.tiny_model import tiny_model as random_model
+from tests.conftest import DEVICE
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"])
+def test_a_config_tells_what_the_model_does(model_type: str) -> None:
+    config = tiny_config(model_type)
+    found, model = preflight(config, torch.float32), random_model(config).to(DEVICE)
+    with attached(model), linears_by_input(model) as groups:
+        assert found.layers == tuple(discover(model))
+    with attached(model):
+        assert found.states == tuple(discover_states(model))
+    assert found.rotary_embeddings == count_rotary_embeddings(model)
+    assert found.merged_projections == len(groups)
+    assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+REFUSED = {
+    "deepseek_v32": "layers of type deepseek_sparse_attention are not supported",
+    "bloom": "its attention does not go through transformers' attention interface",
+    "xglm": "its forward needs the cache's length as a number",
+    "inkling_text": "attention argument 'position_bias' is not supported",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_not_served_is_refused_by_its_config(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+        refuse_unsupported(tiny_config(model_type), torch.float32)
+
+
+def test_what_depends_on_values_is_left_to_the_start() -> None:
+    """dbrx loops over the experts that tokens chose."""
+    with pytest.raises(UndecidedError, match="dbrx: what its forward does depends on values"):
+        preflight(tiny_config("dbrx"), torch.float32)
+    refuse_unsupported(tiny_config("dbrx"), torch.float32)
+
+
+def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=32, n_head=2, n_layer=1, vocab_size=64))
+    bloom.save_pretrained(tmp_path / "bloom")
+    tiny_model("llama").save_pretrained(tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(quantised))
+    (tmp_path / "t5").mkdir()
+    AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").touch()
+    (tmp_path / "own").mkdir()
+    own = {"model_type": "never_heard_of", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(own))
+    (tmp_path / "own" / "model.safetensors").touch()
+    (tmp_path / "own" / "own.py").write_text("raise SystemExit('code of the checkpoint ran')")
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
+    for name, message in [
+        ("bloom", "bloom: its attention does not go through"),
+        ("quantised", "llama: weights quantised by awq are not supported"),
+        ("t5", "t5: transformers knows no causal LM of this type"),
+        ("own", "needs code of its own, which is run only where model.trust_remote_code=true"),
+    ]:
+        with pytest.raises(UnsupportedModelError, match=message):
+            load(ModelConfig(name=str(tmp_path / name)))
+
+
+def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    model.config.save_pretrained(tmp_path)
+    settings = {"name": str(tmp_path / "config.json"), "weights": "random", "device": "cuda", "dtype": "bfloat16"}
+    inspection = inspect_model(parse_config({"model": settings, "limits": {"max_model_len": 128}}))
+    assert inspection.bytes_per_token == 2 * 2 * 32 * 2, "keys and values of 2 heads of 32, in one of two layers"
+    assert inspection.bytes_of_windows == 24 * inspection.bytes_per_token
+    assert inspection.expected["paged_attention"] == 2
+    assert inspection.expected["rotary_outer_product"] == 1
+    assert inspection.expected["merge_projections"] == 4
+    lines = dict(line.split(":", 1) for line in str(inspection).splitlines())
+    assert lines["attention"].split("; ")[0].strip() == "1 x window of 24, 4 heads, 2 of keys and values, dim 32"
+    assert "softcap" in lines["features"]
+    assert "bfloat16 on cuda" in lines["model"]
+    assert "states" not in lines
