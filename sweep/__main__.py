@@ -26,19 +26,21 @@ def main(
     dispatch: Annotated[str, typer.Option(help="direct compiles; eager compiles nothing, and takes a second a type.")] = "direct",
     jobs: Annotated[int, typer.Option(help="Types at a time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that a type may take.")] = 900.0,
-    update: Annotated[bool, typer.Option("--update", help="Write configs/models.yaml and docs/models.md anew.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write what is found into configs/models.yaml and docs/models.md.")
+    ] = False,
 ) -> None:
     """Check model types, print a table and totals; exit with 1 where one fails, or differs from configs/models.yaml."""
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     names = types or known
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"transformers {version('transformers')} knows no causal LM of type {', '.join(unknown)}")
-    if update and (dispatch != "direct" or types):
-        raise typer.BadParameter("--update takes a whole sweep, compiled: leave types and --dispatch out")
+    if update and dispatch != "direct":
+        raise typer.BadParameter("--update takes what is found compiled: leave --dispatch out")
     outcomes = _sweep(names, dispatch, jobs, timeout)
     print(f"\n{totals(to_data(outcomes))}, of {len(outcomes)}; dispatch {dispatch}")
     if update:
-        write(outcomes, {package: version(package) for package in ("transformers", "torch")})
+        write({**read_data(), **to_data(outcomes)}, {package: version(package) for package in ("transformers", "torch")})
     wrong = differences(outcomes, read_data())
     if wrong:
         print("\n".join(["", "not as configs/models.yaml says:", *wrong]))

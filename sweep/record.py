@@ -36,9 +36,9 @@ def _kept(outcome: Outcome) -> dict[str, str]:
     return {"status": outcome.status, **said}
 
 
-def write(outcomes: Mapping[str, Outcome], versions: Mapping[str, str]) -> None:
-    """Replace the data and the table by these outcomes."""
-    values: dict[str, Any] = {**versions, "models": to_data(outcomes)}
+def write(data: Mapping[str, dict[str, str]], versions: Mapping[str, str]) -> None:
+    """Replace the data and the table by these."""
+    values: dict[str, Any] = {**versions, "models": dict(sorted(data.items()))}
     DATA.write_text(_HEAD + yaml.safe_dump(values, sort_keys=False, width=200))
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(values))

@@ -1,6 +1,7 @@
 """One model type in a process of its own, so that a crash, a hang or a lack of memory is one line of the table."""
 
 import os
+import re
 import signal
 import traceback
 from multiprocessing import get_context
@@ -48,6 +49,7 @@ def _serve(connection: Connection, model_type: str, dispatch: str, log: str) -> 
 def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = None) -> Outcome:
     """The outcome of one type, in this process."""
     from compiled_llm import UnsupportedModelError
+    from compiled_llm.runtime.warmup import StrictError
     from sweep.check import MismatchError, check
     from sweep.record import read_excuses
     from sweep.shrink import tiny_config
@@ -62,10 +64,20 @@ def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = 
         return Outcome(status="unsupported", reason=str(error))
     except MismatchError as error:
         return Outcome(status="fails", reason=str(error))
+    except StrictError as error:
+        reason = _untraceable(model_type, str(error))
+        return Outcome(status="unsupported" if reason else "fails", reason=reason or _one_line(error))
     except Exception as error:
         traceback.print_exc()
         return Outcome(status="fails", reason=_one_line(error))
     return Outcome(status="works", difference=found.largest, exercised=found.exercised)
+
+
+def _untraceable(model_type: str, error: str) -> str | None:
+    """What is said of a forward of which torch can make no graph, if that is what failed."""
+    if not re.search(r"could not be compiled: (UserError|Unsupported): .*data-dependent", error, re.IGNORECASE):
+        return None
+    return f"{model_type}: its forward branches on values, so that it is no single graph, and would run eagerly"
 
 
 def _one_line(error: Exception, limit: int = 200) -> str:

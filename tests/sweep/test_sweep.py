@@ -10,7 +10,7 @@ from sweep.outcome import Outcome
 from sweep.record import differences, table, to_data
 from sweep.shrink import tiny_config
 from sweep.tiny_model import tiny_model
-from sweep.worker import outcome_of, run_apart
+from sweep.worker import _untraceable, outcome_of, run_apart
 from tests.conftest import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the sweep is of a CPU")
@@ -100,3 +100,14 @@ def test_results_are_kept_and_compared() -> None:
     page = table({"transformers": "5", "models": data})
     assert "1 works, 1 unsupported, 1 fails, of 3" in page
     assert "| `b` | unsupported | b: no |" in page
+
+
+def test_a_forward_that_is_no_graph_is_unsupported_and_a_broken_compiler_is_not() -> None:
+    error = "bucket prefill-24-full could not be compiled: {}"
+    guards = error.format(
+        "UserError: Consider this. Could not guard on data-dependent expression Eq(u4, u2) (unhinted: Eq(u4, u2))."
+    )
+    for said in (guards, error.format("Unsupported: Data-dependent branching")):
+        assert str(_untraceable("dbrx", said)).startswith("dbrx: its forward branches on values")
+    assert _untraceable("llama", error.format("InductorError: LoweringException: no")) is None
+    assert _untraceable("llama", error.format("Unsupported: a call that torch does not know")) is None
