@@ -1,0 +1,80 @@
+"""A dozen kinds of models in bfloat16 through graphs: nothing falls back or is recorded twice, and logits are as good as eager's.
+
+`pytest tests/gpu/test_kinds.py -n 8` takes a few minutes, nearly all of it compiling.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compiled_llm import CompiledLLM
+from compiled_llm.config import Config
+from compiled_llm.runtime.report import Report
+from sweep.check import CASES, engine_config, generate, prompt_of
+from sweep.shrink import tiny_config
+from sweep.tiny_model import tiny_model
+from tests.conftest import DEVICE
+from tests.tiny import check_matches
+
+KINDS = {
+    "deepseek_v3": "latent attention, experts",
+    "diffllama": "several calls a layer",
+    "falcon_h1": "states of a scan beside attention in each layer",
+    "gemma3n_text": "keys and values shared by layers",
+    "gemma4_text": "heads that differ by layer",
+    "gpt_oss": "sinks, windows, experts",
+    "lfm2": "states of convolutions",
+    "llama4_text": "chunks, layers without positions, experts",
+    "mixtral": "experts",
+    "opt": "positions that are learned",
+    "phimoe": "windows that are only in a mask",
+    "qwen3_next": "states of a recurrence, experts",
+    "vaultgemma": "softcap",
+}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_kind_in_bfloat16(model_type: str) -> None:
+    exact = tiny_model(tiny_config(model_type)).to(DEVICE)
+    report = check_in_bfloat16(exact, engine_config("direct"))
+    assert {bucket.mode for bucket in report.buckets} == {"graph"}
+    assert all(bucket.replays for bucket in report.buckets)
+    assert report.graphs == len(report.buckets)
+    assert not report.fallbacks
+    assert not any(report.graph_events.values()), "skips, recompiles and re-records"
+    check_matches(report)
+
+
+def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
+    """Greedy tokens of all cases: at each, our logits are about as far from float32's as those of transformers in bfloat16 are."""
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    theirs = copy.deepcopy(model)
+    theirs.set_attn_implementation("eager")
+    errors: list[tuple[Tensor, Tensor]] = []
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        for lengths in CASES.values():
+            prompts = [prompt_of(length) for length in lengths]
+            for prompt, (tokens, logits) in zip(prompts, generate(llm, prompts), strict=True):
+                right = _logits(exact, prompt, tokens)
+                errors.append((_relative(logits, right), _relative(_logits(theirs, prompt, tokens), right)))
+        report = llm.report()
+    ours, eager = (torch.cat(found) for found in zip(*errors, strict=True))
+    for share in (0.5, 0.9):
+        assert ours.quantile(share) <= 1.5 * eager.quantile(share) + 0.005, f"at {share:.0%} of the tokens"
+    return report
+
+
+def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
+    """What a model would choose each of these tokens from: [len(tokens), V], float32."""
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float()
+
+
+def _relative(logits: Tensor, right: Tensor) -> Tensor:
+    """[L] the largest difference over the largest value, row by row."""
+    return (logits.to(right.device).float() - right).abs().amax(-1) / right.abs().amax(-1)
