@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
+import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sweep.check import MismatchError, check
 from sweep.outcome import Outcome
-from sweep.record import differences, table, to_data
+from sweep.record import DATA, ROOT, TABLE, differences, table, to_data
 from sweep.shrink import tiny_config
 from sweep.tiny_model import tiny_model
 from sweep.worker import _untraceable, outcome_of, run_apart
@@ -111,3 +114,15 @@ def test_a_forward_that_is_no_graph_is_unsupported_and_a_broken_compiler_is_not(
         assert str(_untraceable("dbrx", said)).startswith("dbrx: its forward branches on values")
     assert _untraceable("llama", error.format("InductorError: LoweringException: no")) is None
     assert _untraceable("llama", error.format("Unsupported: a call that torch does not know")) is None
+
+
+def test_the_record_is_whole_and_its_table_says_the_same() -> None:
+    values = yaml.safe_load(DATA.read_text())
+    models = values["models"]
+    if values["transformers"] == transformers.__version__:
+        assert set(models) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert all(kept["status"] in ("works", "unsupported") for kept in models.values())
+    assert all(kept["reason"] for kept in models.values() if kept["status"] == "unsupported")
+    assert TABLE.read_text() == table(values)
+    count = sum(kept["status"] == "works" for kept in models.values())
+    assert f"{count} work and {len(models) - count} do not" in (ROOT / "README.md").read_text()
