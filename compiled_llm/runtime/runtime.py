@@ -97,6 +97,10 @@ class Runtime:
         self.report = report
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
+            if self.has_states and config.verify:
+                raise ValueError(
+                    f"{model.config.model_type} keeps states of its sequences, which verify does not try: set verify=false"
+                )
             if self.has_states and config.cache.prefix_caching:
                 report.warnings.append(f"{model.config.model_type} keeps states of its sequences, so prompts share no pages")
             self._artifact = open_artifact(config, self.key, report)
