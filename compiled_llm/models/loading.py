@@ -1,13 +1,10 @@
 """Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from compiled_llm.config import ModelConfig
 from compiled_llm.models.attention import UnsupportedModelError
 from compiled_llm.models.default import default_model
+from compiled_llm.models.gguf_file import read_once
 from compiled_llm.models.preflight import refuse_unsupported
 
 
@@ -39,7 +37,7 @@ def load(config: ModelConfig) -> LoadedModel:
     if config.weights == "random":
         return _initialise(config, device, dtype)
     path, files = _locate(config)
-    with _gguf_read_once() if "gguf_file" in files else nullcontext():
+    with read_once() if "gguf_file" in files else nullcontext():
         model_config = _read_config(config, path, files)
         refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
         try:
@@ -61,7 +59,7 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
             raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
         return _read_config(config, config.name, {"trust_remote_code": config.trust_remote_code})
     path, files = _locate(config)
-    with _gguf_read_once() if "gguf_file" in files else nullcontext():
+    with read_once() if "gguf_file" in files else nullcontext():
         return _read_config(config, path, files)
 
 
@@ -112,16 +110,6 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
     return str(config.name), trust
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF file's metadata four times, in seconds each, and makes one map of names again for each module."""
-    import gguf
-
-    reader, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
-    with patch.object(gguf, "GGUFReader", reader), patch.object(gguf, "get_tensor_name_map", names):
-        yield
 
 
 def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:

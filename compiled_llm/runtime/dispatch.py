@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
+import torch.compiler.config as compiler_config
 from torch._dynamo.aot_compile import AOTCompiledFunction
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
@@ -167,6 +168,8 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())
         settings.enter_context(vector_units.sums_stay_in_bounds())
+        tag = f"{compiler_config.cache_key_tag}{vector_units.TAG}"
+        settings.enter_context(compiler_config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]  # torch adds it
         settings.enter_context(_recovery(device))
         yield
 

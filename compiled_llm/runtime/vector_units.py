@@ -8,11 +8,15 @@ processor has the instructions is asked anew, always.
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from compiled_llm.models.default import cache_dir
 from compiled_llm.runtime.whole_files import write_whole
+
+# Inductor's own cache must not answer with what was generated without these patches.
+TAG = f"compiled_llm {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
 
 
 @contextmanager
