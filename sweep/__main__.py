@@ -1,4 +1,4 @@
-"""`python -m sweep`: every causal LM of transformers, checked, and compared with configs/models.yaml.
+"""`python -m sweep`: every causal LM of transformers, checked, and compared with sweep/models.yaml.
 
 What was found is kept as it comes, under the digest of all that it depends on; a sweep that was stopped goes on where it was.
 """
@@ -27,10 +27,10 @@ def main(
     jobs: Annotated[int, typer.Option(help="Types at a time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that a type may take.")] = 900.0,
     update: Annotated[
-        bool, typer.Option("--update", help="Write what is found into configs/models.yaml and docs/models.md.")
+        bool, typer.Option("--update", help="Write what is found into sweep/models.yaml and docs/models.md.")
     ] = False,
 ) -> None:
-    """Check model types, print a table and totals; exit with 1 where one fails, or differs from configs/models.yaml."""
+    """Check model types, print a table and totals; exit with 1 where one fails, or differs from sweep/models.yaml."""
     known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     names = types or known
     if unknown := [name for name in names if name not in known]:
@@ -43,7 +43,7 @@ def main(
         write({**read_data(), **to_data(outcomes)}, {package: version(package) for package in ("transformers", "torch")})
     wrong = differences(outcomes, read_data())
     if wrong:
-        print("\n".join(["", "not as configs/models.yaml says:", *wrong]))
+        print("\n".join(["", "not as sweep/models.yaml says:", *wrong]))
         raise typer.Exit(1)
 
 

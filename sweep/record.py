@@ -1,4 +1,4 @@
-"""The sweep's results: kept as data in configs/models.yaml, shown as a table in docs/models.md."""
+"""The sweep's results: kept as data in sweep/models.yaml, shown as a table in docs/models.md."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import yaml
 from sweep.outcome import Outcome
 
 ROOT = Path(__file__).parents[1]
-DATA, TABLE = ROOT / "configs" / "models.yaml", ROOT / "docs" / "models.md"
+DATA, TABLE = ROOT / "sweep" / "models.yaml", ROOT / "docs" / "models.md"
 _EXCUSES = Path(__file__).parent / "excuses.yaml"
 _HEAD = "# Written by `python -m sweep --update`: what was found of each model type, compiled on a CPU. See docs/models.md.\n"
 
@@ -52,7 +52,7 @@ def differences(outcomes: Mapping[str, Outcome], known: Mapping[str, dict[str, s
         if outcome.status == "fails":
             lines.append(f"{name}: fails: {outcome.reason}")
         elif before is None or (before["status"], before.get("reason")) != (now["status"], now.get("reason")):
-            lines.append(f"{name}: {_words(now)}; configs/models.yaml says: {_words(before) if before else 'nothing'}")
+            lines.append(f"{name}: {_words(now)}; sweep/models.yaml says: {_words(before) if before else 'nothing'}")
     return lines
 
 
@@ -62,7 +62,7 @@ def totals(models: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """The Markdown page for the data of configs/models.yaml."""
+    """The Markdown page for the data of sweep/models.yaml."""
     models = values["models"]
     rows = [f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |" for name, kept in models.items()]
     return "\n".join(

@@ -161,6 +161,7 @@ def _cached(name: str, *, size: int, age: float) -> Path:
 
 def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(artifacts, "_loaded_libraries", list)  # those of other tests
     used, old, older, oldest = (_cached(name, size=100_000, age=n) for n, name in enumerate(["used", "old", "older", "oldest"]))
     assert artifact_cache.make_room(410_000, used=used) == []
     artifact_cache.mark_used(oldest)

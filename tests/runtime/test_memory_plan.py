@@ -134,7 +134,17 @@ def test_the_cache_takes_what_is_left(
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     layers = [
-        AttentionLayer(name=str(n), num_heads=8, num_kv_heads=8, key_dim=128, value_dim=128, window=window, dtype=torch.bfloat16)
+        AttentionLayer(
+            name=str(n),
+            num_heads=8,
+            num_kv_heads=8,
+            key_dim=128,
+            value_dim=128,
+            window=window,
+            softcap=0.0,
+            sinks=False,
+            dtype=torch.bfloat16,
+        )
         for n, window in enumerate(windows)
     ]
     config = parse_config({"memory": {"graphs": graphs}, "cache": {"block_size": block_size, "gpu_memory_utilization": 1.0}})
