@@ -129,7 +129,7 @@ class Engine:
         Returns:
             The requests that ended, and those among the watched ones that got tokens.
         """
-        if self._runtime.capture_due and not self.num_waiting:  # it may take long, so first prompts begin, and all get their news
+        if self._captures_now():
             if self._launched or self._news:
                 self._learn_all()
                 return self._take_news()
@@ -144,6 +144,11 @@ class Engine:
             self._learn(self._launched.popleft())
         self._stats.host_seconds += time.perf_counter() - began - (self._stats.wait_seconds - waited)
         return self._take_news()
+
+    def _captures_now(self) -> bool:
+        """A capture may take long, so prompts are computed before it, unless they go on and on."""
+        prompts = self.num_waiting or self._rows.prefilling
+        return self._runtime.capture_overdue or (self._runtime.capture_due and not prompts)
 
     def _take_news(self) -> list[Request]:
         news, self._news = self._news, []

@@ -15,6 +15,7 @@ from compiled_llm.runtime.report import BucketReport
 from compiled_llm.runtime.state import StepState
 from compiled_llm.runtime.warmup import Entry
 
+_PATIENCE = 5.0  # seconds
 # What a step of padding alone writes, besides the trash row's state and what steps already read have sampled.
 _WRITTEN = ("decode", "prefill", "step")
 
@@ -30,7 +31,7 @@ class LazyBuckets:
     def __init__(self, make: Callable[[Bucket], Entry], *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._make, self._clock = make, clock
         self._wanted: Counter[Bucket] = Counter()
-        self._not_before = clock()
+        self._not_before = self._asked_at = clock()
 
     @property
     def wanted(self) -> bool:
@@ -42,8 +43,15 @@ class LazyBuckets:
         """Whether one is wanted, and steps had as much time as the last one took."""
         return bool(self._wanted) and self._clock() >= self._not_before
 
+    @property
+    def overdue(self) -> bool:
+        """Whether one is due and was put off, because prompts came first, for longer than they may ask for."""
+        return self.due and self._clock() >= max(self._not_before, self._asked_at) + _PATIENCE
+
     def ask(self, bucket: Bucket) -> None:
         """A step would have liked to have it."""
+        if not self._wanted:
+            self._asked_at = self._clock()
         self._wanted[bucket] += 1
 
     def capture_next(self) -> Entry:

@@ -145,6 +145,11 @@ class Runtime:
         """Whether it is time for it, also while requests run."""
         return self._lazy.due
 
+    @property
+    def capture_overdue(self) -> bool:
+        """Whether it is time for it even before prompts that wait."""
+        return self._lazy.overdue
+
     def capture_next(self) -> None:
         """Compile and capture what most steps have asked for; what all steps so far sampled must have been read."""
         self._check_thread()

@@ -66,7 +66,7 @@ class SimulatedRuntime:
         num_tokens: computed so far; num_reads: steps whose tokens were read.
     """
 
-    capture_due = False
+    capture_due = capture_overdue = False
 
     def __init__(
         self,

@@ -43,6 +43,9 @@ def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
         for _ in range(times):
             lazy.ask(Bucket("decode", size))
     assert lazy.due
+    assert not lazy.overdue
+    clock.now += 5.1
+    assert lazy.overdue
     lazy.capture_next()
     assert lazy.wanted
     clock.now += 4.9
@@ -158,7 +161,7 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nobody_waits_for_a_capture_with_a_token_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor before a prompt has begun."""
+    """Nor in the middle of a prompt, which takes three steps here."""
     made: list[int] = []
 
     def counting(step: Step, *arguments: object, **options: object) -> CompiledStep:
@@ -169,9 +172,9 @@ def test_nobody_waits_for_a_capture_with_a_token_that_is_there(monkeypatch: pyte
     monkeypatch.setattr(LazyBuckets, "due", LazyBuckets.wanted)  # whatever the last one took
     config = small_config(buckets={"decode": [2], "prefill": [16], "samplers": ["full"]}, **LAZY)
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
-        for count, then_made in ((1, []), (6, [16, 2])):
+        for count, then_made in ((1, []), (6, [48, 16, 2])):
             params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1)
-            (request,) = llm.jobs.make(prompt_of(5), params).requests
+            (request,) = llm.jobs.make(prompt_of(100), params).requests
             llm.engine.add(request)
             while request not in llm.engine.step():
                 pass
