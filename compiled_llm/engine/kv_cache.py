@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.state import TRASH_PAGE, Int64
+from passes.ops.paged_attention import oldest_seen
 
 Tokens = NDArray[np.int32]
 
@@ -164,8 +165,7 @@ class KVCache:
 
     def _first_needed(self, window: int, position: int) -> int:
         """The first block that a query at the position sees."""
-        oldest = position // -window * -window if window < 0 else position - window + 1 if window else 0
-        return max(0, oldest) // self.block_size
+        return max(0, oldest_seen(position, window)) // self.block_size
 
     def _needs(self, group: int, row: int, end: int) -> int:
         """How many more pages the row needs for its tokens up to `end`."""

@@ -21,6 +21,7 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.sampling import RowParams
 from compiled_llm.runtime.state import RECENT, TRASH_PAGE, DecodeBatch, Int64, PrefillBatch
 from compiled_llm.runtime.warmup import Memory
+from passes.ops.paged_attention import oldest_seen
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
 _BYSTANDERS = 4
@@ -149,7 +150,7 @@ def _tables(rng: np.random.Generator, memory: Memory, starts: Int64, counts: Int
         free = rng.permutation(members.num_pages - 1) + 1
         taken = 0
         for seq, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
-            first = max(0, start + 1 - members.window) // block_size if members.window else 0
+            first = max(0, oldest_seen(start, members.window)) // block_size
             end = -(-(start + count) // block_size)
             tables[group, seq, first:end] = free[taken : taken + end - first]
             taken += end - first

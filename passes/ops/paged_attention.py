@@ -14,6 +14,8 @@ The kernel computes softmax online, one tile of keys at a time (FlashAttention-2
 through the table (PagedAttention, arXiv:2309.06180); the query heads that share a key head fill one tile of rows.
 """
 
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,8 @@ from torch import Tensor
 from passes.ops import cpu
 from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define
+
+Positions = TypeVar("Positions", int, Tensor)
 
 
 def paged_attention_reference(
@@ -50,11 +54,11 @@ def paged_attention_reference(
     return out_THE
 
 
-def oldest_seen(positions: Tensor, window: int) -> Tensor:
+def oldest_seen(positions: Positions, window: int) -> Positions:
     """The first token that a query at each of these positions sees; below 0 where it sees all."""
     if window < 0:
         return positions // -window * -window
-    return positions - window + 1 if window else torch.zeros_like(positions)
+    return positions - window + 1 if window else positions * 0
 
 
 def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int) -> Tensor:

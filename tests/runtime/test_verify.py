@@ -14,6 +14,9 @@ from compiled_llm.runtime.dispatch import CompiledStep
 from compiled_llm.runtime.step import Step
 from compiled_llm.runtime.verify import ALLOWED, _failure, _Findings, verify
 from compiled_llm.runtime.warmup import StrictError
+from sweep.shrink import tiny_config
+from sweep.tiny_model import tiny_model as shrunk_model
+from tests.conftest import DEVICE
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 EACH_SAMPLER = {"decode": [4], "prefill": [48], "samplers": ["greedy", "random", "full", "scoring"]}
@@ -48,6 +51,15 @@ def test_honest_buckets_pass(llm: CompiledLLM) -> None:
         assert found.cache_difference > 0, "two ways to compute something differ in some bit"
         assert (found.logit_difference is None) == bucket.bucket.endswith(("greedy", "random"))
     assert "scoring" in llm.report().verification()
+
+
+def test_honest_buckets_pass_where_layers_see_chunks() -> None:
+    model = shrunk_model(tiny_config("llama4_text")).to(DEVICE)
+    config = small_config(buckets={"decode": [], "prefill": [48], "samplers": ["full"]}, verify=True)
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        assert any(group.window < 0 for group in llm.runtime.memory.groups)
+        reports = llm.report().buckets
+    assert [report.verification.failure for report in reports if report.verification] == [None] * len(reports)
 
 
 def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
