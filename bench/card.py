@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.config import Config, ModelConfig, parse_config
+from compiled_llm.config import Config, ModelConfig
+from compiled_llm.config_file import parse_config
+from compiled_llm.models.attaching import attached
 from compiled_llm.models.default import default_model
 from compiled_llm.models.discovery import attached, discover
 from compiled_llm.models.loading import resolve_device

@@ -147,7 +147,7 @@ def _begin(
     from bench.commands import Bench
     from bench.record import RESULTS
     from bench.session import Options
-    from compiled_llm.config import load_config
+    from compiled_llm.config_file import load_config
 
     options = Options(limit=limit, vllm_pythonpath=vllm_pythonpath)
     return Bench.begin(load_config(config, overrides), options, out or RESULTS)

@@ -6,7 +6,8 @@ from compiled_llm import imported
 
 from compiled_llm.api import CompiledLLM
 from compiled_llm.async_api import AsyncCompiledLLM
-from compiled_llm.config import Config, load_config
+from compiled_llm.config import Config
+from compiled_llm.config_file import load_config
 from compiled_llm.engine.engine import QueueFullError
 from compiled_llm.engine.outputs import CompletionOutput, RequestOutput
 from compiled_llm.engine.sampling_params import SamplingParams

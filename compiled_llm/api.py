@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import imported
-from compiled_llm.config import Config, ModelConfig, load_config, parse_config
+from compiled_llm.config import Config, ModelConfig
+from compiled_llm.config_file import load_config, parse_config
 from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import Engine
 from compiled_llm.engine.outputs import RequestOutput

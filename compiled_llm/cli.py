@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compiled_llm.config import load_config
+from compiled_llm.config_file import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
 

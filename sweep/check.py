@@ -9,8 +9,10 @@ from torch import FloatTensor, LongTensor, Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from compiled_llm import CompiledLLM, SamplingParams
-from compiled_llm.config import Config, parse_config
-from compiled_llm.models.discovery import attached, discover
+from compiled_llm.config import Config
+from compiled_llm.config_file import parse_config
+from compiled_llm.models.attaching import attached
+from compiled_llm.models.discovery import examine
 from compiled_llm.models.features import features
 from sweep.shrink import FIRST_TOKEN, VOCAB_SIZE
 

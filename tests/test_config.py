@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compiled_llm.config import load_config, parse_config
+from compiled_llm.config_file import load_config, parse_config
 from passes import PASSES
 
 CONFIGS = Path(__file__).parent.parent / "configs"

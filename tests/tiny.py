@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compiled_llm import CompiledLLM, Config, SamplingParams
-from compiled_llm.config import parse_config
+from compiled_llm.config_file import parse_config
 from compiled_llm.runtime.report import Report
 from tests.conftest import DEVICE
 

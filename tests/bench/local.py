@@ -8,7 +8,8 @@ from typing import Any, Self
 from bench.card import Card
 from bench.remote import WorkerError
 from bench.systems import Setup
-from compiled_llm.config import Config, parse_config
+from compiled_llm.config import Config
+from compiled_llm.config_file import parse_config
 
 _ARCHITECTURE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96,

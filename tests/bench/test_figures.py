@@ -12,7 +12,7 @@ from bench.samples import figure, ratio
 from bench.sharegpt import read_lengths
 from bench.trace import busy_us, idle_between_launches, launches
 from bench.workloads import fresh_prompts, offline
-from compiled_llm.config import parse_config
+from compiled_llm.config_file import parse_config
 from tests.bench.local import made_up_card
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm import UnsupportedModelError
-from compiled_llm.config import ModelConfig, parse_config
+from compiled_llm.config import ModelConfig
+from compiled_llm.config_file import parse_config
 from compiled_llm.inspection import inspect_model
 from compiled_llm.models import loading
 from compiled_llm.models.discovery import UndecidedError, attached, count_rotary_embeddings, discover, discover_states

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
-from compiled_llm.config import parse_config
+from compiled_llm.config_file import parse_config
 from compiled_llm.runtime import warmup
 from compiled_llm.runtime.artifacts import Artifact, Kept
 from compiled_llm.runtime.buckets import Bucket

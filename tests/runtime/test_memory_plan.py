@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from compiled_llm import CompiledLLM
-from compiled_llm.config import CacheConfig, parse_config
+from compiled_llm.config import CacheConfig
+from compiled_llm.config_file import parse_config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime import dispatch, memory, warmup
 from compiled_llm.runtime.buckets import Bucket, make_buckets
