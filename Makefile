@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 sweep: .venv/ready
 	$(BIN)/python -m sweep

@@ -56,7 +56,8 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the sizes are those of real models")
-def test_kernels_are_compared() -> None:
+def test_kernels_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark does not measure beside other tests
     rows = kernel_runs.run(made_up_card(), only="sdpa or paged")
     assert [(row["kind"], row["kernel"]) for row in rows] == [
         (kind, kernel) for kind in ("decode", "prefill") for kernel in ("paged", "sdpa")
