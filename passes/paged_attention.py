@@ -24,7 +24,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 
 def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -> int:
-    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, arrivals, sinks, layer, *options = marker.args
+    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, arrivals, sinks, slopes, layer, *options = marker.args
     assert isinstance(layer, int)
     assert isinstance(k_cache, Node)
     assert isinstance(slots, Node)
@@ -38,7 +38,7 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
             # A scatter, which Inductor fuses with what makes the values.
             emit(graph, aten.index_put_.default, cache, all_places[key], values)
         tables = (block_table, query_start, seq_lens, arrivals)
-        attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, *options)
+        attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, slopes, *options)
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
     graph.erase_node(marker)
     return layer

@@ -24,10 +24,10 @@ LEAST = 2  # tiles of keys worth a program, where programs are many
 
 @triton.jit
 def _decode_attention_kernel(  # type: ignore[no-untyped-def]
-    out, shares, weights, arrivals, q, k_cache, v_cache, block_table, seq_lens, sinks, scale, softcap, num_splits, least,
+    out, shares, weights, arrivals, q, k_cache, v_cache, block_table, seq_lens, sinks, slopes, scale, softcap, num_splits, least,
     q_stride_t, q_stride_h, q_stride_d, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, EARLY: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr, STAGES: tl.constexpr,
     TILE_S: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +63,9 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         q + seq.to(tl.int64) * q_stride_t + head[:, None] * q_stride_h + d[None, :] * q_stride_d,
         mask=live[:, None] & (d[None, :] < D), other=0.0,
     )  # fmt: skip
+    slope = tl.zeros([TILE_M], tl.float32)
+    if HAS_SLOPES:
+        slope = tl.load(slopes + head, mask=live, other=0.0).to(tl.float32)
     peak = tl.full([TILE_M], -1e30, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_E], tl.float32)
@@ -76,6 +79,8 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         scores = tl.dot(q_MD, k_DK, input_precision="ieee") * scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)  # softcap * tanh(scores / softcap)
+        if HAS_SLOPES:
+            scores += slope[:, None] * (key - length + 1)[None, :].to(tl.float32)
         scores = tl.where(cached[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         likely = tl.exp(scores - new_peak[:, None])
@@ -124,7 +129,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
 
 def decode_attention(
     q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor, arrivals: Tensor,
-    sinks_H: Tensor | None, scale: float, window: int, softcap: float,
+    sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """q may have any strides; head dims up to 256; `arrivals`: at least S * G zeros, int32, which are zeros again afterwards."""
     S, H, D = q_SHD.shape
@@ -144,9 +149,9 @@ def decode_attention(
     weights = q_SHD.new_empty(S, H, splits, 2, dtype=torch.float32)
     _decode_attention_kernel[(S, G, splits)](
         out_SHE, shares, weights, arrivals, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S,
-        sinks_H, scale, softcap, splits, least, *q_SHD.stride(), block_table_SN.stride(0),
+        sinks_H, slopes_H, scale, softcap, splits, least, *q_SHD.stride(), block_table_SN.stride(0),
         H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window,
-        HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0,
+        HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0, HAS_SLOPES=slopes_H is not None,
         TILE_M=max(16, triton.next_power_of_2(H // G)), TILE_K=tile_k,
         TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
         STAGES=1 if wide else 2, TILE_S=triton.next_power_of_2(splits), AT_ONCE=min(8, splits), num_warps=4, **early_launch(),

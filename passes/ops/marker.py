@@ -17,8 +17,8 @@ from passes.ops.write_kv import write_kv
 
 def attention_marker_reference(
     q_1HTD: Tensor, k_1GTD: Tensor, v_1GTE: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor, block_table_SN: Tensor,
-    query_start: Tensor, seq_lens_S: Tensor, arrivals: Tensor, sinks_H: Tensor | None, layer: int, scale: float, window: int,
-    softcap: float, max_query_len: int,
+    query_start: Tensor, seq_lens_S: Tensor, arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, layer: int,
+    scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Write, then attend: what the pass emits, run at once. Returns [1, T, H, E].
 
@@ -29,7 +29,7 @@ def attention_marker_reference(
     attend = paged_attention if q_1HTD.is_cuda else paged_attention_reference  # on a CPU, eager steps wait for no compiler
     attended: Tensor = attend(
         q_1HTD[0].transpose(0, 1), k_cache, v_cache, block_table_SN, query_start, seq_lens_S,
-        arrivals, sinks_H, scale, window, softcap, max_query_len,
+        arrivals, sinks_H, slopes_H, scale, window, softcap, max_query_len,
     )  # fmt: skip
     return attended[None]
 
@@ -40,7 +40,7 @@ def _attention_marker_fake(q_1HTD: Tensor, k: Tensor, v_1GTE: Tensor, *_: object
 
 attention_marker = define(
     "attention_marker(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor block_table, "
-    "Tensor query_start, Tensor seq_lens, Tensor arrivals, Tensor? sinks, int layer, float scale, int window, "
+    "Tensor query_start, Tensor seq_lens, Tensor arrivals, Tensor? sinks, Tensor? slopes, int layer, float scale, int window, "
     "float softcap, int max_query_len) -> Tensor",
     reference=attention_marker_reference,
     kernel=attention_marker_reference,

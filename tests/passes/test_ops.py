@@ -17,7 +17,8 @@ class Case:
 
     def __init__(
         self, lens: list[int], new: list[int], *, heads: int = 4, kv_heads: int = 2, dim: int = 32, value_dim: int | None = None,
-        block_size: int = 16, dtype: torch.dtype = torch.float32, sinks: bool = False, pad_tokens: int = 0,
+        block_size: int = 16, dtype: torch.dtype = torch.float32, sinks: bool = False,
+        slopes: bool = False, pad_tokens: int = 0,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         value_dim = value_dim or dim
@@ -48,11 +49,12 @@ class Case:
         # Heads before tokens in memory, as a model leaves them: the ops must honour strides.
         self.q = rand(heads, sum(new) + pad_tokens, dim).transpose(0, 1)
         self.sinks = rand(heads) if sinks else None
+        self.slopes = torch.rand(heads, generator=generator).to(DEVICE) if slopes else None
         self.arrivals = torch.zeros(len(lens) * kv_heads, dtype=torch.int32, device=DEVICE)
 
     def run(self, op, *, scale=0.3, window=0, softcap=0.0, max_query_len=None):  # type: ignore[no-untyped-def]
         most = int((self.starts[1:] - self.starts[:-1]).max()) if max_query_len is None else max_query_len
-        options = (self.sinks, scale, window, softcap, most)
+        options = (self.sinks, self.slopes, scale, window, softcap, most)
         return op(self.q, self.k_cache, self.v_cache, self.table, self.starts, self.lens, self.arrivals, *options)
 
     def plain(self, *, scale: float = 0.3, window: int = 0, softcap: float = 0.0) -> Tensor:
@@ -67,6 +69,8 @@ class Case:
                 values = self.values[s][first : position + 1].double().repeat_interleave(repeat, 1)
                 scores = torch.einsum("hd,khd->hk", self.q[token].double(), keys) * scale
                 scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                if self.slopes is not None:
+                    scores += self.slopes.double()[:, None] * torch.arange(first - position, 1, device=DEVICE)
                 if self.sinks is not None:
                     scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
                 out[token] = torch.einsum("hk,khd->hd", scores.softmax(-1)[:, : len(keys)], values)
@@ -86,6 +90,8 @@ SHAPES = [
     pytest.param({}, {"window": -9}, id="chunks"),
     pytest.param({}, {"softcap": 2.0}, id="softcap"),
     pytest.param({"sinks": True}, {"window": 20, "softcap": 5.0}, id="sinks-window-softcap"),
+    pytest.param({"heads": 6, "slopes": True}, {}, id="slopes"),
+    pytest.param({"slopes": True}, {"window": 20}, id="slopes-window"),
 ]
 
 
@@ -123,7 +129,8 @@ def test_cpp_decode_is_the_reference(lens, shape, options) -> None:  # type: ign
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lens", [[1300, 64, 65, 127, 128, 129, 700], [2000]], ids=["ragged", "one"])
 @pytest.mark.parametrize(
-    ("shape", "options"), [({}, {}), ({"sinks": True}, {"softcap": 3.0}), ({}, {"window": 300}), ({}, {"window": -300})]
+    ("shape", "options"),
+    [({}, {}), ({"sinks": True}, {"softcap": 3.0}), ({}, {"window": 300}), ({}, {"window": -300}), ({"slopes": True}, {})],
 )
 def test_decode_splits_long_sequences(lens, shape, options, dtype) -> None:  # type: ignore[no-untyped-def]
     """Twice, because the second launch finds what the first one left behind."""

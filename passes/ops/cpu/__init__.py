@@ -9,7 +9,7 @@ from torch import Tensor
 
 def decode_attention(
     q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor,
-    sinks_H: Tensor | None, scale: float, window: int, softcap: float,
+    sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.decode_attention`; the last dim of q is contiguous."""
     stride_S, stride_H, stride_D = q_SHD.stride()
@@ -21,7 +21,8 @@ def decode_attention(
     out_SHE = q_SHD.new_empty(S, H, E)
     _library().decode_attention(
         q_SHD.data_ptr(), stride_S, stride_H, k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
-        block_table_SN.data_ptr(), table_stride, seq_lens_S.data_ptr(), None if sinks_H is None else sinks_H.data_ptr(),
+        block_table_SN.data_ptr(), table_stride, seq_lens_S.data_ptr(),
+        *(None if values is None else values.data_ptr() for values in (sinks_H, slopes_H)),
         out_SHE.data_ptr(), S, H, G, D, E, page, scale, window, softcap,
     )  # fmt: skip
     return out_SHE
@@ -61,7 +62,7 @@ def _library() -> ctypes.CDLL:
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_bool
     library.decode_attention.argtypes = [
         pointer, number, number, pointer, pointer, pointer, number, pointer, pointer, pointer,
-        number, number, number, number, number, number, real, number, real,
+        pointer, number, number, number, number, number, number, real, number, real,
     ]  # fmt: skip
     library.small_linear.argtypes = [
         pointer, number, pointer, pointer, real, pointer, number, flag, pointer, number, number, number

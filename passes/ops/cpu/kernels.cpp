@@ -8,7 +8,7 @@
 namespace {
 
 constexpr long WIDTH = 16;
-constexpr long AHEAD = 24;  // rows of a weight that are fetched into the second cache before their turn
+constexpr long AHEAD = 12;  // rows of a weight that are fetched into the second cache before their turn
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
 
 inline Vector load(const float* from) {
@@ -39,6 +39,39 @@ inline float dot(const float* a, const float* b, long size) {
     float total = sum(sums);
     for (; i < size; ++i) total += a[i] * b[i];
     return total;
+}
+
+inline float largest(const float* values, long size) {  // size is a multiple of WIDTH
+    Vector peaks = load(values);
+    for (long i = WIDTH; i < size; i += WIDTH) {
+        const Vector next = load(values + i);
+        peaks = next > peaks ? next : peaks;
+    }
+    float peak = peaks[0];
+    for (long i = 1; i < WIDTH; ++i) peak = std::max(peak, peaks[i]);
+    return peak;
+}
+
+// e^x of numbers up to 0, to the last bit or two (Cephes' expf): 2^n e^r, where n is an integer and r is small.
+inline Vector exponential(Vector x) {
+    typedef int Integers __attribute__((vector_size(WIDTH * sizeof(int))));
+    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, and ends up in its last bits
+    const Vector least = Vector{} - 87.0f;
+    x = x > least ? x : least;
+    const Vector shifted = x * 1.44269504f + SHIFT, n = shifted - SHIFT;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector series = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    series = series * r + 8.3334519073e-3f;
+    series = series * r + 4.1665795894e-2f;
+    series = series * r + 1.6666665459e-1f;
+    series = series * r + 5.0000001201e-1f;
+    series = series * (r * r) + r + 1.0f;
+    Integers bits, exponents;
+    std::memcpy(&bits, &series, sizeof(bits));
+    std::memcpy(&exponents, &shifted, sizeof(exponents));
+    bits += (exponents - 0x4B400000) << 23;
+    std::memcpy(&series, &bits, sizeof(bits));
+    return series;
 }
 
 inline void fetch(const float* from, long size) {
@@ -136,7 +169,7 @@ extern "C" void small_linear(
 
 extern "C" void decode_attention(
     const float* q, long q_stride_s, long q_stride_h, const float* k_cache, const float* v_cache, const int* block_table,
-    long table_stride, const int* seq_lens, const float* sinks, float* out,
+    long table_stride, const int* seq_lens, const float* sinks, const float* slopes, float* out,
     long S, long H, long G, long D, long E, long page, float scale, long window, float softcap) {
     const long group = H / G;
 #pragma omp parallel
@@ -152,7 +185,8 @@ extern "C" void decode_attention(
                 float* outs = out + (s * H + g * group) * E;
                 std::fill(outs, outs + group * E, 0.0f);
                 if (length == 0) continue;
-                weights.resize(group * seen);
+                const long padded = (seen + WIDTH - 1) / WIDTH * WIDTH;
+                weights.assign(group * padded, -INFINITY);
                 const auto place_of = [&](long token) { return (table[token / page] * page + token % page) * G + g; };
                 // Calls visit(first token since the oldest, how many, their place in the caches) for each page.
                 const auto for_each_page = [&](auto visit) {
@@ -170,21 +204,28 @@ extern "C" void decode_attention(
                             const float* query = q + s * q_stride_s + (g * group + h) * q_stride_h;
                             float score = dot(query, k_cache + (place + i * G) * D, D) * scale;
                             if (softcap > 0) score = softcap * std::tanh(score / softcap);
-                            weights[h * seen + first + i] = score;
+                            if (slopes) score += slopes[g * group + h] * (first + i - seen + 1);
+                            weights[h * padded + first + i] = score;
                         }
                     }
                 });
                 for (long h = 0; h < group; ++h) {
-                    float* row = weights.data() + h * seen;
-                    float peak = *std::max_element(row, row + seen), total = 0;
+                    float* row = weights.data() + h * padded;
+                    float peak = largest(row, padded);
                     if (sinks) peak = std::max(peak, sinks[g * group + h]);
-                    for (long i = 0; i < seen; ++i) total += row[i] = std::exp(row[i] - peak);
+                    Vector totals = {};
+                    for (long i = 0; i < padded; i += WIDTH) {
+                        const Vector likely = exponential(load(row + i) - peak);
+                        totals += likely;
+                        store(row + i, likely);
+                    }
+                    float total = sum(totals);
                     if (sinks) total += std::exp(sinks[g * group + h] - peak);
-                    for (long i = 0; i < seen; ++i) row[i] /= total;
+                    for (long i = 0; i < padded; ++i) row[i] /= total;
                 }
                 for_each_page([&](long first, long count, long place) {
                     for (long h = 0; h < group; ++h)
-                        add_weighted(weights.data() + h * seen + first, count, v_cache + place * E, G * E, outs + h * E, E);
+                        add_weighted(weights.data() + h * padded + first, count, v_cache + place * E, G * E, outs + h * E, E);
                 });
             }
     }
