@@ -17,7 +17,7 @@ from compiled_llm.config import Config, ModelConfig
 from compiled_llm.config_file import parse_config
 from compiled_llm.models.attaching import attached
 from compiled_llm.models.default import default_model
-from compiled_llm.models.discovery import attached, discover
+from compiled_llm.models.discovery import examine
 from compiled_llm.models.loading import resolve_device
 from compiled_llm.runtime.limits import Limits
 
@@ -193,6 +193,6 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _kv_bytes(model: PreTrainedModel) -> int | None:
     try:
         with attached(model):
-            return sum(layer.bytes_per_token for layer in discover(model))
+            return sum(layer.bytes_per_token for layer in examine(model)[1])
     except (ValueError, RuntimeError, NotImplementedError):
         return None

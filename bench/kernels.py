@@ -119,7 +119,7 @@ def _paged(inputs: Inputs) -> Tensor:
     shape = inputs.shape
     out_THD: Tensor = paged_attention(
         inputs.flat_q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.query_start, inputs.seq_lens,
-        inputs.arrivals, None, shape.dim**-0.5, 0, 0.0, shape.queries,
+        inputs.arrivals, None, None, shape.dim**-0.5, 0, 0.0, shape.queries,
     )  # fmt: skip
     return out_THD.view(shape.sequences, shape.queries, shape.heads, shape.dim).transpose(1, 2)
 

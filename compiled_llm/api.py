@@ -20,7 +20,8 @@ from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
-from compiled_llm.models.discovery import attached, check_tokens_meet_in_attention, discover
+from compiled_llm.models.attaching import attached
+from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
 from compiled_llm.models.loading import load, resolve_device
 from compiled_llm.models.merging import linears_by_input, merged
 from compiled_llm.runtime.compile_pool import CompilePool, begin_early
@@ -70,11 +71,11 @@ class CompiledLLM:
             self._resources.enter_context(attached(model))
             with report.phase("examine model", model.device):
                 with linears_by_input(model) as groups:
-                    layers = discover(model)
-                check_tokens_meet_in_attention(model)
+                    served, layers = examine(model)
+                check_tokens_meet_in_attention(served)
                 wanted = self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order()
                 self._resources.enter_context(merged(model, groups if wanted else []))
-            self._runtime: Runtime | None = Runtime(model, layers, self.config, report, progress=progress, pool=_pool)
+            self._runtime: Runtime | None = Runtime(served, layers, self.config, report, progress=progress, pool=_pool)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
             self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)
         except BaseException:

@@ -76,8 +76,8 @@ def check(model: PreTrainedModel, dispatch: str) -> Found:
 
 def _exercised(model: PreTrainedModel) -> str:
     with attached(model):
-        layers = discover(model)
-    return ", ".join([f"{len(layers)} calls", *features(model, layers)])
+        served, layers = examine(model)
+    return ", ".join([f"{len(layers)} calls", *features(served, layers)])
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

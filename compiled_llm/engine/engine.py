@@ -21,10 +21,10 @@ from compiled_llm.engine.request import Request
 from compiled_llm.engine.row_params import bias_of, extras_of
 from compiled_llm.engine.rows import Rows
 from compiled_llm.engine.scheduler import OutOfPagesError, Scheduler, SchedulerLimits
+from compiled_llm.runtime.batches import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.readback import Ticket
 from compiled_llm.runtime.runtime import Logprobs, RowExtras, Runtime
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
-from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled_llm.engine.block_pool import BlockPool
+from compiled_llm.runtime.batches import TRASH_PAGE, Int64
 from compiled_llm.runtime.memory import PageGroup
-from compiled_llm.runtime.state import TRASH_PAGE, Int64
 from passes.ops.paged_attention import oldest_seen
 
 Tokens = NDArray[np.int32]

@@ -6,7 +6,7 @@ import numpy as np
 
 from compiled_llm.engine.kv_cache import KVCache
 from compiled_llm.engine.rows import Rows
-from compiled_llm.runtime.state import RECENT, DecodeBatch, Int64, PrefillBatch
+from compiled_llm.runtime.batches import RECENT, DecodeBatch, Int64, PrefillBatch
 
 
 @dataclass(frozen=True, slots=True)

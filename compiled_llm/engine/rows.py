@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from compiled_llm.config import Sampler
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.row_params import pack_params
+from compiled_llm.runtime.batches import RECENT
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.sampling import RowParams
-from compiled_llm.runtime.state import RECENT
 
 _MAX_STOP_IDS = 16
 

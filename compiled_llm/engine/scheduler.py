@@ -16,8 +16,8 @@ from compiled_llm.engine.kv_cache import KVCache
 from compiled_llm.engine.plan import Chunk, Plan, plan_decode, plan_prefill
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.rows import Rows
+from compiled_llm.runtime.batches import Int64
 from compiled_llm.runtime.runtime import Runtime
-from compiled_llm.runtime.state import Int64
 
 
 class OutOfPagesError(Exception):

@@ -37,6 +37,10 @@ class UnsupportedModelError(ValueError):
     """The model needs something of attention, or of its inputs, that is not served here; the message names it."""
 
 
+class UndecidedError(ValueError):
+    """On the meta device a forward asked for values, so that nothing can be told of it without weights."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """The options of one attention call.
@@ -46,6 +50,7 @@ class AttentionCall:
         reach: while a model is examined, how far back its mask, or else the call, lets queries see (see `AttentionLayer.window`).
         softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
         sinks: [H] a score for each head that takes weight and gives no value, or None.
+        slopes: [H] float32, what each head's scores lose for each token that lies between query and key (ALiBi), or None.
         is_causal: what the call and its module say, where no mask says more.
     """
 
@@ -53,6 +58,7 @@ class AttentionCall:
     reach: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
     is_causal: bool = True
 
 
@@ -156,6 +162,6 @@ class PagedAttention:
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
             q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            self.arrivals, call.sinks, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
+            self.arrivals, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

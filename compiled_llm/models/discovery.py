@@ -8,10 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.models.attention import ATTENTION_NAME, CURRENT, Attention, AttentionCall, UnsupportedModelError
+from compiled_llm.models.attaching import route
+from compiled_llm.models.attention import (
+    ATTENTION_NAME,
+    CURRENT,
+    Attention,
+    AttentionCall,
+    UndecidedError,
+    UnsupportedModelError,
+)
 from compiled_llm.models.forward import Forward, PositionsCache
 from compiled_llm.models.masks import EXAMINING_NAME
 from compiled_llm.models.states import RowStates, State, fresh_cache, states_of
+from compiled_llm.models.traced import ServedModel, trace
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
@@ -26,7 +35,7 @@ class AttentionLayer:
         num_heads, num_kv_heads: G of the latter, each shared by as many of the former.
         key_dim, value_dim: elements a head.
         window: how many tokens back a query sees, itself included; 0 for all; -C for those of its own chunk of C tokens.
-        softcap: of its scores, 0 for none; sinks: whether scores of sinks take part.
+        softcap: of its scores, 0 for none; sinks: whether scores of sinks take part; alibi: whether scores fall with distance.
         dtype: of keys and values.
     """
 
@@ -38,6 +47,7 @@ class AttentionLayer:
     window: int
     softcap: float
     sinks: bool
+    alibi: bool
     dtype: torch.dtype
 
     @property
@@ -45,29 +55,27 @@ class AttentionLayer:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-class UndecidedError(ValueError):
-    """On the meta device a forward asked for values, so that nothing can be told of it without weights."""
+class OwnAttentionError(UnsupportedModelError):
+    """Some attention of the model does not go through the interface, or needs a cache of the model's own."""
 
 
-@contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention to us, in eval mode and without gradients; put everything back at the end."""
-    attention, experts = model.config._attn_implementation, model.get_experts_implementation()
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+def examine(model: PreTrainedModel) -> tuple[ServedModel, list[AttentionLayer]]:
+    """An attached model in the form in which its attention calls us, and its attention layers.
+
+    Raises:
+        UnsupportedModelError: naming the feature that is not served.
+        UndecidedError: on the meta device, where only weights can tell.
+    """
     try:
-        model.set_attn_implementation(ATTENTION_NAME)
-        model.set_experts_implementation(_experts(model))
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        model.set_attn_implementation(attention)
-        model.set_experts_implementation(experts)
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        return model, discover(model)
+    except OwnAttentionError:
+        if fresh_cache(model.config) is not None:
+            raise
+    traced = trace(model)
+    return traced, discover(traced)
 
 
-def discover(model: PreTrainedModel) -> list[AttentionLayer]:
+def discover(model: ServedModel) -> list[AttentionLayer]:
     """The attention layers of an attached model.
 
     Raises:
@@ -84,72 +92,76 @@ def discover(model: PreTrainedModel) -> list[AttentionLayer]:
     return notes.layers
 
 
-def continues_from_states(model: PreTrainedModel) -> bool:
+def continues_from_states(model: ServedModel) -> bool:
     """Whether several tokens at once go on from the states, if there are any, as one token does; some models only begin so."""
-    cache = fresh_cache(model)
+    cache = fresh_cache(model.config)
     if cache is None:
         return True
     with _examined(model, _attend_to_itself):
         whole = _forward_alone(model, [1, 2, 3, 4])[:, 2:].float()
-        _call(model, [1, 2], cache)
-        rest = _call(model, [3, 4], cache, start=2).float()
+        _call(model, [1, 2], cache, [0, 1])
+        rest = _call(model, [3, 4], cache, [2, 3]).float()
     return _alike(whole, rest, model.dtype)
 
 
-def allocate_states(model: PreTrainedModel, num_rows: int) -> RowStates | None:
+def allocate_states(model: ServedModel, num_rows: int) -> RowStates | None:
     """Slots for the states of so many sequences at once; None where the model has no states."""
-    cache = fresh_cache(model)
+    cache = fresh_cache(model.config)
     return None if cache is None else RowStates(discover_states(model), len(cache.layers), num_rows, model.device)
 
 
-def discover_states(model: PreTrainedModel) -> list[State]:
+def discover_states(model: ServedModel) -> list[State]:
     """What layers of an attached model remember of a sequence besides keys and values."""
-    cache = fresh_cache(model)
+    cache = fresh_cache(model.config)
     if cache is None:
         return []
     with _examined(model, _attend_to_itself):
-        _call(model, [0] * 4, cache)
+        _call(model, [0] * 4, cache, [0, 1, 2, 3])
     return states_of(cache)
 
 
-def check_tokens_meet_in_attention(model: PreTrainedModel) -> None:
-    """Where each token attends to itself alone, none changes another's logits: all else that a sequence knows is in its cache.
+def check_tokens_meet_in_attention(model: ServedModel) -> None:
+    """Where each token attends to itself alone, it has the same logits beside whatever others, and wherever in the row.
 
     Raises:
-        UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface.
+        UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface, or their
+            positions are not those that the model is told.
     """
     with _examined(model, _attend_to_itself):
-        if fresh_cache(model) is None:
-            one, other = (_forward_alone(model, ids)[:, 1:].float() for ids in ([0, 1, 1], [2, 1, 1]))
+        if fresh_cache(model.config) is None:
+            one = _forward_alone(model, [0, 1, 1], [0, 5, 2])[:, [1, 2]].float()
+            other = _forward_alone(model, [1, 2, 1], [2, 7, 5])[:, [2, 0]].float()
         else:  # what a layer remembers must be in its cache, and each call gets a new one
             one, _, other = (_forward_alone(model, ids).float() for ids in ([1], [0], [1]))
     if not _alike(one, other, model.dtype):
         raise UnsupportedModelError(
-            f"{model.config.model_type}: its tokens meet outside transformers' attention interface, which is not supported"
+            f"{model.config.model_type}: its tokens meet outside of attention, or take their place in a row for their position, "
+            "which is not supported"
         )
 
 
 @contextmanager
-def _examined(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+def _examined(model: ServedModel, attention: Attention) -> Iterator[None]:
     """Attention calls do this meanwhile, and masks are built only to learn how far they reach."""
     try:
-        model.set_attn_implementation(EXAMINING_NAME)
+        route(model, EXAMINING_NAME)
         CURRENT.attention = attention
         with torch.no_grad():
             yield
     finally:
         CURRENT.attention = None
-        model.set_attn_implementation(ATTENTION_NAME)
+        route(model, ATTENTION_NAME)
 
 
-def _forward_alone(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Logits [1, T, V] of these tokens as a sequence's first."""
-    return _call(model, ids, fresh_cache(model) or PositionsCache(torch.arange(len(ids), device=model.device)))
+def _forward_alone(model: ServedModel, ids: list[int], positions: list[int] | None = None) -> Tensor:
+    """Logits [1, T, V] of these tokens; as a sequence's first, unless their positions are given."""
+    positions = positions or list(range(len(ids)))
+    cache = fresh_cache(model.config) or PositionsCache(torch.tensor(positions, device=model.device))
+    return _call(model, ids, cache, positions)
 
 
-def _call(model: PreTrainedModel, ids: list[int], cache: Cache, start: int = 0) -> Tensor:
-    tokens = torch.tensor([ids], device=model.device)
-    positions = start + torch.arange(len(ids), device=model.device)[None]
+def _call(model: ServedModel, ids: list[int], cache: Cache, at: list[int]) -> Tensor:
+    tokens, positions = torch.tensor([ids], device=model.device), torch.tensor([at], device=model.device)
     masks = {"attention_mask": torch.ones_like(tokens)}
     if model.device.type == "meta" and not isinstance(cache, PositionsCache):
         masks = {}  # layers with states look whether it masks anything
@@ -160,15 +172,15 @@ def _call(model: PreTrainedModel, ids: list[int], cache: Cache, start: int = 0) 
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if model.device.type == "meta" and "meta" in str(error):
             raise UndecidedError(f"{model.config.model_type}: what its forward does depends on values ({error})") from error
-        raise UnsupportedModelError(f"{model.config.model_type}: {_what_failed(error)}, which is not supported") from error
-
-
-def _what_failed(error: Exception) -> str:
-    """What a model asks of its cache, in whose forward this error came up, while ours was there."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, AttributeError | IndexError):
-        return f"it keeps what it remembers in a cache of its own kind ({said})"
-    return f"its forward needs the cache's length as a number, while sequences in a batch differ in theirs ({said})"
+        kind, said = model.config.model_type, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, AttributeError | IndexError):
+            raise UnsupportedModelError(
+                f"{kind}: it keeps what it remembers in a cache of its own kind ({said}), which is not supported"
+            ) from error
+        raise OwnAttentionError(
+            f"{kind}: its forward needs the cache's length as a number, while sequences in a batch differ in theirs ({said}), "
+            "which is not supported"
+        ) from error
 
 
 def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
@@ -182,15 +194,7 @@ def _attend_to_itself(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: 
     return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
 
 
-def _experts(model: PreTrainedModel) -> dict[str, str | None]:
-    """The model's choice of experts, unless that waits for the device, as the grouped one does when compiled without bfloat16."""
-    chosen = model.get_experts_implementation()
-    if model.device.type == "cpu" or model.dtype == torch.bfloat16:
-        return chosen
-    return {name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()}
-
-
-def count_rotary_embeddings(model: PreTrainedModel) -> int:
+def count_rotary_embeddings(model: ServedModel) -> int:
     """How many rotary embeddings a step computes: one, or one for each layer type there is that has parameters of its own."""
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None)
@@ -215,6 +219,7 @@ class _Notes:
             window=call.reach,
             softcap=call.softcap,
             sinks=call.sinks is not None,
+            alibi=call.slopes is not None,
             dtype=k.dtype,
         )
         if not call.is_causal:
@@ -238,7 +243,7 @@ def _check_layer_types(config: PretrainedConfig) -> None:
 def _check_calls(config: PretrainedConfig, layers: list[AttentionLayer]) -> None:
     """Every layer calls attention, as often as the others."""
     if not layers:
-        raise UnsupportedModelError(f"{config.model_type}: its attention does not go through transformers' attention interface")
+        raise OwnAttentionError(f"{config.model_type}: its attention does not go through transformers' attention interface")
     names = dict.fromkeys(layer.name for layer in layers)
     if len(layers) % config.num_hidden_layers:
         raise UnsupportedModelError(

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
 from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.models.traced import ServedModel, TracedModel
 
 
-def features(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[str]:
+def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
     """What is to be served of the model besides plain causal attention of equal heads."""
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
     windows = {layer.window for layer in layers}
@@ -18,6 +17,8 @@ def features(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[s
         "all tokens": 0 in windows and len(windows) > 1,
         "softcap": any(layer.softcap for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
+        "ALiBi": any(layer.alibi for layer in layers),
+        "attention of its own": isinstance(model, TracedModel),
         "shared key heads": any(layer.num_heads > layer.num_kv_heads for layer in layers),
         "keys and values of different dims": any(layer.key_dim != layer.value_dim for layer in layers),
         "heads that differ by layer": len(heads) > 1,

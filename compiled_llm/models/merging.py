@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
-    """Fill a list with the groups of linear layers without bias that get the same tensor while this is open."""
+    """Fill a list with the groups of linear layers without bias that get the same tensor in the last forward while this is open."""
     calls: list[tuple[Tensor, nn.Linear]] = []  # holding the tensors keeps their identities apart
     groups: list[list[nn.Linear]] = []
 
@@ -24,6 +24,7 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
             calls.append((arguments[0], module))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if type(module) is nn.Linear]
+    hooks.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
     try:
         yield groups
     finally:

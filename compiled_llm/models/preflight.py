@@ -9,15 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.models.attention import UnsupportedModelError
-from compiled_llm.models.discovery import (
-    AttentionLayer,
-    UndecidedError,
-    attached,
-    count_rotary_embeddings,
-    discover,
-    discover_states,
-)
+from compiled_llm.models.attaching import attached
+from compiled_llm.models.attention import UndecidedError, UnsupportedModelError
+from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings, discover_states, examine
 from compiled_llm.models.features import features
 from compiled_llm.models.merging import linears_by_input
 from compiled_llm.models.states import State
@@ -57,13 +51,13 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     with attached(model):
         with linears_by_input(model) as groups:
-            layers = discover(model)
+            served, layers = examine(model)
         return Preflight(
             model_type=config.model_type,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=tuple(layers),
             states=tuple(discover_states(model)),
-            features=tuple(features(model, layers)),
+            features=tuple(features(served, layers)),
             rotary_embeddings=count_rotary_embeddings(model),
             merged_projections=len(groups),
         )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 Kind = Literal["conv", "recurrent"]
@@ -32,10 +32,10 @@ class State:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def fresh_cache(model: PreTrainedModel) -> Cache | None:
+def fresh_cache(config: PretrainedConfig) -> Cache | None:
     """An empty cache for a model with states; None for one without."""
     try:
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=config)
     except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing of its layers
         return None
     return cache if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers) else None
@@ -69,22 +69,27 @@ class RowStates(nn.Module):
             slots = torch.zeros(num_rows + 1, *state.shape, dtype=state.dtype, device=device)
             self.register_buffer(f"state_{number}", slots, persistent=False)
 
+    @property
+    def slots(self) -> list[Tensor]:
+        """The buffers."""
+        return [getattr(self, f"state_{number}") for number in range(len(self._states))]
+
     def gather(self, rows: Tensor, known: Tensor) -> Cache:
         """The states of these rows [B], as a cache; zeros where `known` [B], the tokens that they know, is 0."""
         with_states = {state.layer: StatesLayer() for state in self._states}
-        for number, state in enumerate(self._states):
-            slots: Tensor = getattr(self, f"state_{number}")
+        for state, slots in zip(self._states, self.slots, strict=True):
             begun = (known > 0).view(-1, *[1] * len(state.shape))
             with_states[state.layer].put(state, torch.where(begun, slots[rows], 0))
         return Cache(layers=[with_states.get(number) or PassingLayer() for number in range(self._num_layers)])
 
     def scatter(self, rows: Tensor, cache: Cache) -> None:
         """Keep what the cache holds now."""
-        for number, state in enumerate(self._states):
+        for state, slots in zip(self._states, self.slots, strict=True):
             layer = cache.layers[state.layer]
             assert isinstance(layer, StatesLayer)
-            held = layer.conv_states if state.kind == "conv" else layer.recurrent_states
-            getattr(self, f"state_{number}")[rows] = held[state.index]
+            held = (layer.conv_states if state.kind == "conv" else layer.recurrent_states)[state.index]
+            assert held is not None
+            slots[rows] = held
 
 
 class PassingLayer(CacheLayerMixin):

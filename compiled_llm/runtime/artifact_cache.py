@@ -25,10 +25,9 @@ class _Found:
 
 def open_artifact(config: Config, make_key: Callable[[], Key], report: Report) -> Artifact | None:
     """The one that is named, if it fits or is empty; else the one in the cache directory; None where nothing can be kept."""
-    wanted, notice = config.compile.artifact, report.warnings.append
-    if wanted == "off" or config.compile.dispatch != "direct" or config.compile.dump is not None:
+    if not keeps(config):
         return None
-    key = make_key()
+    wanted, notice, key = config.compile.artifact, report.warnings.append, make_key()
     if isinstance(wanted, Path):
         named = Artifact(wanted, key, notice, _digest(config))
         misfit = named.misfit()
@@ -40,6 +39,12 @@ def open_artifact(config: Config, make_key: Callable[[], Key], report: Report) -
     kept.misfit()  # says so where it is damaged
     report.facts["artifact"] = str(kept.directory)
     return kept
+
+
+def keeps(config: Config) -> bool:
+    """Whether what is compiled for the config is kept at all."""
+    settings = config.compile
+    return settings.artifact != "off" and settings.dispatch == "direct" and settings.dump is None
 
 
 def is_expected(config: Config) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
+from compiled_llm.models.traced import ServedModel, model_itself
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from passes.pipeline import source_digest
@@ -39,9 +40,7 @@ class Key:
         return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
 
 
-def make_key(
-    model: PreTrainedModel, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits
-) -> Key:
+def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits) -> Key:
     """The key of an engine whose buffers and caches are allocated."""
     seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
     pages = " + ".join(str(group.num_pages) for group in groups)
@@ -53,7 +52,7 @@ def make_key(
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
             "inductor": inductor_settings(),
-            "model": f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {_code_of(model)}",
+            "model": _model(model_itself(model)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
             "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
@@ -63,17 +62,18 @@ def make_key(
     )
 
 
+def _model(model: PreTrainedModel) -> str:
+    path = inspect.getsourcefile(type(model))
+    code = f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
+    return f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {code}"
+
+
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, CUDA {torch.version.cuda}"
     # Inductor's C++ has the number of threads in it.
     return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
-def _code_of(model: nn.Module) -> str:
-    path = inspect.getsourcefile(type(model))
-    return f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
 
 
 def inductor_settings() -> str:

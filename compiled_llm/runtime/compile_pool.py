@@ -15,24 +15,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.models.traced import ServedModel
 from compiled_llm.runtime import hollow
-from compiled_llm.runtime.artifact_cache import is_expected
+from compiled_llm.runtime.allocation import Memory
+from compiled_llm.runtime.artifact_cache import is_expected, keeps
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.memory import free_bytes
 from compiled_llm.runtime.report import Report
 
-if TYPE_CHECKING:
-    from compiled_llm.runtime.warmup import Memory
-
-Engine = tuple[PreTrainedModel, list[AttentionLayer], "Memory"]
+Engine = tuple[ServedModel, list[AttentionLayer], Memory]
 
 _MAX_PROCESSES = 16
 _MIN_CORES = 4  # with fewer, to import the compiler once more costs what is gained
@@ -139,10 +137,8 @@ def num_processes(config: Config, device: torch.device, missing: int) -> int:
 
 def begin_early(config: Config, device: torch.device) -> CompilePool | None:
     """A pool that imports while the model loads, where it is likely that there will be something to compile."""
-    settings = config.compile
-    possible = settings.dispatch == "direct" and settings.artifact != "off" and settings.dump is None
-    at_once = possible and settings.capture == "start"
-    return CompilePool() if at_once and num_processes(config, device, 2) and not is_expected(config) else None
+    at_once = config.compile.capture == "start"
+    return CompilePool() if at_once and keeps(config) and num_processes(config, device, 2) and not is_expected(config) else None
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
+from compiled_llm.models.traced import ServedModel
+from compiled_llm.runtime.allocation import Memory
 from compiled_llm.runtime.artifact_cache import tidy
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
@@ -15,7 +15,7 @@ from compiled_llm.runtime.lazy import pending
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.verify import check_entry
-from compiled_llm.runtime.warmup import Entry, Memory, compile_buckets, graph_budget
+from compiled_llm.runtime.warmup import Entry, compile_buckets, graph_budget
 
 
 class BucketMaker:
@@ -32,7 +32,7 @@ class BucketMaker:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config, limits: Limits,
+        self, model: ServedModel, layers: list[AttentionLayer], memory: Memory, config: Config, limits: Limits,
         artifact: Artifact | None, report: Report,
     ) -> None:  # fmt: skip
         self._model, self._layers, self._memory, self._limits = model, layers, memory, limits

@@ -12,15 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, continues_from_states
+from compiled_llm.models.traced import ServedModel
+from compiled_llm.runtime.allocation import allocate
 from compiled_llm.runtime.artifact_cache import open_artifact
 from compiled_llm.runtime.artifact_key import Key, make_key
+from compiled_llm.runtime.batches import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.compile_pool import CompilePool
-from compiled_llm.runtime.dispatch import Launch, graph_events, graph_pool, prepare_thread
+from compiled_llm.runtime.dispatch import Launch
+from compiled_llm.runtime.graph_trees import graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.lazy import LazyBuckets, between_steps
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.making import BucketMaker
@@ -28,10 +31,9 @@ from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
 from compiled_llm.runtime.serving import Serving
-from compiled_llm.runtime.state import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step import choose
 from compiled_llm.runtime.traffic import Traffic
-from compiled_llm.runtime.warmup import Entry, StrictError, allocate
+from compiled_llm.runtime.warmup import Entry, StrictError
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -68,7 +70,7 @@ class Runtime:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: ServedModel,
         layers: list[AttentionLayer],
         config: Config,
         report: Report,
@@ -97,10 +99,6 @@ class Runtime:
         self.report = report
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
-            if self.has_states and config.verify:
-                raise ValueError(
-                    f"{model.config.model_type} keeps states of its sequences, which verify does not try: set verify=false"
-                )
             if self.has_states and config.cache.prefix_caching:
                 report.warnings.append(f"{model.config.model_type} keeps states of its sequences, so prompts share no pages")
             self._artifact = open_artifact(config, self.key, report)
@@ -161,11 +159,11 @@ class Runtime:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
         self._check_thread()
         entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
-        size = len(batch.ids)
-        if entry is None and self.has_states:  # several tokens and one may go different ways in a model, and then round otherwise
-            size = max(size, min(2, self.limits.max_num_batched_tokens))
-        self.memory.state.stage_prefill(batch, entry.bucket.size if entry is not None else size)
-        return self._run(entry, Bucket("prefill", size, batch.sampler))
+        asked = Bucket("prefill", len(batch.ids), batch.sampler)
+        if entry is None:
+            asked = self.memory.eager_bucket(asked, self.limits)
+        self.memory.state.stage_prefill(batch, asked.size if entry is None else entry.bucket.size)
+        return self._run(entry, asked)
 
     def decode(self, batch: DecodeBatch) -> Ticket:
         """One more token for every row of the batch."""

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from compiled_llm.models.attention import PagedAttention
+from compiled_llm.runtime.batches import PrefillInputs
 from compiled_llm.runtime.sampling import MAX_LOGPROBS
-from compiled_llm.runtime.state import PrefillInputs
 from compiled_llm.runtime.step import Step
 from passes.ops.top_logprobs import top_logprobs
 

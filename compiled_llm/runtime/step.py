@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from compiled_llm.models.attention import CURRENT, LayerCache, PagedAttention
 from compiled_llm.models.forward import Forward
 from compiled_llm.models.states import RowStates
+from compiled_llm.runtime.batches import DecodeInputs, PrefillInputs
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.sampling import MAX_LOGPROBS, History, RowParams, sample_full, sample_greedy, sample_random
-from compiled_llm.runtime.state import RING, DecodeInputs, PrefillInputs, StepState
+from compiled_llm.runtime.state import RING, StepState
 from passes.ops.top_logprobs import top_logprobs
 
 

@@ -1,7 +1,7 @@
 """Random batches to try a bucket with: rows, lengths, pages and contents that no request has, the same each time they are staged.
 
-All of a trial's pages are NaN but for the tokens that its rows have cached, and so is the trash page: who reads what is not
-there, shows it. Pages of no row lie between them: who writes what is not its own, shows it, too.
+All of a trial's pages are NaN but for the tokens that its rows have cached, and so are the trash page and the states of other
+rows: who reads what is not there, shows it. Pages of no row lie between them: who writes what is not its own, shows it, too.
 
 Shapes: S sequences, T tokens, G groups of layers, N pages a row at most, as in `state`.
 """
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from compiled_llm.config import Sampler
 from compiled_llm.models.attention import LayerCache
+from compiled_llm.runtime.allocation import Memory
+from compiled_llm.runtime.batches import RECENT, TRASH_PAGE, DecodeBatch, Int64, PrefillBatch
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.sampling import RowParams
-from compiled_llm.runtime.state import RECENT, TRASH_PAGE, DecodeBatch, Int64, PrefillBatch
-from compiled_llm.runtime.warmup import Memory
 from passes.ops.paged_attention import oldest_seen
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
@@ -34,6 +34,7 @@ class Trial:
 
     Attributes:
         rows, starts, counts: [S] distinct rows, the tokens that each has cached, and those that it brings.
+        bystanders: rows that have no part in it.
         tables: [G, S, N] pages; pages: of each group, those of the trial, pages of no row among them.
         params: [S, C]; tokens: [S] ids that decoding rows feed.
         batch: the same, as the runtime gets it.
@@ -41,6 +42,7 @@ class Trial:
     """
 
     rows: Int64
+    bystanders: Int64
     starts: Int64
     counts: Int64
     tables: NDArray[np.int32]
@@ -63,8 +65,9 @@ class Trial:
 def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, full: bool) -> Trial:
     """A batch that the bucket serves, as large as it can be or of a random size."""
     rng, block_size, vocab_size = np.random.default_rng(seed), memory.block_size, memory.state.logits.shape[1]
-    capacity = min(group.num_pages for group in memory.groups) - 1
-    counts = _counts(rng, bucket, limits, capacity, block_size, full=full)
+    capacity = min((group.num_pages - 1 for group in memory.groups), default=limits.max_num_seqs * limits.max_model_len)
+    alone = bucket.kind == "prefill" and memory.states is not None
+    counts = _counts(rng, bucket, limits, capacity, block_size, full=full, most_seqs=1 if alone else limits.max_num_seqs)
     blocks = -(-counts // block_size)
     spare = min(capacity - int(blocks.sum()), _CACHED_TOKENS // block_size) // len(counts)
     longest = np.minimum(limits.max_model_len - counts, (blocks + spare) * block_size - counts)
@@ -72,15 +75,18 @@ def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, ful
     starts = rng.integers(shortest, longest + 1)
     if bucket.kind == "prefill":
         starts[rng.random(len(counts)) < 0.5] = 0
-    rows = rng.permutation(limits.max_num_seqs)[: len(counts)]
+    if alone and (counts[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket):
+        starts[:] = 0  # where a model has states, only the beginning of a sequence is padded
+    rows, bystanders = np.split(rng.permutation(limits.max_num_seqs)[: len(counts) + _BYSTANDERS], [len(counts)])
     tables, pages = _tables(rng, memory, starts, counts)
     params = np.stack([_params(bucket.sampler, number, rng) for number in range(len(counts))])
     tokens = rng.integers(0, vocab_size, len(counts))
     make = _decode_batch if bucket.kind == "decode" else _prefill_batch
     batch = make(rng, bucket, memory, rows=rows, starts=starts, counts=counts, tables=tables, params=params, vocab_size=vocab_size)
     return Trial(
-        rows=rows, starts=starts, counts=counts, tables=tables, pages=pages, params=params, tokens=tokens, batch=batch, seed=seed
-    )
+        rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, params=params, tokens=tokens,
+        batch=batch, seed=seed,
+    )  # fmt: skip
 
 
 def stage(trial: Trial, memory: Memory, size: int) -> None:
@@ -92,6 +98,8 @@ def stage(trial: Trial, memory: Memory, size: int) -> None:
             assert isinstance(cache, LayerCache)
             for number, tensor in enumerate((cache.k, cache.v)):
                 _stage_pages(trial, group, tensor, seed=trial.seed * 100_003 + 2 * layer + number)
+    for number, slots in enumerate(memory.states.slots if memory.states is not None else ()):
+        _stage_states(trial, slots, seed=trial.seed * 100_019 + number)
     if isinstance(trial.batch, DecodeBatch):
         memory.state.stage_decode(trial.batch)
     else:
@@ -126,11 +134,20 @@ def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int) -> None:
     cache.view(-1, *cache.shape[2:])[slots] = content.to(cache.dtype)
 
 
+def _stage_states(trial: Trial, slots: Tensor, *, seed: int) -> None:
+    """Random where a row is of the trial, NaN where it is not, nor is a row that padding stands for."""
+    generator = torch.Generator(slots.device).manual_seed(seed)
+    slots[torch.from_numpy(trial.bystanders).to(slots.device)] = float("nan")
+    slots[-1] = float("nan")
+    content = torch.randn(len(trial.rows), *slots.shape[1:], generator=generator, device=slots.device)
+    slots[torch.from_numpy(trial.rows).to(slots.device)] = content.to(slots.dtype)
+
+
 def _counts(
-    rng: np.random.Generator, bucket: Bucket, limits: Limits, capacity: int, block_size: int, *, full: bool
+    rng: np.random.Generator, bucket: Bucket, limits: Limits, capacity: int, block_size: int, *, full: bool, most_seqs: int
 ) -> NDArray[np.int64]:
     """How many tokens each sequence brings, [S]."""
-    most = min(bucket.size, limits.max_num_seqs, capacity)
+    most = min(bucket.size, most_seqs, capacity)
     if bucket.kind == "decode":
         return np.ones(most if full else rng.integers(1, most + 1), np.int64)
     seqs = int(rng.integers(1, most + 1))
@@ -188,7 +205,7 @@ def _prefill_batch(rng: np.random.Generator, bucket: Bucket, memory: Memory, **v
     """A row that has tokens cached and brings one may be one that decodes."""
     starts, counts = values["starts"], values["counts"]
     total, seqs = int(counts.sum()), len(counts)
-    decoding = (starts > 0) & (counts == 1) & (rng.random(seqs) < 0.5)
+    decoding = (starts > 0) & (counts == 1) & (rng.random(seqs) < 0.5) & (memory.states is None)
     ids = rng.integers(0, values["vocab_size"], total)
     ids[np.repeat(decoding, counts)] = -1
     scoring = bucket.sampler == "scoring"

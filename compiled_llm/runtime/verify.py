@@ -13,44 +13,29 @@ experts and the router is all but undecided, rounding decides. In 16 bits that h
 Whatever a bucket does to them meanwhile, the state and the pages are afterwards as they were before.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from compiled_llm.models.attention import LayerCache
+from compiled_llm.config import Sampler
+from compiled_llm.models.traced import ServedModel
+from compiled_llm.runtime.allocation import Memory
+from compiled_llm.runtime.batches import RECENT
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.dispatch import release
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.outcomes import Outcome, outcome_of, preserved
 from compiled_llm.runtime.report import Verification
 from compiled_llm.runtime.sampling import History, RowParams, scores_full
-from compiled_llm.runtime.state import RECENT, TRASH_PAGE
 from compiled_llm.runtime.trials import Trial, make_trial, stage
-from compiled_llm.runtime.warmup import Entry, Memory, StrictError
+from compiled_llm.runtime.warmup import Entry, StrictError
 
 # The largest difference that rounding may make, in standard deviations.
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 1.0}
 ROUTED_OTHERWISE = 0.25  # the share of tokens that may differ by more, with experts and in 16 bits
 _BATCHES, _TOKENS = 3, 16  # at least
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
-    """What a step left of a trial. S sequences, T tokens, V tokens in the vocabulary; keys and values of each layer in turn.
-
-    tokens, positions [S]; logits [S, V] or None; scored [T] logprobs of the prompt, none unless the sampler is scoring.
-    written: the keys or values of the batch's tokens; kept: those of all other places in the trial's pages.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    logits: Tensor | None
-    scored: Tensor
-    written: list[Tensor]
-    kept: list[Tensor]
 
 
 @dataclass(slots=True)
@@ -71,7 +56,7 @@ class _Findings:
         return _largest(torch.cat([*self.token_errors, *self.row_errors]))
 
 
-def check_entry(entry: Entry, model: PreTrainedModel, memory: Memory, limits: Limits, *, strict: bool) -> None:
+def check_entry(entry: Entry, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool) -> None:
     """Verify a compiled bucket; one that fails is not used. With `strict` that is an error, StrictError."""
     if entry.compiled is None:
         return
@@ -86,12 +71,12 @@ def check_entry(entry: Entry, model: PreTrainedModel, memory: Memory, limits: Li
 
 
 @torch.no_grad()
-def verify(bucket: Bucket, launch: Callable[[], object], model: PreTrainedModel, memory: Memory, limits: Limits) -> Verification:
+def verify(bucket: Bucket, launch: Callable[[], object], model: ServedModel, memory: Memory, limits: Limits) -> Verification:
     """Replay the bucket on random batches, lengths and block tables changing between them, and compare it with eager."""
     found, allowed = _Findings(), ALLOWED[model.dtype]
     while len(found.token_errors) < _BATCHES or sum(map(len, found.token_errors)) < _TOKENS:
         batch = len(found.token_errors)
-        _try(make_trial(bucket, memory, limits, seed=batch, full=batch == 0), found, bucket, launch, model, memory)
+        _try(make_trial(bucket, memory, limits, seed=batch, full=batch == 0), found, bucket, launch, model, memory, limits)
     routed = model.dtype != torch.float32 and any("experts" in name for name in model.config.get_text_config().to_dict())
     return Verification(
         batches=len(found.token_errors),
@@ -107,19 +92,19 @@ def verify(bucket: Bucket, launch: Callable[[], object], model: PreTrainedModel,
 
 
 def _try(
-    trial: Trial, found: _Findings, bucket: Bucket, launch: Callable[[], object], model: PreTrainedModel, memory: Memory
+    trial: Trial, found: _Findings, bucket: Bucket, launch: Callable[[], object], model: ServedModel, memory: Memory, limits: Limits
 ) -> None:
     """One batch, by the bucket and by eager."""
-    tokens = int(trial.counts.sum())
-    reference = Bucket(bucket.kind, tokens, "scoring" if bucket.sampler == "scoring" else "full")
-    with _preserved(memory, trial):
+    sampler: Sampler = "scoring" if bucket.sampler == "scoring" else "full"
+    reference = memory.eager_bucket(Bucket(bucket.kind, int(trial.counts.sum()), sampler), limits)
+    with preserved(memory, trial):
         stage(trial, memory, bucket.size)
         launch()
-        got = _outcome(trial, memory, bucket)
-        stage(trial, memory, tokens)
+        got = outcome_of(trial, memory, bucket)
+        stage(trial, memory, reference.size)
         history = _history(trial, memory)
         memory.step(model, reference)()
-        _compare(found, got, _outcome(trial, memory, reference), trial, history, ALLOWED[model.dtype])
+        _compare(found, got, outcome_of(trial, memory, reference), trial, history, ALLOWED[model.dtype])
 
 
 def _failure(found: _Findings, allowed: float, share: float) -> str | None:
@@ -136,55 +121,6 @@ def _failure(found: _Findings, allowed: float, share: float) -> str | None:
     return None
 
 
-@contextmanager
-def _preserved(memory: Memory, trial: Trial) -> Iterator[None]:
-    """Afterwards the state is as before, and so are the trial's pages and the trash pages; copies wait on the host."""
-    state = {name: buffer.to("cpu", copy=True) for name, buffer in memory.state.named_buffers()}
-    pages = [(cache, pages, cache[pages].cpu()) for cache, pages in _caches(memory, trial, trash=True)]
-    try:
-        yield
-    finally:
-        for name, buffer in memory.state.named_buffers():
-            buffer.copy_(state[name])
-        for cache, numbers, content in pages:
-            cache[numbers] = content.to(cache.device)
-
-
-def _caches(memory: Memory, trial: Trial, *, trash: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys and the values of each layer, and the numbers of the trial's pages of them."""
-    for group, members in enumerate(memory.groups):
-        numbers = [*trial.pages[group].tolist(), *([TRASH_PAGE] if trash else [])]
-        for layer in members.layers:
-            cache = memory.caches[layer]
-            assert isinstance(cache, LayerCache)
-            for tensor in (cache.k, cache.v):
-                yield tensor, torch.tensor(numbers, device=tensor.device)
-
-
-def _outcome(trial: Trial, memory: Memory, bucket: Bucket) -> _Outcome:
-    state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
-    logits = state.logits[rows].float() if bucket.sampler in ("full", "scoring") else None
-    scored = state.prompt_logprobs[: int(trial.counts.sum()), 0] if bucket.sampler == "scoring" else state.prompt_logprobs[:0, 0]
-    written, kept = [], []
-    for cache, pages, slots in _written(memory, trial):
-        flat = cache.view(-1, *cache.shape[2:])
-        written.append(flat[slots].float().cpu())
-        flat[slots] = 0
-        kept.append(cache[pages].cpu())
-    return _Outcome(
-        tokens=state.tokens[rows], positions=state.positions[rows], logits=logits, scored=scored.clone(), written=written, kept=kept
-    )
-
-
-def _written(memory: Memory, trial: Trial) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The keys and the values of each layer, the trial's pages of them, and where the batch's own tokens are."""
-    groups = {layer: number for number, group in enumerate(memory.groups) for layer in group.layers}
-    layers = [layer for group in memory.groups for layer in group.layers for _ in "kv"]
-    for layer, (cache, pages) in zip(layers, _caches(memory, trial, trash=False), strict=True):
-        slots = trial.slots(groups[layer], memory.block_size, new=True)
-        yield cache, pages, torch.from_numpy(slots).to(cache.device)
-
-
 def _history(trial: Trial, memory: Memory) -> History:
     """What the sampler knows of the trial's rows before the step."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
@@ -192,7 +128,7 @@ def _history(trial: Trial, memory: Memory) -> History:
     return History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
 
 
-def _compare(found: _Findings, got: _Outcome, want: _Outcome, trial: Trial, history: History, allowed: float) -> None:
+def _compare(found: _Findings, got: Outcome, want: Outcome, trial: Trial, history: History, allowed: float) -> None:
     assert want.logits is not None
     found.rows += len(trial.rows)
     found.agreeing += int((got.tokens == want.tokens).sum())
@@ -200,7 +136,7 @@ def _compare(found: _Findings, got: _Outcome, want: _Outcome, trial: Trial, hist
     if not torch.equal(got.positions, want.positions):
         found.wrong.append("it left rows at other positions")
     if not all(_same(*pair) for pair in zip(got.kept, want.kept, strict=True)):
-        found.wrong.append("it wrote to places in the KV cache that are not its tokens'")
+        found.wrong.append("it wrote to places in the KV cache, or to states, that are not its tokens'")
     token_errors = torch.zeros(int(trial.counts.sum()))
     for mine, others in zip(got.written, want.written, strict=True):
         found.cache_difference = max(found.cache_difference, _largest(mine - others))
@@ -209,6 +145,9 @@ def _compare(found: _Findings, got: _Outcome, want: _Outcome, trial: Trial, hist
     row_errors = _gaps(got.tokens, want, trial, history, 2 * allowed * spread_S)
     found.choice_gap = max(found.choice_gap, _largest(row_errors))
     row_errors = row_errors / 2 / spread_S
+    for mine, others in zip(got.states, want.states, strict=True):
+        errors = ((mine - others) / others.std().clamp(min=1e-30)).abs().flatten(1).amax(1)
+        row_errors = torch.maximum(row_errors, errors)
     if got.logits is not None:
         found.logit_difference = max(found.logit_difference or 0.0, _largest(got.logits - want.logits))
         row_errors = torch.maximum(row_errors, ((got.logits - want.logits) / spread_S[:, None]).abs().amax(1))
@@ -218,7 +157,7 @@ def _compare(found: _Findings, got: _Outcome, want: _Outcome, trial: Trial, hist
     _keep(found.row_errors, row_errors.cpu(), found)
 
 
-def _gaps(chosen_S: Tensor, want: _Outcome, trial: Trial, history: History, slack_S: Tensor) -> Tensor:
+def _gaps(chosen_S: Tensor, want: Outcome, trial: Trial, history: History, slack_S: Tensor) -> Tensor:
     """How far the chosen tokens lie below the right ones, by eager's logits, [S]; a little below a cutoff is still above it."""
     assert want.logits is not None
     packed = torch.from_numpy(trial.params).to(chosen_S.device)

@@ -1,5 +1,5 @@
 """The start of an engine, in the order that graphs force on it: a graph bakes in addresses, so the paged cache is allocated
-once the weights are there and the activations measured, and each bucket, large to small, is compiled and recorded after it.
+first (see `allocation`), and each bucket, large to small, is compiled and recorded after it.
 """
 
 import gc
@@ -9,55 +9,30 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
-from transformers import PreTrainedModel
 
 from compiled_llm.config import Config
-from compiled_llm.models.discovery import AttentionLayer, allocate_states, count_rotary_embeddings
+from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.merging import count_merged
-from compiled_llm.models.states import RowStates
+from compiled_llm.models.traced import ServedModel
+from compiled_llm.runtime.allocation import Memory, stage_padding
 from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
-from compiled_llm.runtime.buckets import Bucket, Kind
+from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_pool import CompilePool, at_work
-from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, graph_bytes, release, serialize
-from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory import PageGroup, allocate_caches, free_bytes, plan_groups, trash_groups
-from compiled_llm.runtime.memory_plan import GraphBudget, by_usefulness, set_aside
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, release, serialize
+from compiled_llm.runtime.graph_trees import graph_bytes
+from compiled_llm.runtime.memory import free_bytes
+from compiled_llm.runtime.memory_plan import GraphBudget, by_usefulness
 from compiled_llm.runtime.report import BucketReport, Report
-from compiled_llm.runtime.sequence_step import SequenceStep
-from compiled_llm.runtime.state import DecodeBatch, StepState
-from compiled_llm.runtime.step import DecodeStep, PrefillStep, Step
+from compiled_llm.runtime.step import Step
 from passes import PASSES, PassContext, PassError, PassReport, Pipeline
 from passes.ops.ahead import compile_kernels
-
-STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
-STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": SequenceStep}
 
 
 class StrictError(RuntimeError):
     """What `strict` forbids: a fallback, a graph skip, a recompile or a re-record."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What every step works on; see `StepState`, `LayerCache` and `RowStates`; `states` is None for a model without any."""
-
-    state: StepState
-    states: RowStates | None
-    caches: nn.ModuleList
-    groups: list[PageGroup]
-    block_size: int
-
-    def step(self, model: PreTrainedModel, bucket: Bucket) -> Step:
-        """The step of a bucket, not compiled."""
-        groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
-        windows = tuple(self.groups[g].window for g in groups.values())
-        steps = STEPS if self.states is None else STEPS_WITH_STATES
-        return steps[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,31 +44,8 @@ class Entry:
     compiled: CompiledStep | None = None
 
 
-def allocate(model: PreTrainedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
-    """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
-    device, block_size = model.device, config.cache.block_size
-    vocab_size: int = model.get_output_embeddings().weight.shape[0]
-    state = StepState(
-        max_num_seqs=limits.max_num_seqs,
-        max_blocks=-(-limits.max_model_len // block_size),
-        max_tokens=limits.max_num_batched_tokens,
-        num_groups=len({layer.window for layer in layers}),
-        num_kv_heads=max((layer.num_kv_heads for layer in layers), default=1),
-        vocab_size=vocab_size,
-        dtype=model.dtype,
-        device=device,
-    )
-    states = allocate_states(model, limits.max_num_seqs)
-    with report.phase("measure activations", device):
-        reserved = _measure_activations(model, layers, state, states, block_size, limits)
-    with report.phase("allocate KV cache", device):
-        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved + set_aside(config, device))
-        caches = allocate_caches(layers, groups, block_size, device)
-    return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
-
-
 def compile_buckets(
-    buckets: Sequence[Bucket], model: PreTrainedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
+    buckets: Sequence[Bucket], model: ServedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
     artifact: Artifact | None, report: Report, *, progress: bool, budget: GraphBudget | None = None,
     pool: CompilePool | None = None,
 ) -> list[Entry]:  # fmt: skip
@@ -128,7 +80,7 @@ def compile_buckets(
             began = time.perf_counter()
             by_others = others is not None and others.wait(entry.bucket)
             waited = time.perf_counter() - began
-            _stage_padding(memory.state, entry.bucket)
+            stage_padding(memory.state, entry.bucket)
             pipeline = make_pipeline(config, entry.bucket, model, layers)
             _compile(entry, memory.step(model, entry.bucket), pipeline, config, artifact, report.warnings)
             if by_others and entry.report.loaded:
@@ -164,40 +116,7 @@ def _give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _measure_activations(
-    model: PreTrainedModel,
-    layers: list[AttentionLayer],
-    state: StepState,
-    states: RowStates | None,
-    block_size: int,
-    limits: Limits,
-) -> int:
-    """Peak bytes of an eager step of the largest prefill bucket, all of it padding, on a cache of the trash page alone."""
-    device = model.device
-    if device.type != "cuda":
-        return 0
-    groups = trash_groups(layers)
-    caches = allocate_caches(layers, groups, block_size, device)
-    bucket = Bucket("prefill", limits.max_num_batched_tokens, "full")
-    _stage_padding(state, bucket)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    return peak
-
-
-def _stage_padding(state: StepState, bucket: Bucket) -> None:
-    """Give the step nothing to do."""
-    if bucket.kind == "prefill":
-        state.stage_prefill(state.padding_batch(), bucket.size)
-    else:
-        state.stage_decode(DecodeBatch(rows=np.empty(0, np.int64)))
-
-
-def make_pipeline(config: Config, bucket: Bucket, model: PreTrainedModel, layers: list[AttentionLayer]) -> Pipeline:
+def make_pipeline(config: Config, bucket: Bucket, model: ServedModel, layers: list[AttentionLayer]) -> Pipeline:
     """The passes that the config wants, for one bucket."""
     context = PassContext(
         layers=tuple(layer.name for layer in layers),

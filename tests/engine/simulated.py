@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from compiled_llm.config import CacheConfig, Config, LimitsConfig
+from compiled_llm.runtime.batches import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
@@ -19,7 +20,7 @@ from compiled_llm.runtime.readback import Ticket
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Logprobs, RowExtras
 from compiled_llm.runtime.sampling import MAX_LOGPROBS, RowParams
-from compiled_llm.runtime.state import RECENT, RING, TRASH_PAGE, DecodeBatch, PrefillBatch
+from compiled_llm.runtime.state import RING
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.engine.kv_cache import Int64, KVCache
+from compiled_llm.runtime.batches import TRASH_PAGE
 from compiled_llm.runtime.memory import PageGroup
-from compiled_llm.runtime.state import TRASH_PAGE
 
 NUM_ROWS, BLOCK_SIZE, MAX_BLOCKS = 3, 2, 10
 LONGEST = MAX_BLOCKS * BLOCK_SIZE - 1

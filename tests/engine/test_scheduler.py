@@ -14,9 +14,9 @@ from compiled_llm.engine.request import Request
 from compiled_llm.engine.rows import Rows
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
+from compiled_llm.runtime.batches import PrefillBatch
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup, _pages_of_a_sequence
-from compiled_llm.runtime.state import PrefillBatch
 from tests.engine.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
 
 STOPS = {"none": (), "two": (3, 5), "many": tuple(range(18))}

@@ -20,11 +20,13 @@ from tests.conftest import DEVICE
 from tests.tiny import check_matches
 
 KINDS = {
+    "bloom": "attention of its own, ALiBi",
     "deepseek_v3": "latent attention, experts",
     "diffllama": "several calls a layer",
     "falcon_h1": "states of a scan beside attention in each layer",
     "gemma3n_text": "keys and values shared by layers",
     "gemma4_text": "heads that differ by layer",
+    "gpt_neo": "attention of its own, windows",
     "gpt_oss": "sinks, windows, experts",
     "lfm2": "states of convolutions",
     "llama4_text": "chunks, layers without positions, experts",

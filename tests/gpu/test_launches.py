@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.request import Request
 from compiled_llm.runtime import step
-from compiled_llm.runtime.dispatch import graph_events, graph_pool
+from compiled_llm.runtime.graph_trees import graph_events, graph_pool
 from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
 
 

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm import UnsupportedModelError
+from compiled_llm.models.attaching import attached
 from compiled_llm.models.attention import attention_forward
-from compiled_llm.models.discovery import attached, check_tokens_meet_in_attention, count_rotary_embeddings, discover
+from compiled_llm.models.discovery import check_tokens_meet_in_attention, count_rotary_embeddings, discover, examine
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -39,12 +40,10 @@ def _model(kind: str, **values: object) -> torch.nn.Module:
 
 
 REFUSED = {
-    "bloom": ({"n_head": 4, "n_layer": 2}, "bloom: its attention does not go through transformers'"),
-    "gptj": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, "gptj: its attention does not go through transformers'"),
-    "xglm": (
-        {"d_model": 32, "ffn_dim": 32, "attention_heads": 4, "num_layers": 2},
-        "xglm: its forward needs the cache's length as a",
-    ),
+    "megatron-bert": ({"is_decoder": True}, "megatron-bert: .* interface, and its mask is neither causal nor a causal window"),
+    "falcon": ({"alibi": True}, "falcon: .* interface, and it adds a bias to scores that does not grow evenly with"),
+    "xlnet": ({"d_model": 32, "n_head": 4, "n_layer": 2}, "xlnet: .* interface, and none is recognised in its graph"),
+    "rwkv": ({"attention_hidden_size": 32}, "rwkv: .* interface, and its forward is another one for each number of tokens"),
     "recurrent_gemma": (
         {"num_hidden_layers": 3, "lru_width": 32},
         "recurrent_gemma: it keeps what it remembers in a cache of its own",
@@ -58,7 +57,7 @@ def test_what_is_not_served_is_named(kind: str) -> None:
     values, message = REFUSED[kind]
     model = _model(kind, **values)
     with pytest.raises(UnsupportedModelError, match=message), attached(model):
-        discover(model)
+        examine(model)
 
 
 def test_windows_are_found_in_masks() -> None:
@@ -73,7 +72,7 @@ def test_windows_are_found_in_masks() -> None:
 
 
 def test_tokens_must_meet_in_attention_alone() -> None:
-    """Attention that a model does by itself shows in what its logits depend on."""
+    """Attention that a model does by itself, and positions that it counts by itself, show in what its logits depend on."""
     mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
     with pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"), attached(mixed):
         check_tokens_meet_in_attention(mixed)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from compiled_llm.models.attaching import attached
 from compiled_llm.models.attention import CURRENT
-from compiled_llm.models.discovery import attached
 from compiled_llm.models.forward import Forward
 from tests.conftest import DEVICE
 from tests.tiny import tiny_model

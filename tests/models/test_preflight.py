@@ -12,7 +12,9 @@ from compiled_llm.config import ModelConfig
 from compiled_llm.config_file import parse_config
 from compiled_llm.inspection import inspect_model
 from compiled_llm.models import loading
-from compiled_llm.models.discovery import UndecidedError, attached, count_rotary_embeddings, discover, discover_states
+from compiled_llm.models.attaching import attached
+from compiled_llm.models.attention import UndecidedError
+from compiled_llm.models.discovery import count_rotary_embeddings, discover, discover_states
 from compiled_llm.models.loading import load
 from compiled_llm.models.merging import linears_by_input
 from compiled_llm.models.preflight import preflight, refuse_unsupported
@@ -37,8 +39,7 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
 
 REFUSED = {
     "deepseek_v32": "layers of type deepseek_sparse_attention are not supported",
-    "bloom": "its attention does not go through transformers' attention interface",
-    "xglm": "its forward needs the cache's length as a number",
+    "rwkv": "its attention does not go through transformers' attention interface, and its forward is another one for each",
     "inkling_text": "attention argument 'position_bias' is not supported",
 }
 
@@ -54,11 +55,14 @@ def test_what_depends_on_values_is_left_to_the_start() -> None:
     with pytest.raises(UndecidedError, match="dbrx: what its forward does depends on values"):
         preflight(tiny_config("dbrx"), torch.float32)
     refuse_unsupported(tiny_config("dbrx"), torch.float32)
+    for model_type in ("bloom", "falcon", "gpt_neo"):
+        with pytest.raises(UndecidedError, match=f"{model_type}: it computes attention by itself"):
+            preflight(tiny_config(model_type), torch.float32)
 
 
 def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=32, n_head=2, n_layer=1, vocab_size=64))
-    bloom.save_pretrained(tmp_path / "bloom")
+    rwkv = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", hidden_size=32, num_hidden_layers=2, vocab_size=64))
+    rwkv.save_pretrained(tmp_path / "rwkv")
     tiny_model("llama").save_pretrained(tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     quantised = {**config, "quantization_config": {"quant_method": "awq", "bits": 4}}
@@ -77,7 +81,7 @@ def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
     for name, message in [
-        ("bloom", "bloom: its attention does not go through"),
+        ("rwkv", "rwkv: its attention does not go through"),
         ("quantised", "llama: weights quantised by awq are not supported"),
         ("t5", "t5: transformers knows no causal LM of this type"),
         ("own", "needs code of its own, which is run only where model.trust_remote_code=true"),

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from compiled_llm import CompiledLLM
+from compiled_llm.models.attaching import attached
 from compiled_llm.models.discovery import (
     allocate_states,
-    attached,
     check_tokens_meet_in_attention,
     continues_from_states,
     discover,
@@ -75,8 +75,3 @@ def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -
         assert (report.scheduling.preemptions > 0) == bool(llm.runtime.memory.groups), "without pages, nobody lacks one"
     assert any("keeps states" in warning for warning in report.warnings)
     assert report.scheduling.cached_tokens == 0
-
-
-def test_what_verify_does_not_try_is_not_called_verified() -> None:
-    with pytest.raises(ValueError, match="lfm2 keeps states of its sequences, which verify does not try"):
-        CompiledLLM(_model("lfm2"), None, small_config(**EAGER, verify=True), progress=False)
