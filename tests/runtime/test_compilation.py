@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.runtime import warmup
-from compiled_llm.runtime.dispatch import prepare_thread
+from compiled_llm.runtime.graph_trees import prepare_thread
 from compiled_llm.runtime.warmup import StrictError
 from passes import PASSES, PassError
 from tests.conftest import DEVICE

@@ -73,8 +73,8 @@ def test_two_processes_compile_and_the_engine_does_not(tmp_path: Path, expected:
     config = pooled(tmp_path)
     tokens, report, traced = tokens_and_report(config)
     assert tokens == expected
-    assert traced == 0
     assert report.warnings == []
+    assert traced == 0
     assert report.facts["compiled by"] == "2 processes"
     assert all(bucket.mode != "eager" and not bucket.loaded for bucket in report.buckets)
     assert not report.fallbacks

@@ -16,6 +16,8 @@ from compiled_llm.runtime.dispatch import CompiledStep
 from compiled_llm.runtime.lazy import LazyBuckets, pending
 from compiled_llm.runtime.step import Step
 from compiled_llm.runtime.warmup import Entry
+from sweep.shrink import tiny_config
+from sweep.tiny_model import tiny_model as random_model
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 LAZY = {"compile": {"capture": "lazy"}}
@@ -104,6 +106,18 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
         for name in ("decode-2-full", "prefill-48-full"):
             assert (buckets[name].mode == "pending", buckets[name].failure, buckets[name].replays > 0) == (False, None, True)
             assert buckets[name].verification is not None
+
+
+def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of padding leaves the convolutions' states of the requests that run as they are."""
+    monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
+    model = random_model(tiny_config("lfm2"))
+    reference, prompts = Reference(model), [prompt_of(20), prompt_of(7), prompt_of(30)]
+    config = small_config(buckets={"decode": [1, 2, 4], "prefill": [48], "samplers": ["greedy"]}, **LAZY)
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
+        captured = [bucket for bucket in llm.report().buckets if bucket.mode != "pending"]
+        assert captured
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:

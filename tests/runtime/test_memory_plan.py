@@ -12,7 +12,7 @@ from compiled_llm import CompiledLLM
 from compiled_llm.config import CacheConfig
 from compiled_llm.config_file import parse_config
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.runtime import dispatch, memory, warmup
+from compiled_llm.runtime import graph_trees, memory, warmup
 from compiled_llm.runtime.buckets import Bucket, make_buckets
 from compiled_llm.runtime.dispatch import CompiledStep
 from compiled_llm.runtime.limits import Limits
@@ -144,6 +144,7 @@ def test_the_cache_takes_what_is_left(
             window=window,
             softcap=0.0,
             sinks=False,
+            alibi=False,
             dtype=torch.bfloat16,
         )
         for n, window in enumerate(windows)
@@ -170,4 +171,4 @@ def test_what_is_set_aside() -> None:
     assert set_aside(parse_config(wanted), torch.device("cpu")) == 0
     assert set_aside(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
     assert CacheConfig().memory == "auto"
-    assert dispatch.graph_bytes(torch.device("cpu")) == 0
+    assert graph_trees.graph_bytes(torch.device("cpu")) == 0

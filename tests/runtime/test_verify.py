@@ -34,6 +34,13 @@ def llm() -> Iterator[CompiledLLM]:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def llm_with_states() -> Iterator[CompiledLLM]:
+    config = small_config(buckets={"decode": [4], "prefill": [48], "samplers": ["full"]}, verify=True)
+    with CompiledLLM(shrunk_model(tiny_config("lfm2")).to(DEVICE), None, config, progress=False) as engine:
+        yield engine
+
+
 def _launch(llm: CompiledLLM, bucket: Bucket) -> Callable[[], object]:
     compiled = llm.runtime.entries[bucket].compiled
     assert compiled is not None
@@ -60,6 +67,52 @@ def test_honest_buckets_pass_where_layers_see_chunks() -> None:
         assert any(group.window < 0 for group in llm.runtime.memory.groups)
         reports = llm.report().buckets
     assert [report.verification.failure for report in reports if report.verification] == [None] * len(reports)
+
+
+def test_honest_buckets_pass_where_layers_have_states(llm_with_states: CompiledLLM) -> None:
+    memory = llm_with_states.runtime.memory
+    assert memory.states is not None
+    for report in llm_with_states.report().buckets:
+        assert report.verification is not None
+        assert report.verification.failure is None
+    for slots in memory.states.slots:
+        slots.uniform_()
+    before = [slots.clone() for slots in memory.states.slots]
+    for bucket in (Bucket("prefill", 48, "full"), Bucket("decode", 4, "full")):
+        launch = _launch(llm_with_states, bucket)
+        assert verify(bucket, launch, llm_with_states.model, memory, llm_with_states.runtime.limits).failure is None
+        assert all(torch.equal(*pair) for pair in zip(before, memory.states.slots, strict=True))
+
+
+def _forgets(states: list[torch.Tensor], launch: Callable[[], object]) -> None:
+    kept = [slots.clone() for slots in states]
+    launch()
+    for slots, before in zip(states, kept, strict=True):
+        slots.copy_(before)
+
+
+def _begins_anew(states: list[torch.Tensor], launch: Callable[[], object]) -> None:
+    for slots in states:
+        slots.zero_()
+    launch()
+
+
+def _writes_to_all(states: list[torch.Tensor], launch: Callable[[], object]) -> None:
+    launch()
+    for slots in states:
+        slots.nan_to_num_()
+
+
+@pytest.mark.parametrize("bucket", [Bucket("prefill", 48, "full"), Bucket("decode", 4, "full")], ids=str)
+@pytest.mark.parametrize("fault", [_forgets, _begins_anew, _writes_to_all])
+def test_wrong_states_are_caught(
+    llm_with_states: CompiledLLM, bucket: Bucket, fault: Callable[[list[torch.Tensor], Callable[[], object]], None]
+) -> None:
+    memory, launch = llm_with_states.runtime.memory, _launch(llm_with_states, bucket)
+    assert memory.states is not None
+    slots = memory.states.slots
+    found = verify(bucket, lambda: fault(slots, launch), llm_with_states.model, memory, llm_with_states.runtime.limits)
+    assert found.failure is not None
 
 
 def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
