@@ -7,6 +7,7 @@ import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import patch
 
 from sweep.outcome import Outcome
 
@@ -16,12 +17,12 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "T
 
 def run_apart(model_type: str, dispatch: str, *, timeout: float, log: Path) -> Outcome:
     """The outcome of one type; what its process prints goes to the log."""
-    os.environ |= _ENVIRONMENT
     context = get_context("forkserver")
     context.set_forkserver_preload(["sweep.preload"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, model_type, dispatch, str(log)))
-    process.start()
+    with patch.dict(os.environ, _ENVIRONMENT):
+        process.start()
     theirs.close()
     try:
         outcome: Outcome = (

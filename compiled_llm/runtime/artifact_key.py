@@ -20,6 +20,7 @@ from compiled_llm.runtime.memory import PageGroup
 from passes.pipeline import source_digest
 
 _ROOT = Path(__file__).parents[2]
+_SHAPES_NOTHING = ("compile_threads", "worker_start_method", "debug_dir_root", "trace.")  # of the compiler; they differ by machine
 _SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
 
 
@@ -51,7 +52,7 @@ def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[
             "python": platform.python_version(),
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
-            "inductor": inductor_settings(),
+            "inductor": f"settings {_short(json.dumps(compiler_settings(), sort_keys=True))}",
             "model": _model(model_itself(model)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
@@ -76,15 +77,23 @@ def _device(device: torch.device) -> str:
     return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def inductor_settings() -> str:
-    """A digest of what the user or the environment set in torch's compiler."""
+def compiler_settings() -> dict[str, str]:
+    """What the user or the environment set in torch's compiler and can shape what it makes, as JSON, by name."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    settings = {config.__name__: config.get_config_copy() for config in (dynamo, functorch, inductor)}
-    text = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__qualname__", str(type(value))))
-    return f"settings {_short(text.replace(str(Path(torch.__file__).parents[1]), ''))}"
+    site = str(Path(torch.__file__).parents[1])
+    return {
+        f"{config.__name__}.{name}": json.dumps(value, sort_keys=True, default=_name_of).replace(site, "")
+        for config in (dynamo, functorch, inductor)
+        for name, value in config.get_config_copy().items()
+        if not name.startswith(_SHAPES_NOTHING)
+    }
+
+
+def _name_of(value: object) -> str:
+    return getattr(value, "__qualname__", str(type(value)))
 
 
 def _layout(modules: Iterable[nn.Module]) -> str:

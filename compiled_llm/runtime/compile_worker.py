@@ -22,7 +22,7 @@ import torch._inductor.codegen.triton
 import torch._inductor.compile_fx
 
 from compiled_llm.runtime import hollow
-from compiled_llm.runtime.artifact_key import inductor_settings
+from compiled_llm.runtime.artifact_key import compiler_settings
 from compiled_llm.runtime.artifacts import Kept
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_pool import Work
@@ -65,8 +65,7 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
     torch.set_num_threads(work.num_threads)
     failure, engine = None, None
     try:
-        if inductor_settings() != work.artifact.key.parts["inductor"]:
-            raise RuntimeError("torch's compiler was set up otherwise in the process that asks than it is by itself")
+        _check_settings(work.settings)
         engine = hollow.loads(work.engine)
     except Exception as error:
         failure = error
@@ -81,6 +80,15 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
             traceback.print_exc()
             answer = {"bucket": str(bucket), "failure": f"{type(error).__name__}: {error}"[:500]}
         os.write(answers, json.dumps(answer).encode() + b"\n")
+
+
+def _check_settings(theirs: dict[str, str]) -> None:
+    """Raise RuntimeError where this process would compile otherwise than the one that asks."""
+    mine = compiler_settings()
+    names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    if names:
+        each = "; ".join(f"{name} is {theirs.get(name)} there, {mine.get(name)} by itself" for name in names)
+        raise RuntimeError(f"torch's compiler was set up otherwise in the process that asks: {each}")
 
 
 @torch.no_grad()

@@ -280,10 +280,13 @@ def _run(artifact: Path, expected: list[list[int]], **changes: object) -> Report
 
 
 def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
-    """From a copy in another directory."""
+    """From a copy in another directory, as another user of a machine with another number of cores."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    environment = {
+        **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "LOGNAME": "someone", "TMPDIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "3",
+    }  # fmt: skip
     command = [sys.executable, "-c", _WARM, str(copy), repr(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
