@@ -5,7 +5,7 @@ import inspect
 import json
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,18 +26,23 @@ _SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """All that a compiled step depends on besides its bucket, by name, in words."""
+    """All that a compiled step depends on besides its bucket, by name, in words.
+
+    Attributes:
+        settings: of torch's compiler, as JSON; in most places its defaults.
+    """
 
     parts: dict[str, str]
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        return hash_of(json.dumps(self.parts, sort_keys=True).encode())
+        return hash_of(json.dumps([self.parts, self.settings], sort_keys=True).encode())
 
     def differences(self, other: "Key") -> list[str]:
         """A line for each part in which the other differs."""
-        names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
-        pairs = [(name, self.parts.get(name, "nothing"), other.parts.get(name, "nothing")) for name in names]
+        mine, theirs = self.parts | self.settings, other.parts | other.settings
+        pairs = [(name, mine.get(name, "nothing"), theirs.get(name, "nothing")) for name in mine | theirs]
         return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
 
 
@@ -52,14 +57,14 @@ def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[
             "python": platform.python_version(),
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
-            "inductor": f"settings {_short(json.dumps(compiler_settings(), sort_keys=True))}",
             "model": _model(model_itself(model)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
             "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
             "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout(buffers))}",
             "passes and options": ", ".join(f"{name}={value}" for name, value in sorted(options.items())),
-        }
+        },
+        settings=compiler_settings(),
     )
 
 

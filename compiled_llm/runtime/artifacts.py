@@ -22,7 +22,7 @@ from compiled_llm.runtime.whole_files import locked, remove_unfinished, write_wh
 from passes import PassReport
 from passes.ops.ahead import KernelFiles, restore_kernels
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
@@ -140,7 +140,8 @@ class Artifact:
         """An empty artifact of this key."""
         for path in [self.directory / MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
             path.unlink(missing_ok=True)
-        manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, "key": self.key.parts}
+        key = {"key": self.key.parts, "settings": self.key.settings}
+        manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, **key}
         write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     @property
@@ -168,7 +169,7 @@ def read_key(directory: Path) -> Key | None:
     """The key in a directory's manifest; None where there is none, or none that is whole."""
     manifest = read_manifest(directory)
     try:
-        key = Key(dict(manifest["key"]))
+        key = Key(dict(manifest["key"]), dict(manifest["settings"]))
     except (ValueError, KeyError, TypeError):
         return None
     return key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None

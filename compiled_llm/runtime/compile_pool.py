@@ -25,7 +25,6 @@ from compiled_llm.models.traced import ServedModel
 from compiled_llm.runtime import hollow
 from compiled_llm.runtime.allocation import Memory
 from compiled_llm.runtime.artifact_cache import is_expected, keeps
-from compiled_llm.runtime.artifact_key import compiler_settings
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.memory import free_bytes
@@ -46,7 +45,6 @@ class Work:
         engine: the model, its attention layers and its memory, as `hollow.dumps` gives them.
         processes: how many shall compile; threads: of the compiler, for each.
         num_threads: torch's own, which generated code depends on.
-        settings: of torch's compiler, which must be the same where the work is done.
     """
 
     engine: bytes
@@ -56,7 +54,6 @@ class Work:
     processes: int
     threads: int
     num_threads: int
-    settings: dict[str, str]
 
 
 class CompilePool:
@@ -175,7 +172,6 @@ def _make_work(buckets: list[Bucket], engine: Engine, config: Config, artifact: 
         processes=count,
         threads=max(1, _num_cores() // count),
         num_threads=torch.get_num_threads(),
-        settings=compiler_settings(),
     )
 
 

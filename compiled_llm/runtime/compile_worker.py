@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -22,7 +23,7 @@ import torch._inductor.codegen.triton
 import torch._inductor.compile_fx
 
 from compiled_llm.runtime import hollow
-from compiled_llm.runtime.artifact_key import compiler_settings
+from compiled_llm.runtime.artifact_key import Key, compiler_settings
 from compiled_llm.runtime.artifacts import Kept
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_pool import Work
@@ -65,7 +66,7 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
     torch.set_num_threads(work.num_threads)
     failure, engine = None, None
     try:
-        _check_settings(work.settings)
+        _check_settings(work.artifact.key)
         engine = hollow.loads(work.engine)
     except Exception as error:
         failure = error
@@ -82,13 +83,11 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def _check_settings(theirs: dict[str, str]) -> None:
+def _check_settings(key: Key) -> None:
     """Raise RuntimeError where this process would compile otherwise than the one that asks."""
-    mine = compiler_settings()
-    names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-    if names:
-        each = "; ".join(f"{name} is {theirs.get(name)} there, {mine.get(name)} by itself" for name in names)
-        raise RuntimeError(f"torch's compiler was set up otherwise in the process that asks: {each}")
+    different = key.differences(replace(key, settings=compiler_settings()))
+    if different:
+        raise RuntimeError(f"torch's compiler was set up otherwise in the process that asks: {', '.join(different)}")
 
 
 @torch.no_grad()

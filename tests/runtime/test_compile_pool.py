@@ -89,7 +89,7 @@ def test_a_compiler_that_is_set_up_otherwise_compiles_here(tmp_path: Path, expec
         tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
     assert traced == len(report.buckets) == len(report.warnings)
-    assert all("max_fusion_size is 3 there, 64 by itself" in warning for warning in report.warnings)
+    assert all("torch._inductor.config.max_fusion_size: 3; here: 64" in warning for warning in report.warnings)
 
 
 def test_processes_that_end_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]) -> None:
