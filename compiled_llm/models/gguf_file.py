@@ -21,14 +21,13 @@ def read_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    values: dict[tuple[int, str], Any] = {}  # by the identity of what they are parsed from, which the reader holds
+    values: dict[int, Any] = {}  # by the identity of what they are parsed from, which the reader holds with its types
     parse: Any = vars(loader)["_gguf_parse_value"]
 
     def parse_once(value: Any, types: Any) -> Any:
-        key = id(value), str(types)
-        if key not in values:
-            values[key] = parse(value, types)
-        return values[key]
+        if id(value) not in values:
+            values[id(value)] = parse(value, types)
+        return values[id(value)]
 
     with (
         patch.object(gguf, "GGUFReader", cache(Reader)),
