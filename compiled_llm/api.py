@@ -11,25 +11,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from compiled_llm import imported
-from compiled_llm.config import Config, ModelConfig
-from compiled_llm.config_file import load_config, parse_config
+from compiled_llm.config import ModelConfig
 from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import Engine
 from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
-from compiled_llm.jobs import Job, Jobs, Message, Prompt, raise_failure
-from compiled_llm.models.attaching import attached
-from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
+from compiled_llm.jobs import Job, Jobs, Message, Prompt, list_prompts, raise_failure
 from compiled_llm.models.loading import load, resolve_device
-from compiled_llm.models.merging import linears_by_input, merged
+from compiled_llm.running import run
 from compiled_llm.runtime.compile_pool import CompilePool, begin_early
-from compiled_llm.runtime.memory import PageGroup
-from compiled_llm.runtime.report import PhaseReport, Report
+from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Runtime
-
-ConfigLike = Config | str | Path | dict[str, Any] | None
+from compiled_llm.starting import ConfigLike, new_report, resolve_config, start, vocab_size
 
 
 class LoadOptions(TypedDict, total=False):
@@ -64,24 +58,13 @@ class CompiledLLM:
         _report: Report | None = None,
         _pool: CompilePool | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, _resolve_config(config)
-        report = _report or _new_report()
-        self._resources = ExitStack()
-        try:
-            self._resources.enter_context(attached(model))
-            with report.phase("examine model", model.device):
-                with linears_by_input(model) as groups:
-                    served, layers = examine(model)
-                check_tokens_meet_in_attention(served)
-                wanted = self.config.compile.dispatch != "eager" and "merge_projections" in self.config.pass_order()
-                self._resources.enter_context(merged(model, groups if wanted else []))
-            self._runtime: Runtime | None = Runtime(served, layers, self.config, report, progress=progress, pool=_pool)
+        self.model, self.tokenizer, self.config = model, tokenizer, resolve_config(config)
+        with ExitStack() as resources:
+            report = _report or new_report()
+            self._runtime: Runtime | None = start(model, self.config, report, resources, progress=progress, pool=_pool)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
-            self._engine = Engine(self._runtime, vocab_size=_vocab_size(model), decode_token=self._jobs.decode_token)
-        except BaseException:
-            self._resources.close()
-            raise
-        report.facts.update(_facts(self._runtime, model))
+            self._engine = Engine(self._runtime, vocab_size=vocab_size(model), decode_token=self._jobs.decode_token)
+            self._resources = resources.pop_all()
 
     @classmethod
     def from_pretrained(
@@ -101,14 +84,14 @@ class CompiledLLM:
                 compiled again, and where it is empty, it is filled.
             progress: show progress on standard error.
         """
-        resolved = _resolve_config(config)
+        resolved = resolve_config(config)
         if artifact is not None:
             kept = resolved.compile.model_copy(update={"artifact": Path(artifact)})
             resolved = resolved.model_copy(update={"compile": kept})
         if model is not None:
             named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
             resolved = resolved.model_copy(update={"model": named})
-        report, device = _new_report(), resolve_device(resolved.model)
+        report, device = new_report(), resolve_device(resolved.model)
         with begin_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):
                 loaded = load(resolved.model)
@@ -140,7 +123,7 @@ class CompiledLLM:
         Raises:
             ValueError: a prompt or parameter cannot be served; nothing was run, and the engine goes on.
         """
-        listed = _list_prompts(prompts)
+        listed = list_prompts(prompts)
         jobs = self._make_jobs(listed, params, priority, streaming=streamer is not None)
         total = sum(len(job.requests) for job in jobs)
         if streamer is not None and total != 1:
@@ -148,7 +131,7 @@ class CompiledLLM:
         feed = feeder(streamer)
         with progress_bar(total, enabled=progress and streamer is None) as show:
             # By arrival, a queue that is always long enough is as good as all of them.
-            for request in self._run(jobs, at_once=2 * self.runtime.limits.max_num_seqs if priority is None else None):
+            for request in run(self._alive(), jobs, at_once=2 * self.runtime.limits.max_num_seqs if priority is None else None):
                 feed(request)
                 show(request)
         return [self._jobs.output(job) for job in jobs]
@@ -194,7 +177,7 @@ class CompiledLLM:
                 unfinished.update(dict.fromkeys(job.requests, (number, job)))
                 yield job
 
-        for request in self._run(jobs(), at_once=2 * self.runtime.limits.max_num_seqs):
+        for request in run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs):
             if request.finish_reason is not None:
                 number, job = unfinished.pop(request)
                 if unfinished.keys().isdisjoint(job.requests):
@@ -283,77 +266,11 @@ class CompiledLLM:
         engine.check(job.requests[0])
         return job
 
-    def _run(self, jobs: Iterable[Job], *, at_once: int | None = None) -> Iterator[Request]:
-        """Run jobs to their ends; yields their requests as they get on, and each of them once when it has ended.
-
-        Another iterator's steps serve these requests too, and may end them. Closing the iterator, or an error, ends them all.
-
-        Args:
-            jobs: read as there is room.
-            at_once: the most of their requests in the engine, running or waiting.
-        """
-        engine, running = self._alive(), set[Request]()
-        requests = (request for job in jobs for request in job.requests)
-        upcoming = next(requests, None)
-        try:
-            while running or upcoming is not None:
-                while upcoming is not None and engine.has_room and (at_once is None or len(running) < at_once):
-                    engine.add(upcoming)
-                    running.add(upcoming)
-                    upcoming = next(requests, None)
-                news = engine.step()
-                ended = [request for request in running if request.finish_reason is not None]
-                for request in dict.fromkeys([*news, *ended]):
-                    if request in running:
-                        if request.finish_reason is not None:
-                            running.discard(request)
-                        yield request
-        finally:
-            for request in running:
-                engine.abort(request)
-
     def _stream(self, job: Job) -> Iterator[str]:
         (request,) = job.requests
         assert request.detokenizer is not None
-        for _ in self._run([job]):
+        for _ in run(self._alive(), [job]):
             text = request.detokenizer.take(final=request.finish_reason is not None)
             if text:
                 yield text
         raise_failure(request)
-
-
-def _resolve_config(config: ConfigLike) -> Config:
-    if isinstance(config, Config):
-        return config
-    return parse_config(config) if isinstance(config, dict) else load_config(config)
-
-
-def _new_report() -> Report:
-    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
-
-
-def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many -> many."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
-    memory, limits = runtime.memory, runtime.limits
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
-    return {
-        "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
-        "KV cache": ", ".join(_describe(group, memory.block_size) for group in memory.groups),
-        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
-    }
-
-
-def _describe(group: PageGroup, block_size: int) -> str:
-    window = f" with a window of {group.window}" if group.window > 0 else f" in chunks of {-group.window}" if group.window else ""
-    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"

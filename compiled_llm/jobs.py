@@ -32,6 +32,13 @@ class Job:
         return all(request.finish_reason is not None for request in self.requests)
 
 
+def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many -> many."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
 class Jobs:
     """Makes jobs for one model, and their outputs.
 

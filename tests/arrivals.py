@@ -10,6 +10,7 @@ import torch
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.request import Request
 from compiled_llm.jobs import Job
+from compiled_llm.running import run
 from tests.tiny import VOCAB_SIZE
 
 
@@ -98,6 +99,6 @@ def run_alone(llm: CompiledLLM, case: Case) -> Request:
     """The case's request when nothing else runs, and nothing is shared with what ran."""
     llm.reset_prefix_cache()
     (job,) = llm._make_jobs([case.prompt], case.params, None, streaming=False)
-    for _ in llm._run([job]):
+    for _ in run(llm.engine, [job]):
         pass
     return job.requests[0]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from compiled_llm import CompiledLLM, QueueFullError, SamplingParams
+from compiled_llm.running import run
 from tests.tiny import VOCAB_SIZE, Reference, greedy, prompt_of, small_config, tiny_model
 
 
@@ -108,13 +109,13 @@ def test_another_thread_is_refused(llm: CompiledLLM) -> None:
 def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Reference) -> None:
     free = llm.engine.cache.num_free
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
-    abandoned = llm._run(llm._make_jobs([prompt_of(9)], params, None, streaming=True))
+    abandoned = run(llm.engine, llm._make_jobs([prompt_of(9)], params, None, streaming=True))
     slow = llm._make_jobs([prompt_of(30)], params, None, streaming=True)
-    run = llm._run(slow)
-    next(abandoned), next(run)
+    running = run(llm.engine, slow)
+    next(abandoned), next(running)
     assert greedy(llm, [prompt_of(20)], 5) == [reference(prompt_of(20), 5)]
     abandoned.close()
-    for _ in run:
+    for _ in running:
         pass
     assert slow[0].requests[0].token_ids == reference(prompt_of(30), 50)
     assert llm.engine.cache.num_free == free
@@ -200,7 +201,7 @@ def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, referenc
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     bad, good = llm._make_jobs([prompt_of(9), prompt_of(20)], params, None, streaming=False)
     bad.requests[0].detokenizer = Failing()  # type: ignore[assignment]
-    for _ in llm._run([bad, good]):
+    for _ in run(llm.engine, [bad, good]):
         pass
     assert (bad.requests[0].finish_reason, bad.requests[0].error) == ("error", "KeyError: 'no such token'")
     assert good.requests[0].token_ids == reference(prompt_of(20), 8)

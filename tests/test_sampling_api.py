@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.outputs import CompletionOutput, Logprob
+from compiled_llm.running import run
 from tests.conftest import DEVICE
 from tests.tiny import prompt_of, small_config, tiny_model
 
@@ -302,7 +303,7 @@ def test_several_completions(llm: CompiledLLM) -> None:
     prompt = prompt_of(40)
     params = drawn(n=6, seed=2**63 - 3, logprobs=2)
     (job,) = llm._make_jobs([prompt], params, None, streaming=False)
-    for _ in llm._run([job]):
+    for _ in run(llm.engine, [job]):
         pass
     assert [request.num_cached_tokens for request in job.requests] == [0] + [2 * PAGE] * 5
     (output,) = llm.generate([prompt], params)

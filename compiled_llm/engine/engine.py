@@ -6,25 +6,25 @@ and the token it drew in the meantime is dropped.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from compiled_llm.engine.checks import check
 from compiled_llm.engine.kv_cache import KVCache
 from compiled_llm.engine.outputs import FinishReason, by_token
 from compiled_llm.engine.plan import Plan
+from compiled_llm.engine.processors import processed
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.row_params import bias_of, extras_of
 from compiled_llm.engine.rows import Rows
 from compiled_llm.engine.scheduler import OutOfPagesError, Scheduler, SchedulerLimits
 from compiled_llm.runtime.batches import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.readback import Ticket
-from compiled_llm.runtime.runtime import Logprobs, RowExtras, Runtime
-from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
+from compiled_llm.runtime.row_extras import RowExtras
+from compiled_llm.runtime.runtime import Logprobs, Runtime
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
 
@@ -87,24 +87,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Refuse what cannot be served, before anything reaches the device; raises ValueError."""
-        prompt, params, limit = request.prompt_token_ids, request.params, self._runtime.limits.max_model_len
-        if not prompt:
-            raise ValueError("the prompt is empty: expected at least one token")
-        if len(prompt) >= limit:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which limits.max_model_len={limit} leaves no answer to: "
-                f"shorten it to {limit - 1} or raise the limit"
-            )
-        self._check_ids("", prompt)
-        self._check_ids("logit_bias: ", params.logit_bias or ())
-        self._check_ids("allowed_token_ids: ", params.allowed_token_ids or ())
-        self._check_ids("bad_words: ", (token for word in request.bad_words for token in word))
-        longest = max(map(len, request.bad_words), default=0)
-        if len(request.bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_LEN:
-            raise ValueError(
-                f"bad_words must be at most {MAX_BAD_WORDS} sequences of at most {MAX_BAD_WORD_LEN} tokens (each word is one as "
-                f"it stands and one after a space), got {len(request.bad_words)} of up to {longest}"
-            )
+        check(request, vocab_size=self._vocab_size, max_model_len=self._runtime.limits.max_model_len)
 
     def add(self, request: Request) -> None:
         """Let a checked request wait for its turn; raises QueueFullError."""
@@ -240,16 +223,10 @@ class Engine:
     def _choose(self, row: int, sampled: NDArray[np.int64], logprobs: Logprobs | None) -> None:
         """Let the request's own logits processors change its logits, and sample from those instead."""
         request, runtime = self._rows.request(row), self._runtime
-        logits = runtime.logits(row)
-        ids = torch.from_numpy(self._rows.tokens[row : row + 1, : self._rows.known[row]].astype(np.int64)).to(logits.device)
+        tokens, logits = self._rows.tokens[row, : self._rows.known[row]], runtime.logits(row)
         self._stats.processor_calls += 1
         try:
-            for processor in request.params.logits_processors:
-                changed: Any = processor(ids, logits)  # type: ignore[arg-type]
-                if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
-                    got = tuple(changed.shape) if isinstance(changed, torch.Tensor) else type(changed).__name__
-                    raise ValueError(f"a logits processor must return logits of shape {tuple(logits.shape)}, got {got}")
-                logits = changed.to(logits)
+            logits = processed(request, tokens, logits)
         except Exception as error:
             self._end(request, "error", f"{type(error).__name__}: {error}")
             return
@@ -288,10 +265,3 @@ class Engine:
         for request in self._scheduler.waiting:
             if request.timings.scheduled is None and now - request.timings.arrived > limit:
                 self._end(request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}")
-
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        for token in ids:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"{name}token id {token} is out of range: the model's vocabulary has ids 0 to {self._vocab_size - 1}"
-                )

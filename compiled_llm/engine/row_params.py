@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled_llm.engine.request import Request
-from compiled_llm.runtime.runtime import RowExtras
+from compiled_llm.runtime.row_extras import RowExtras
 from compiled_llm.runtime.sampling import RowParams
 
 

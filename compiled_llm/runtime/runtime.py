@@ -6,7 +6,7 @@ for the device: the ids of a step are read on a stream of their own, while the n
 
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,8 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.making import BucketMaker
 from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
-from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.row_extras import RowExtras
+from compiled_llm.runtime.sampling import MAX_LOGPROBS, RowParams
 from compiled_llm.runtime.serving import Serving
 from compiled_llm.runtime.step import choose
 from compiled_llm.runtime.traffic import Traffic
@@ -42,21 +43,6 @@ class Logprobs(NamedTuple):
 
     values: NDArray[np.float32]
     ids: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowExtras:
-    """What a row brings that few rows do; None where it brings none.
-
-    Attributes:
-        bias: [V] float32, added to the logits.
-        counts: [V] int32, 2 * times generated + whether in the prompt.
-        bad_words: token sequences that must not be completed.
-    """
-
-    bias: NDArray[np.float32] | None = None
-    counts: NDArray[np.int32] | None = None
-    bad_words: list[list[int]] | None = None
 
 
 class Runtime:
@@ -187,18 +173,9 @@ class Runtime:
         return Logprobs(state.prompt_logprobs[:num_tokens].cpu().numpy(), state.prompt_ids[:num_tokens].cpu().numpy())
 
     def set_extras(self, row: int, extras: RowExtras) -> None:
-        """Write what few rows need; the row's params must say what counts (see `RowParams`)."""
+        """Write what few rows need."""
         self._check_thread()
-        state = self.memory.state
-        if extras.bias is not None:
-            state.bias[row].copy_(torch.from_numpy(extras.bias))
-        if extras.counts is not None:
-            state.counts[row].copy_(torch.from_numpy(extras.counts))
-        if extras.bad_words is not None:
-            words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_LEN), -1, np.int64)
-            for number, tokens in enumerate(extras.bad_words):
-                words[number, -len(tokens) :] = tokens
-            state.bad_words[row].copy_(torch.from_numpy(words))
+        extras.write(self.memory.state, row)
 
     def logits(self, row: int) -> torch.Tensor:
         """[1, V] of the row's last step, a float32 copy, if that was of the full sampler."""

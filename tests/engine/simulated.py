@@ -18,7 +18,8 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.readback import Ticket
 from compiled_llm.runtime.report import Report
-from compiled_llm.runtime.runtime import Logprobs, RowExtras
+from compiled_llm.runtime.row_extras import RowExtras
+from compiled_llm.runtime.runtime import Logprobs
 from compiled_llm.runtime.sampling import MAX_LOGPROBS, RowParams
 from compiled_llm.runtime.state import RING
 

@@ -1,0 +1,38 @@
+"""Jobs, run on an engine to their ends by whoever reads how they get on."""
+
+from collections.abc import Iterable, Iterator
+
+from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.request import Request
+from compiled_llm.jobs import Job
+
+
+def run(engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None) -> Iterator[Request]:
+    """Run jobs to their ends; yields their requests as they get on, and each of them once when it has ended.
+
+    Another iterator's steps serve these requests too, and may end them. Closing the iterator, or an error, ends them all.
+
+    Args:
+        engine: where they run.
+        jobs: read as there is room.
+        at_once: the most of their requests in the engine, running or waiting.
+    """
+    running = set[Request]()
+    requests = (request for job in jobs for request in job.requests)
+    upcoming = next(requests, None)
+    try:
+        while running or upcoming is not None:
+            while upcoming is not None and engine.has_room and (at_once is None or len(running) < at_once):
+                engine.add(upcoming)
+                running.add(upcoming)
+                upcoming = next(requests, None)
+            news = engine.step()
+            ended = [request for request in running if request.finish_reason is not None]
+            for request in dict.fromkeys([*news, *ended]):
+                if request in running:
+                    if request.finish_reason is not None:
+                        running.discard(request)
+                    yield request
+    finally:
+        for request in running:
+            engine.abort(request)

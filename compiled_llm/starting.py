@@ -1,0 +1,75 @@
+"""A start: from a config as a user may give it to a runtime that is ready, and the report that tells of it."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compiled_llm import imported
+from compiled_llm.config import Config
+from compiled_llm.config_file import load_config, parse_config
+from compiled_llm.models.attaching import attached
+from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
+from compiled_llm.models.merging import linears_by_input, merged
+from compiled_llm.runtime.compile_pool import CompilePool
+from compiled_llm.runtime.memory import PageGroup
+from compiled_llm.runtime.report import PhaseReport, Report
+from compiled_llm.runtime.runtime import Runtime
+
+ConfigLike = Config | str | Path | dict[str, Any] | None
+
+
+def resolve_config(config: ConfigLike) -> Config:
+    """What the user gave, as a `Config`; raises ValueError."""
+    if isinstance(config, Config):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def new_report() -> Report:
+    """A report that begins with what the import took."""
+    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
+
+
+def start(
+    model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None
+) -> Runtime:
+    """Route the model's attention here and compile it; `resources` gives the model back as it was.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names the feature of the model which is not served.
+        ValueError: the config does not fit the model or the machine.
+    """
+    resources.enter_context(attached(model))
+    with report.phase("examine model", model.device):
+        with linears_by_input(model) as groups:
+            served, layers = examine(model)
+        check_tokens_meet_in_attention(served)
+        wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+        resources.enter_context(merged(model, groups if wanted else []))
+    runtime = Runtime(served, layers, config, report, progress=progress, pool=pool)
+    report.facts.update(_facts(runtime, model))
+    return runtime
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """How many token ids the model knows."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
+    memory, limits = runtime.memory, runtime.limits
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    return {
+        "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
+        "KV cache": ", ".join(_describe(group, memory.block_size) for group in memory.groups),
+        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
+    }
+
+
+def _describe(group: PageGroup, block_size: int) -> str:
+    window = f" with a window of {group.window}" if group.window > 0 else f" in chunks of {-group.window}" if group.window else ""
+    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"
