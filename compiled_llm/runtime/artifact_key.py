@@ -71,7 +71,13 @@ def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[
 def _model(model: PreTrainedModel) -> str:
     path = inspect.getsourcefile(type(model))
     code = f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
-    return f"{type(model).__name__}, config {_short(model.config.to_json_string(use_diff=False))}, {code}"
+    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_place)
+    return f"{type(model).__name__}, config {_short(json.dumps(config, sort_keys=True))}, {code}"
+
+
+def _without_place(values: dict[str, object]) -> dict[str, object]:
+    """A checkpoint is the same wherever it lies."""
+    return {name: value for name, value in values.items() if name != "_name_or_path"}
 
 
 def _device(device: torch.device) -> str:

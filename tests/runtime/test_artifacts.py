@@ -246,7 +246,9 @@ from torch._dynamo.utils import counters
 from compiled_llm import CompiledLLM
 from tests.tiny import greedy, small_config, tiny_model
 config = small_config(compile={"artifact": sys.argv[1]})
-with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+model = tiny_model("llama")
+model.config._name_or_path = "/another/place"
+with CompiledLLM(model, None, config, progress=False) as llm:
     print(greedy(llm, eval(sys.argv[2]), 10), all(b.loaded for b in llm.report().buckets), llm.report().warnings)
 print(dict(counters["stats"]), dict(counters["aot_autograd"]), counters["inductor"]["fxgraph_cache_miss"])
 """
@@ -280,7 +282,7 @@ def _run(artifact: Path, expected: list[list[int]], **changes: object) -> Report
 
 
 def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
-    """From a copy in another directory, as another user of a machine with another number of cores."""
+    """From a copy elsewhere, as another user, with another number of cores and the checkpoint in another place."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     environment = {
