@@ -114,14 +114,18 @@ def paged_attention_cpu(
     arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
     max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """C++ for one query a sequence in float32, else the reference."""
-    if max_query_len > 1 or q_THD.dtype != torch.float32:
+    """C++ in float32, else the reference."""
+    if q_THD.dtype != torch.float32:
         return paged_attention_reference(
             q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, arrivals,
             sinks_H, slopes_H, scale, window, softcap, max_query_len,
         )  # fmt: skip
-    return cpu.decode_attention(
-        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
+    if max_query_len == 1:
+        return cpu.decode_attention(
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
+        )
+    return cpu.prefill_attention(
+        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
     )
 
 

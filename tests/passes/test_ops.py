@@ -125,6 +125,26 @@ def test_cpp_decode_is_the_reference(lens, shape, options) -> None:  # type: ign
     torch.testing.assert_close(actual, case.plain(**options).float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
+@pytest.mark.parametrize("batch", [MIXED, ([300, 64, 65, 200], [300, 64, 3, 130])], ids=["short", "long"])
+@pytest.mark.parametrize(("shape", "options"), SHAPES)
+def test_cpp_prefill_is_the_reference(batch, shape, options) -> None:  # type: ignore[no-untyped-def]
+    """As near to attention in float64 as the reference in float32 is, but for half of that."""
+    case = Case(*batch, **shape, pad_tokens=5)
+    expected = case.plain(**options)
+    actual, reference = (case.run(op, **options).double() for op in (paged_attention_cpu, paged_attention_reference))
+    assert (actual - expected).abs().max() <= 1.5 * (reference - expected).abs().max() + 1e-6
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
+@pytest.mark.parametrize("window", [0, 90, -90])
+def test_cpp_prefill_does_not_depend_on_what_shares_the_step(window: int) -> None:
+    """Bit for bit: the last 40 tokens of a prompt, alone and with all before them."""
+    whole, end = (Case([300], [new], heads=6) for new in (300, 40))
+    end.q = whole.q[-40:]
+    assert torch.equal(whole.run(paged_attention_cpu, window=window)[-40:], end.run(paged_attention_cpu, window=window))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lens", [[1300, 64, 65, 127, 128, 129, 700], [2000]], ids=["ragged", "one"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+_SOURCES = ("vectors.cpp", "small_linear.cpp", "decode_attention.cpp", "prefill_attention.cpp")
+
 
 def decode_attention(
     q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor,
@@ -26,6 +28,29 @@ def decode_attention(
         out_SHE.data_ptr(), S, H, G, D, E, page, scale, window, softcap,
     )  # fmt: skip
     return out_SHE
+
+
+def prefill_attention(
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
+    sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """As `passes.ops.prefill_attention`."""
+    q_THD = q_THD if q_THD.stride(-1) == 1 else q_THD.contiguous()
+    stride_T, stride_H, stride_D = q_THD.stride()
+    table_stride, entry_stride = block_table_SN.stride()
+    assert stride_D == entry_stride == 1
+    assert query_start.is_contiguous()
+    assert seq_lens_S.is_contiguous()
+    T, H, D = q_THD.shape
+    _, page, G, E = v_cache_PBGE.shape
+    out_THE = q_THD.new_zeros(T, H, E)
+    _library().prefill_attention(
+        q_THD.data_ptr(), stride_T, stride_H, k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
+        block_table_SN.data_ptr(), table_stride, query_start.data_ptr(), seq_lens_S.data_ptr(),
+        *(None if values is None else values.data_ptr() for values in (sinks_H, slopes_H)),
+        out_THE.data_ptr(), len(seq_lens_S), H, G, D, E, page, scale, window, softcap,
+    )  # fmt: skip
+    return out_THE
 
 
 def small_linear(
@@ -57,11 +82,16 @@ def small_linear(
 def _library() -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # with the compiler, which takes seconds to import
 
-    library = CppCodeCache.load((Path(__file__).parent / "kernels.cpp").read_text(), extra_flags=["-ffp-contract=fast"])
+    source = "\n".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
+    library = CppCodeCache.load(source, extra_flags=["-ffp-contract=fast"])
     assert isinstance(library, ctypes.CDLL)
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_bool
     library.decode_attention.argtypes = [
         pointer, number, number, pointer, pointer, pointer, number, pointer, pointer, pointer,
+        pointer, number, number, number, number, number, number, real, number, real,
+    ]  # fmt: skip
+    library.prefill_attention.argtypes = [
+        pointer, number, number, pointer, pointer, pointer, number, pointer, pointer, pointer, pointer,
         pointer, number, number, number, number, number, number, real, number, real,
     ]  # fmt: skip
     library.small_linear.argtypes = [
