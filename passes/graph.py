@@ -1,5 +1,6 @@
 """Reading and editing graphs: what a node is, whatever views and casts stand before it; new nodes with their fake values."""
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -21,6 +22,17 @@ def emit(graph: Graph, target: Target, *args: Argument) -> Node:
 def is_op(node: object, *targets: Target) -> TypeGuard[Node]:
     """Whether this is a call of one of the targets."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def reach_back(node: Node, is_end: Callable[[Node], bool]) -> set[Node]:
+    """The node and all that it depends on, back to ends and no further."""
+    found, open_nodes = set[Node](), [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in found:
+            found.add(node)
+            open_nodes += () if is_end(node) else node.all_input_nodes
+    return found
 
 
 def reshape_source(node: object) -> Node:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from passes.graph import is_op
+from passes.graph import is_op, reach_back
 from passes.scores import Bias, ask
 
 aten = torch.ops.aten
@@ -78,18 +78,8 @@ def _match(softmax: Node) -> OwnAttention | None:
 
 def _products_behind(node: object) -> list[Node]:
     """The matrix products that a node depends on without another between."""
-    found, seen, open_nodes = list[Node](), set[Node](), [node]
-    while open_nodes:
-        node = open_nodes.pop()
-        assert isinstance(node, Node)
-        if node in seen:
-            continue
-        seen.add(node)
-        if is_op(node, *_PRODUCTS):
-            found.append(node)
-        else:
-            open_nodes += node.all_input_nodes
-    return found
+    assert isinstance(node, Node)
+    return [behind for behind in reach_back(node, lambda behind: is_op(behind, *_PRODUCTS)) if is_op(behind, *_PRODUCTS)]
 
 
 def _only_product_after(softmax: Node) -> Node | None:

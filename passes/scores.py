@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.graph import reach_back
+
 _HIDDEN = -9000.0  # and less: weights of no key that others outdo by as much
 _LARGE = 1024.0  # a score before which rounding of biases vanishes
 
@@ -93,7 +95,8 @@ class _Evaluation:
         self._given[inputs[0]] = torch.zeros(num_tokens, dtype=torch.int64)
         length = inputs[0].meta["val"].shape[0]
         self._shape = [num_tokens if size == length else int(size) for size in scores.meta["val"].shape]
-        self._needed = _ancestors(result, {scores, *inputs})
+        given = {scores, *inputs}
+        self._needed = reach_back(result, given.__contains__) - given
         self.dtype: torch.dtype = scores.meta["val"].dtype
 
     def __call__(self, score: float) -> Tensor:
@@ -124,13 +127,3 @@ def _on_cpu(part: Any, values: dict[Node, object]) -> Any:
     if isinstance(part, Node):
         return values[part]
     return torch.device("cpu") if isinstance(part, torch.device) else part
-
-
-def _ancestors(node: Node, stop: set[Node]) -> set[Node]:
-    found, open_nodes = set[Node](), [node]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            open_nodes += node.all_input_nodes
-    return found

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compiled_llm.models.attaching import route
 from compiled_llm.models.attention import CURRENT, AttentionCall, UndecidedError, UnsupportedModelError
+from passes.ops.paged_attention import attend
 from passes.own_attention import replace_own_attention
 from passes.scores import Bias, UnlikeAttentionError
 
@@ -39,7 +40,7 @@ class TracedModel(nn.Module):
     def __init__(self, model: PreTrainedModel, forward_graph: GraphModule) -> None:
         super().__init__()
         self.model, self.forward_graph = model, forward_graph
-        self.config, self.generation_config = model.config, model.generation_config
+        self.config = model.config
 
     @property
     def device(self) -> torch.device:
@@ -216,11 +217,6 @@ def _attend_in_row(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Att
     """Plain attention of a row's tokens to each other."""
     assert isinstance(module, _Attend)
     module.drop_repeats(k, v)
-    T, repeat = q.shape[2], q.shape[1] // k.shape[1]
-    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-    scores = q.float() @ k.float().repeat_interleave(repeat, 1).transpose(-1, -2) * call.scale
-    if call.slopes is not None:
-        scores = scores - call.slopes[:, None, None] * distance
-    seen = (distance >= 0) & (distance < (call.reach or T))
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return (weights @ v.float().repeat_interleave(repeat, 1)).to(v.dtype).transpose(1, 2)
+    positions = torch.arange(q.shape[2], device=q.device)[None]
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    return attend(q, k, v, positions, positions[:, -1] + 1, None, call.slopes, call.scale, call.reach, call.softcap)

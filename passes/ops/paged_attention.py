@@ -38,7 +38,7 @@ def paged_attention_reference(
         lens = seq_lens_S.long()
         positions = lens[:, None] - 1
         keys, values = (_gather(cache, block_table_SN, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
-        attended = _attend(q_THD[:, None], keys, values, positions, lens, *options)[:, 0]
+        attended = attend(q_THD[:, None], keys, values, positions, lens, *options)[:, 0]
         return torch.where(lens[:, None, None] > 0, attended, out_THE)
     starts = query_start.tolist()
     for s, length in enumerate(seq_lens_S.tolist()):
@@ -48,7 +48,7 @@ def paged_attention_reference(
         table, lens = block_table_SN[s : s + 1], seq_lens_S[s : s + 1].long()
         positions = torch.arange(length - (rows.stop - rows.start), length, device=q_THD.device)[None]
         keys, values = (_gather(cache, table, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
-        out_THE[rows] = _attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
+        out_THE[rows] = attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
     return out_THE
 
 
@@ -69,11 +69,13 @@ def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, wi
     return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[pages_SK * block_size + tokens_SK % block_size]
 
 
-def _attend(
+def attend(
     q_SQHD: Tensor, k_SKGD: Tensor, v_SKGE: Tensor, positions_SQ: Tensor, lens_S: Tensor,
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T) v over the keys each position may see; positions_SQ are those of the queries in their sequences."""
+    """softmax(q k^T) v in plain PyTorch, over the keys each position may see; positions_SQ are those of the queries in their
+    sequences, of which lens_S tokens are there.
+    """
     S, Q, H, D = q_SQHD.shape
     K, G = k_SKGD.shape[1:3]
     q_SGMD = q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, H // G * Q, D).float()

@@ -3,6 +3,7 @@
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,21 +14,9 @@ def decode_attention(
     q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor,
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """As `passes.ops.decode_attention`; the last dim of q is contiguous."""
-    stride_S, stride_H, stride_D = q_SHD.stride()
-    table_stride, entry_stride = block_table_SN.stride()
-    assert stride_D == entry_stride == 1
-    assert seq_lens_S.is_contiguous()
-    S, H, D = q_SHD.shape
-    _, page, G, E = v_cache_PBGE.shape
-    out_SHE = q_SHD.new_empty(S, H, E)
-    _library().decode_attention(
-        q_SHD.data_ptr(), stride_S, stride_H, k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
-        block_table_SN.data_ptr(), table_stride, seq_lens_S.data_ptr(),
-        *(None if values is None else values.data_ptr() for values in (sinks_H, slopes_H)),
-        out_SHE.data_ptr(), S, H, G, D, E, page, scale, window, softcap,
-    )  # fmt: skip
-    return out_SHE
+    """As `passes.ops.decode_attention`."""
+    kernel, options = _library().decode_attention, (sinks_H, slopes_H, scale, window, softcap)
+    return _attend(kernel, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (seq_lens_S,), *options)
 
 
 def prefill_attention(
@@ -35,20 +24,26 @@ def prefill_attention(
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.prefill_attention`."""
+    kernel, options = _library().prefill_attention, (sinks_H, slopes_H, scale, window, softcap)
+    return _attend(kernel, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (query_start, seq_lens_S), *options)
+
+
+def _attend(
+    kernel: Any, q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, lengths: tuple[Tensor, ...],
+    sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """What both kernels take; `lengths` is what each wants to know of them."""
     q_THD = q_THD if q_THD.stride(-1) == 1 else q_THD.contiguous()
-    stride_T, stride_H, stride_D = q_THD.stride()
-    table_stride, entry_stride = block_table_SN.stride()
-    assert stride_D == entry_stride == 1
-    assert query_start.is_contiguous()
-    assert seq_lens_S.is_contiguous()
+    assert block_table_SN.stride(1) == 1
+    assert all(tensor.is_contiguous() for tensor in lengths)
     T, H, D = q_THD.shape
     _, page, G, E = v_cache_PBGE.shape
     out_THE = q_THD.new_zeros(T, H, E)
-    _library().prefill_attention(
-        q_THD.data_ptr(), stride_T, stride_H, k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
-        block_table_SN.data_ptr(), table_stride, query_start.data_ptr(), seq_lens_S.data_ptr(),
+    kernel(
+        q_THD.data_ptr(), q_THD.stride(0), q_THD.stride(1), k_cache_PBGD.data_ptr(), v_cache_PBGE.data_ptr(),
+        block_table_SN.data_ptr(), block_table_SN.stride(0), *(tensor.data_ptr() for tensor in lengths),
         *(None if values is None else values.data_ptr() for values in (sinks_H, slopes_H)),
-        out_THE.data_ptr(), len(seq_lens_S), H, G, D, E, page, scale, window, softcap,
+        out_THE.data_ptr(), len(block_table_SN), H, G, D, E, page, scale, window, softcap,
     )  # fmt: skip
     return out_THE
 

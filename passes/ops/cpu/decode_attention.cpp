@@ -17,6 +17,7 @@ inline void add_weighted(const float* weights, long count, const float* values, 
 
 }  // namespace
 
+// `out` holds zeros.
 extern "C" void decode_attention(
     const float* q, long q_stride_s, long q_stride_h, const float* k_cache, const float* v_cache, const int* block_table,
     long table_stride, const int* seq_lens, const float* sinks, const float* slopes, float* out,
@@ -32,7 +33,6 @@ extern "C" void decode_attention(
                 const long oldest = length ? oldest_seen(length - 1, window) : 0, seen = length - oldest;
                 const int* table = block_table + s * table_stride;
                 float* outs = out + (s * H + g * group) * E;
-                std::fill(outs, outs + group * E, 0.0f);
                 if (length == 0) continue;
                 const long padded = (seen + WIDTH - 1) / WIDTH * WIDTH;
                 weights.assign(group * padded, -INFINITY);
