@@ -1,8 +1,9 @@
 """The Python API: a compiled model that generates."""
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, cast
@@ -13,8 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm.config import ModelConfig
 from compiled_llm.display import feeder, progress_bar
-from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.engine import CHANGING, Engine
 from compiled_llm.engine.outputs import RequestOutput
+from compiled_llm.engine.recovery import count_on_stack
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.jobs import Job, Jobs, Message, Prompt, list_prompts, raise_failure
@@ -129,9 +131,13 @@ class CompiledLLM:
         if streamer is not None and total != 1:
             raise ValueError(f"a streamer takes one completion of one prompt, got {total}: use stream(), or drop it")
         feed = feeder(streamer)
-        with progress_bar(total, enabled=progress and streamer is None) as show:
-            # By arrival, a queue that is always long enough is as good as all of them.
-            for request in run(self._alive(), jobs, at_once=2 * self.runtime.limits.max_num_seqs if priority is None else None):
+        # By arrival, a queue that is always long enough is as good as all of them.
+        at_once = 2 * self.runtime.limits.max_num_seqs if priority is None else None
+        with (
+            progress_bar(total, enabled=progress and streamer is None) as show,
+            closing(run(self._alive(), jobs, at_once=at_once)) as requests,
+        ):
+            for request in requests:
                 feed(request)
                 show(request)
         return [self._jobs.output(job) for job in jobs]
@@ -177,18 +183,19 @@ class CompiledLLM:
                 unfinished.update(dict.fromkeys(job.requests, (number, job)))
                 yield job
 
-        for request in run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs):
-            if request.finish_reason is not None:
-                number, job = unfinished.pop(request)
-                if unfinished.keys().isdisjoint(job.requests):
-                    yield number, self._jobs.output(job)
+        with closing(run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs)) as requests:
+            for request in requests:
+                if request.finish_reason is not None:
+                    number, job = unfinished.pop(request)
+                    if unfinished.keys().isdisjoint(job.requests):
+                        yield number, self._jobs.output(job)
 
     def check(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> None:
         """Raise the ValueError that generating from this prompt would raise; nothing is run."""
         self._make_job(prompt, params)
 
     def reset_prefix_cache(self) -> None:
-        """Share nothing of what was computed so far with prompts to come."""
+        """Drop all cached prefix blocks."""
         self._alive().reset_prefix_cache()
 
     @property
@@ -213,9 +220,14 @@ class CompiledLLM:
         return self.runtime.report
 
     def close(self) -> None:
-        """Free the caches and graphs, and give the model its own attention back. A second call does nothing."""
+        """Free the caches and graphs, and give the model its own attention back. A second call does nothing.
+
+        Raises:
+            RuntimeError: the engine is in use, in a logits processor or by another thread.
+        """
         if self._runtime is None:
             return
+        self._check_idle(self._runtime)
         del self._engine
         self._runtime.keep_traffic()
         self._runtime = None
@@ -234,6 +246,14 @@ class CompiledLLM:
         if self._runtime is None:
             raise RuntimeError("this CompiledLLM is closed: make a new one")
         return self._engine
+
+    def _check_idle(self, runtime: Runtime) -> None:
+        """Raise a RuntimeError if this is in use on the stack of the thread that owns it."""
+        frame = sys._getframe() if runtime.is_owner else sys._current_frames().get(runtime.owner_thread)
+        if count_on_stack(self._engine, CHANGING, frame):
+            raise RuntimeError("this CompiledLLM is in a step: close it when that has ended")
+        if not runtime.is_owner and count_on_stack(self, _GENERATING, frame):
+            raise RuntimeError("this CompiledLLM is generating in the thread that made it: close it there, or afterwards")
 
     def _make_jobs(
         self,
@@ -269,8 +289,12 @@ class CompiledLLM:
     def _stream(self, job: Job) -> Iterator[str]:
         (request,) = job.requests
         assert request.detokenizer is not None
-        for _ in run(self._alive(), [job]):
-            text = request.detokenizer.take(final=request.finish_reason is not None)
-            if text:
-                yield text
+        with closing(run(self._alive(), [job])) as steps:
+            for _ in steps:
+                text = request.detokenizer.take(final=request.finish_reason is not None)
+                if text:
+                    yield text
         raise_failure(request)
+
+
+_GENERATING = {method.__code__ for method in (CompiledLLM.generate, CompiledLLM.as_completed, CompiledLLM._stream)}

@@ -1,7 +1,9 @@
 """The thread that owns an engine, and the way from it to those who wait in event loops."""
 
 import asyncio
+import os
 import traceback
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,8 +15,9 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from compiled_llm.api import CompiledLLM
-from compiled_llm.engine.engine import QueueFullError
+from compiled_llm.engine.engine import Engine, QueueFullError
 from compiled_llm.engine.outputs import RequestOutput
+from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
 from compiled_llm.jobs import Job
 
@@ -79,6 +82,7 @@ class EngineThread:
         self._llm: CompiledLLM | None = None
         self._cause: BaseException | None = None
         self._closing = False
+        self._process = os.getpid()
         self._channels: dict[str, Channel] = {}
         self._owners: dict[Request, Channel] = {}
         started: Future[None] = Future()
@@ -92,7 +96,8 @@ class EngineThread:
 
     @property
     def llm(self) -> CompiledLLM:
-        """What the thread runs; a RuntimeError when it has ended."""
+        """What the thread runs; a RuntimeError when it has ended, and in a forked process, which has no such thread."""
+        self._check_process()
         llm = self._llm
         if llm is None:
             raise self._ended()
@@ -100,6 +105,7 @@ class EngineThread:
 
     def submit(self, command: Callable[[], T]) -> Future[T]:
         """Have a function run before the next step."""
+        self._check_process()
         future: Future[T] = Future()
         self._commands.put((command, future))
         if self._llm is None:  # the thread looks no more, or has just looked for the last time
@@ -112,7 +118,9 @@ class EngineThread:
             self._commands.put((partial(self._abort, channel), Future()))
 
     def close(self) -> None:
-        """Abort what runs, and wait for the end."""
+        """Abort what runs, and wait for the end; in a forked process there is nothing to end."""
+        if os.getpid() != self._process:
+            return
         self.submit(self._stop)
         self._thread.join()
 
@@ -160,11 +168,20 @@ class EngineThread:
         while not self._closing:
             self._obey(wait=not (llm.engine.has_work or llm.runtime.capture_wanted))
             if llm.engine.has_work and not self._closing:
-                self._tell(llm.engine.step())
+                self._step(llm.engine)
             elif llm.runtime.capture_wanted and not self._closing:
                 llm.runtime.capture_next()
         for channel in list(self._channels.values()):
             self._abort(channel)
+
+    def _step(self, engine: Engine) -> None:
+        """Run one step. If it fails, the requests that ran end with it; only a broken engine ends the thread."""
+        try:
+            self._tell(engine.step())
+        except EngineBrokenError:
+            raise
+        except BaseException as error:
+            warnings.warn(f"a step failed, and the requests that ran in it: {type(error).__name__}: {error}", stacklevel=2)
 
     def _obey(self, *, wait: bool) -> None:
         """Run the commands that have come, or wait for one."""
@@ -216,6 +233,10 @@ class EngineThread:
         del self._channels[channel.request_id]
         for request in channel.job.requests:
             del self._owners[request]
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(f"this AsyncCompiledLLM belongs to process {self._process}, and this is a fork of it: make one here")
 
     def _refuse(self) -> None:
         """Nobody runs these commands any more."""

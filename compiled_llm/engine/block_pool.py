@@ -46,6 +46,13 @@ class BlockPool:
         if key not in self._pages and page not in self._keys:
             self._pages[key], self._keys[page] = page, key
 
+    def unregister(self, pages: Iterable[int]) -> None:
+        """From now on these pages, which somebody holds, cannot be found."""
+        for page in pages:
+            key = self._keys.pop(page, None)
+            if key is not None:
+                del self._pages[key]
+
     def release(self, pages: Sequence[int]) -> None:
         """One holder less. The last pages of a sequence are the first to be handed out again."""
         for page in reversed(pages):

@@ -2,11 +2,16 @@
 
 The device so always has the next step to go on with while the host is busy; a request that ended is noticed one step late,
 and the token it drew in the meantime is dropped.
+
+A call that changes the engine marks it inconsistent until it returns. If an exception cuts the call short, the mark stays, and
+the next call first recovers (see `recovery`). So an exception may be raised anywhere, and by anything.
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +22,7 @@ from compiled_llm.engine.kv_cache import KVCache
 from compiled_llm.engine.outputs import FinishReason, by_token
 from compiled_llm.engine.plan import Plan
 from compiled_llm.engine.processors import processed
+from compiled_llm.engine.recovery import EngineBrokenError, count_on_stack, move_unfinished
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.row_params import bias_of, extras_of
 from compiled_llm.engine.rows import Rows
@@ -27,6 +33,11 @@ from compiled_llm.runtime.row_extras import RowExtras
 from compiled_llm.runtime.runtime import Logprobs, Runtime
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
+_MAX_FUTILE = 3
+_NOT_FINITE = (
+    "the scores of its next token are not finite: the model or a logits processor gave NaN or infinity, or nothing is left of the "
+    "vocabulary after allowed_token_ids, bad_words, min_tokens and logits_processors"
+)
 
 
 class QueueFullError(RuntimeError):
@@ -49,25 +60,25 @@ class Engine:
     """
 
     def __init__(self, runtime: Runtime, *, vocab_size: int, decode_token: Callable[[int], str] | None = None) -> None:
-        memory, limits = runtime.memory, runtime.limits
         self._runtime, self._vocab_size, self._decode_token = runtime, vocab_size, decode_token
         self._limits, self._stats = runtime.config.limits, runtime.report.scheduling
-        self._rows = Rows(limits.max_num_seqs, limits.max_model_len)
-        self._cache = KVCache(
-            memory.groups,
-            block_size=memory.block_size,
-            max_num_seqs=limits.max_num_seqs,
-            max_blocks=memory.state.max_blocks,
-            sharing=runtime.config.cache.prefix_caching and not runtime.has_states,
-        )
-        self._scheduler = Scheduler(self._rows, self._cache, SchedulerLimits.of(runtime))
+        self._scheduler = self._make_scheduler()
         self._launched: deque[_Launched] = deque()
         self._news: list[Request] = []
+        self._withdrawn: deque[Request] = deque()  # to be aborted by the next step
+        self._consistent = True
+        self._cause = ""  # of the last call that was cut short
+        self._futile = 0  # recoveries from errors, one after another, that ended no request
+        self._broken: str | None = None
 
     @property
     def cache(self) -> KVCache:
         """The pages of the running requests."""
-        return self._cache
+        return self._scheduler.cache
+
+    @property
+    def _rows(self) -> Rows:
+        return self._scheduler.rows
 
     @property
     def num_waiting(self) -> int:
@@ -77,7 +88,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._news or self._launched or self.num_waiting or self._rows.running)
+        pending = self._news or self._launched or self._withdrawn or self.num_waiting or self._rows.running
+        return bool(pending) or not self._consistent
 
     @property
     def has_room(self) -> bool:
@@ -85,33 +97,138 @@ class Engine:
         limit = self._limits.max_waiting
         return limit is None or self.num_waiting < limit + len(self._rows.free)
 
+    @property
+    def broken(self) -> str | None:
+        """Why the engine serves nothing more; None while it does."""
+        return self._broken
+
     def check(self, request: Request) -> None:
         """Refuse what cannot be served, before anything reaches the device; raises ValueError."""
         check(request, vocab_size=self._vocab_size, max_model_len=self._runtime.limits.max_model_len)
+        self._runtime.check_samplers(request.params.sampler, scoring=request.params.prompt_logprobs is not None)
 
     def add(self, request: Request) -> None:
-        """Let a checked request wait for its turn; raises QueueFullError."""
+        """Let a checked request wait for its turn; raises QueueFullError and EngineBrokenError."""
+        self._enter()
         if not self.has_room:
             raise QueueFullError(
                 f"{self.num_waiting} requests are waiting, as many as limits.max_waiting allows: retry later or raise it"
             )
-        self._scheduler.add(request)
+        with self._changing():
+            self._scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """End a request now, wherever it is; its row and pages are free. One that has ended stays as it is."""
-        if request.finish_reason is None:
-            self._end(request, "abort")
+        """End a request wherever it is. One that has ended stays as it is.
+
+        Its row and pages are free when this returns; if it is called from another thread, or (by a finalizer or a logits
+        processor) while the engine is in a step, they are free before the next step.
+        """
+        if request.finish_reason is not None:
+            return
+        if self._broken is not None:
+            request.finish_reason, request.error = "error", self._broken
+        elif self._is_nested() or not self._runtime.is_owner:
+            self._withdrawn.append(request)
+        else:
+            with self._changing():
+                if request.finish_reason is None:  # recovery may have ended it
+                    self._end(request, "abort")
 
     def reset_prefix_cache(self) -> None:
-        """Share nothing of what was computed so far with requests to come."""
-        self._cache.forget()
+        """Drop all cached prefix blocks."""
+        with self._changing():
+            self.cache.forget()
 
     def step(self) -> list[Request]:
         """Launch the next step, and learn what the one before it gave.
 
         Returns:
             The requests that ended, and those among the watched ones that got tokens.
+
+        Raises:
+            EngineBrokenError: an earlier call failed in a way that cannot be recovered from.
+            Exception: whatever the step raised. The next call recovers: requests that were running end with an error.
         """
+        with self._changing():
+            news = self._step()
+            self._futile = 0
+            return news
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Mark the engine inconsistent until the block has run to its end."""
+        self._enter()
+        self._consistent = False
+        try:
+            yield
+        except BaseException as error:
+            self._cause = f"{type(error).__name__}: {error}".removesuffix(": ")
+            self._futile += isinstance(error, Exception)
+            raise
+        self._consistent = True
+
+    def _enter(self) -> None:
+        """Refuse a call that may not be made now, and recover from one that was cut short."""
+        if self._broken is not None:
+            raise EngineBrokenError(f"this engine is broken: {self._broken}: make a new one")
+        self._runtime.check_owner()
+        if self._consistent:
+            return
+        if self._is_nested():
+            raise RuntimeError("this engine is in a step, from which it cannot be called: return from the logits processor first")
+        self._recover()
+
+    def _is_nested(self) -> bool:
+        """Whether the current call was made from within another one, as by a logits processor or a finalizer."""
+        return not self._consistent and count_on_stack(self, CHANGING, sys._getframe()) > 1
+
+    def _recover(self) -> None:
+        """Drop whatever the call that was cut short may have changed; see `recovery`."""
+        try:
+            self._runtime.recover()
+            fresh = self._make_scheduler()
+            ended = move_unfinished(
+                self._scheduler, fresh, f"the step that it ran in was cut short: {self._cause or 'interrupted'}"
+            )
+        except Exception as error:
+            raise self._break(
+                f"after {self._cause or 'an interrupt'} it could not recover, {type(error).__name__}: {error}"
+            ) from error
+        if ended:
+            self._futile = 0
+        if self._futile > _MAX_FUTILE:
+            raise self._break(f"its steps fail although nothing runs, {self._cause}")
+        self._news = list(dict.fromkeys([*self._news, *ended]))
+        self._launched.clear()
+        self._scheduler = fresh
+        self._stats.recoveries += 1
+        self._cause, self._consistent = "", True
+
+    def _break(self, why: str) -> EngineBrokenError:
+        """End all requests, serve nothing more, and return the error that says so."""
+        self._broken = why
+        for request in self._scheduler.unfinished:
+            if request.finish_reason is None:
+                request.finish_reason, request.error = "error", why
+        return EngineBrokenError(f"this engine is broken: {why}: make a new one")
+
+    def _make_scheduler(self) -> Scheduler:
+        """A scheduler with rows and pages of its own, all of them free."""
+        runtime, limits = self._runtime, self._runtime.limits
+        cache = KVCache(
+            runtime.memory.groups,
+            block_size=runtime.memory.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_blocks=runtime.memory.state.max_blocks,
+            sharing=runtime.config.cache.prefix_caching and not runtime.has_states,
+        )
+        return Scheduler(Rows(limits.max_num_seqs, limits.max_model_len), cache, SchedulerLimits.of(runtime))
+
+    def _step(self) -> list[Request]:
+        while self._withdrawn:
+            request = self._withdrawn.popleft()
+            if request.finish_reason is None:
+                self._end(request, "abort")
         if self._captures_now():
             if self._launched or self._news:
                 self._learn_all()
@@ -191,6 +308,10 @@ class Engine:
         for row in live[rows.external[live]].tolist():
             self._choose(row, sampled, logprobs)
         live = plan.rows[rows.owner[plan.rows] == plan.owners]
+        for row in live[sampled[live] < 0].tolist():
+            self.cache.withdraw(row)
+            self._end(rows.request(row), "error", _NOT_FINITE)
+        live = plan.rows[rows.owner[plan.rows] == plan.owners]
         tokens = sampled[live]
         stops = rows.learn(live, tokens, now)
         ends = stops | (rows.known[live] >= rows.limit[live])
@@ -200,9 +321,9 @@ class Engine:
             request = rows.requests[live[number]]
             if request is not None:  # a stop string or an error may have ended it
                 self._end(request, "stop" if stops[number] else "length")
-        for row in live[(rows.known[live] - 1) % self._cache.block_size == 0].tolist():
+        for row in live[(rows.known[live] - 1) % self.cache.block_size == 0].tolist():
             if rows.requests[row] is not None:
-                self._cache.register(row, rows.tokens[row, : rows.known[row] - 1])
+                self.cache.register(row, rows.tokens[row, : rows.known[row] - 1])
 
     def _watch(self, row: int, token: int, logprobs: Logprobs | None) -> None:
         """What one request wants to be done with its new token; should that fail, the request ends alone."""
@@ -227,7 +348,9 @@ class Engine:
         self._stats.processor_calls += 1
         try:
             logits = processed(request, tokens, logits)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too, is the request's own
             self._end(request, "error", f"{type(error).__name__}: {error}")
             return
         sampled[row], chosen = runtime.choose(row, logits)
@@ -250,12 +373,12 @@ class Engine:
                     request.prompt_logprobs.append(by_token(token, found.values[at], found.ids[at], count, self._decode_token))
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """End a request wherever it is."""
+        """End a request wherever it is. The reason comes first, so that no interrupt loses a request that has left its row."""
+        request.finish_reason, request.error = reason, error
         if request in self._rows.requests:
             self._scheduler.release(self._rows.requests.index(request))
         else:
             self._scheduler.remove(request)
-        request.finish_reason, request.error = reason, error
         self._news.append(request)
 
     def _expire(self, now: float) -> None:
@@ -265,3 +388,7 @@ class Engine:
         for request in self._scheduler.waiting:
             if request.timings.scheduled is None and now - request.timings.arrived > limit:
                 self._end(request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}")
+
+
+# The code of the calls that change an engine, by which they are found on a thread's stack.
+CHANGING = {method.__code__ for method in (Engine.add, Engine.abort, Engine.reset_prefix_cache, Engine.step)}

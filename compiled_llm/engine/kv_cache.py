@@ -128,6 +128,12 @@ class KVCache:
                 pool.register(int(self.tables[group, row, block]), keys[block])
         self._registered[row] = full
 
+    def withdraw(self, row: int) -> None:
+        """Let no later request share the blocks of the row: what was computed in them is not to be trusted."""
+        for group, pool in enumerate(self.pools):
+            begin, end = int(self._begin[group, row]), int(self._end[group, row])
+            pool.unregister(self.tables[group, row, begin:end].tolist())
+
     def release(self, row: int) -> None:
         """Give back all pages of the row."""
         for group in range(len(self.pools)):

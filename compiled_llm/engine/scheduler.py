@@ -63,6 +63,11 @@ class Scheduler:
         return [request for _, _, request in self._queue]
 
     @property
+    def unfinished(self) -> list[Request]:
+        """All requests that were added and have not left, running or waiting, in the order of their arrival."""
+        return list(self._arrivals)
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)

@@ -91,7 +91,7 @@ def recovery(device: torch.device) -> Iterator[None]:
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # an interrupt, too, may end a capture
         manager = _manager(device)
         if stream is not None and manager is not None:
             torch.cuda.set_stream(stream)
@@ -103,7 +103,7 @@ def recovery(device: torch.device) -> Iterator[None]:
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
-def _leave_failed_capture(device: torch.device, manager: Any, error: Exception) -> None:
+def _leave_failed_capture(device: torch.device, manager: Any, error: BaseException) -> None:
     pool = manager.cuda_graphs_thread_pool
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)

@@ -1,5 +1,6 @@
 """An engine's buckets, made: compiled or loaded, captured, and verified where the config says so."""
 
+import warnings
 from collections.abc import Sequence
 
 from compiled_llm.config import Config
@@ -13,7 +14,7 @@ from compiled_llm.runtime.compile_clock import phases_of
 from compiled_llm.runtime.compile_pool import CompilePool
 from compiled_llm.runtime.lazy import pending
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.report import Report
+from compiled_llm.runtime.report import BucketReport, Report
 from compiled_llm.runtime.verify import check_entry
 from compiled_llm.runtime.warmup import Entry, compile_buckets, graph_budget
 
@@ -54,10 +55,15 @@ class BucketMaker:
         return entries
 
     def make_one(self, bucket: Bucket) -> Entry:
-        """The entry of a bucket that was pending. Raises PassError."""
-        entries = self._compile([bucket], progress=False)
-        if self._config.verify:
-            self._verify(entries)
+        """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
+        try:
+            entries = self._compile([bucket], progress=False)
+            if self._config.verify:
+                self._verify(entries)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+            warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
+            return Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure))
         return entries[0]
 
     def _compile(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None) -> list[Entry]:

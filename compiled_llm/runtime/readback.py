@@ -45,6 +45,10 @@ class Readback:
                 self._copy_done[slot].record(self._stream)
         return ticket
 
+    def resynchronize(self) -> None:
+        """Count as many steps as the device has run. No ticket from before may be read any more; waits for the device."""
+        self._launched = int(self._state.step)
+
     def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
         """[R + 1] int64; waits for the step."""
         slot = self._slot(ticket)

@@ -94,6 +94,7 @@ class SchedulingReport:
         cached_tokens: prompt tokens that were found in shared pages instead.
         preemptions: times that a request made room and was computed again.
         processor_calls: tokens chosen outside the graph, by requests' own logits processors.
+        recoveries: calls that an exception cut short, after which running requests ended with an error.
         host_seconds, wait_seconds: of the thread that steps: its own work, and waiting for the device.
     """
 
@@ -103,6 +104,7 @@ class SchedulingReport:
     cached_tokens: int = 0
     preemptions: int = 0
     processor_calls: int = 0
+    recoveries: int = 0
     host_seconds: float = 0.0
     wait_seconds: float = 0.0
 

@@ -4,6 +4,7 @@ Where no bucket serves a step, it runs eagerly on the same state and caches, and
 for the device: the ids of a step are read on a stream of their own, while the next steps run.
 """
 
+import os
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compiled_llm.config import Config
+from compiled_llm.config import Config, Sampler
 from compiled_llm.models.discovery import AttentionLayer, continues_from_states
 from compiled_llm.models.traced import ServedModel
 from compiled_llm.runtime.allocation import allocate
@@ -65,7 +66,7 @@ class Runtime:
         pool: CompilePool | None = None,
     ) -> None:
         self.model, self.config = model, config
-        self._thread = threading.get_ident()
+        self._owner = os.getpid(), threading.get_ident()
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         prefill = config.buckets.prefill
@@ -134,16 +135,53 @@ class Runtime:
         """Whether it is time for it even before prompts that wait."""
         return self._lazy.overdue
 
+    @property
+    def owner_thread(self) -> int:
+        """The identifier of the thread that made this."""
+        return self._owner[1]
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the current thread is the one that made this, in the same process."""
+        return self._owner == (os.getpid(), threading.get_ident())
+
+    def check_owner(self) -> None:
+        """Raise a RuntimeError in any thread but the one that made this, and in a process forked from its own."""
+        if os.getpid() != self._owner[0]:
+            raise RuntimeError(f"this engine belongs to process {self._owner[0]}, and this is a fork of it: make another one here")
+        if not self.is_owner:
+            raise RuntimeError(
+                "this engine belongs to the thread that made it (CUDA graph trees are thread-local): call it from there"
+            )
+
+    def check_samplers(self, sampler: Sampler, *, scoring: bool) -> None:
+        """Raise a ValueError if `strict` forbids the steps that a request with this sampler would take."""
+        if self.config.strict:
+            self._serving.check("prefill", "scoring" if scoring else sampler)
+            if self.decodes_apart:
+                self._serving.check("decode", sampler)
+
+    def recover(self) -> None:
+        """Make the next step possible after one was cut short anywhere: counters are read back from the device.
+
+        Raises:
+            RuntimeError: the device itself has failed.
+        """
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.memory.state.arrivals.zero_()
+        self._readback.resynchronize()
+
     def capture_next(self) -> None:
         """Compile and capture what most steps have asked for; what all steps so far sampled must have been read."""
-        self._check_thread()
+        self.check_owner()
         with torch.no_grad(), between_steps(self.memory.state):
             self._serving.replace(self._lazy.capture_next())
         self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> Ticket:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
-        self._check_thread()
+        self.check_owner()
         entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
         asked = Bucket("prefill", len(batch.ids), batch.sampler)
         if entry is None:
@@ -153,14 +191,14 @@ class Runtime:
 
     def decode(self, batch: DecodeBatch) -> Ticket:
         """One more token for every row of the batch."""
-        self._check_thread()
+        self.check_owner()
         entry = self._serving.find("decode", len(batch.rows), batch.sampler)
         if not batch.unchanged:
             self.memory.state.stage_decode(batch)
         return self._run(entry, Bucket("decode", len(batch.rows), batch.sampler))
 
     def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
-        """[R + 1] the token that the step sampled in each of its rows; waits for the step."""
+        """[R + 1] the token that the step sampled in each of its rows, -1 where the scores were not finite; waits for the step."""
         return self._readback.tokens(ticket)
 
     def logprobs(self, ticket: Ticket) -> Logprobs:
@@ -174,7 +212,7 @@ class Runtime:
 
     def set_extras(self, row: int, extras: RowExtras) -> None:
         """Write what few rows need."""
-        self._check_thread()
+        self.check_owner()
         extras.write(self.memory.state, row)
 
     def logits(self, row: int) -> torch.Tensor:
@@ -183,13 +221,14 @@ class Runtime:
 
     @torch.no_grad()
     def choose(self, row: int, logits: torch.Tensor) -> tuple[int, Logprobs]:
-        """Sample the row's next token from these logits [1, V] instead, eagerly; waits for the device."""
+        """Sample the row's next token from these logits [1, V] instead, eagerly; -1 if they are not finite. Waits for it."""
         state = self.memory.state
         rows = torch.tensor([row], device=logits.device)
         params = RowParams.of(state.params[rows])
         sampled = choose(state, logits, rows, state.positions[rows], params, state.recent[rows], torch.ones_like(rows).bool())
-        state.tokens[rows] = sampled
-        values, ids = top_logprobs(state.logits[rows], sampled, params.logprobs, MAX_LOGPROBS)
+        chosen = sampled.clamp(min=0)
+        state.tokens[rows] = chosen
+        values, ids = top_logprobs(state.logits[rows], chosen, params.logprobs, MAX_LOGPROBS)
         return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
 
     def key(self) -> Key:
@@ -235,9 +274,3 @@ class Runtime:
             self.report.graph_events[name] += count - before[name]
         if self.config.strict and after != before:
             raise StrictError(f"a step was not a mere replay: {self.report.graph_events}")
-
-    def _check_thread(self) -> None:
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                "this engine belongs to the thread that made it (CUDA graph trees are thread-local): call it from there"
-            )

@@ -4,6 +4,8 @@ Drawing is by the Gumbel-max trick: argmax(logits / temperature + noise), where 
 position, token id); see `passes.ops.chunk_maxima`. The same request so draws the same ids in any batch, bucket or order, and no
 generator state exists to be captured.
 
+A row whose scores hold NaN or infinity, or in which every token is banned, has no next token: its id is -1.
+
 Shapes: S sequences, V tokens in the vocabulary, W banned words of up to L tokens each.
 """
 
@@ -119,7 +121,7 @@ def _before_noise(
     scaled_SV = _scale(scores_SV, params.temperature)
     cutoff_S = sampling_cutoff(scaled_SV, params.top_k, params.top_p, params.min_p)
     cutoff_S = cutoff_S if slack_S is None else cutoff_S - slack_S
-    kept_SV = torch.where(scaled_SV >= cutoff_S[:, None], scaled_SV, float("-inf"))
+    kept_SV = torch.where(scaled_SV < cutoff_S[:, None], float("-inf"), scaled_SV)  # NaN is kept
     draws_S = params.temperature > 0
     return torch.where(draws_S[:, None], kept_SV, scores_SV), draws_S.float(), _key(params.seed, position_S)
 
@@ -158,8 +160,10 @@ def _key(seed_S: Tensor, position_S: Tensor) -> Tensor:
 
 
 def _choose(scores_SV: Tensor, temperature_S: Tensor | None = None, key_S: Tensor | None = None) -> Tensor:
-    """The first of the greatest, after temperature and noise."""
+    """The first of the greatest, after temperature and noise; -1 in rows whose greatest score is not finite."""
     # On a CPU, Inductor fuses the plain function with what is around it.
     maxima = chunk_maxima if scores_SV.is_cuda else chunk_maxima_reference
     best_SC, place_SC = maxima(scores_SV, temperature_S, key_S)
-    return place_SC.gather(1, best_SC.argmax(-1, keepdim=True)).squeeze(1)
+    chunk_S1 = best_SC.argmax(-1, keepdim=True)
+    place_S, best_S = place_SC.gather(1, chunk_S1).squeeze(1), best_SC.gather(1, chunk_S1).squeeze(1)
+    return torch.where(best_S.isfinite(), place_S, -1)

@@ -53,6 +53,15 @@ class Serving:
             self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
         return self.entries[served]
 
+    def check(self, kind: Kind, sampler: Sampler) -> None:
+        """Raise a ValueError if no bucket of this kind serves the sampler, so that `strict` would forbid the steps."""
+        usable = [bucket for bucket in self._buckets[kind] if self._is_for_use(bucket)]
+        if match(usable, 1, sampler) is None:
+            raise ValueError(
+                f"strict forbids steps without a bucket, and no {kind} bucket serves the {sampler} sampler, which the request "
+                f"needs: add {sampler} to buckets.samplers, or set strict=false"
+            )
+
     def sizes(self, kind: Kind) -> list[int]:
         """Sizes of buckets that can be used, now or once a step has asked, small to large; of all, where nothing is compiled."""
         return sorted({bucket.size for bucket in self._buckets[kind] if not self._compiles or self._is_for_use(bucket)})

@@ -33,7 +33,7 @@ class StepState(nn.Module):
     arrivals int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
     ordinals [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
     step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
-    what they sampled, at `step % K` (for logprobs see `passes.ops.top_logprobs`).
+    what they sampled, at `step % K`, -1 in rows without finite scores (for logprobs see `passes.ops.top_logprobs`).
     prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
     """
 

@@ -68,8 +68,9 @@ class Step(nn.Module):
             state.logits[rows] = logits
             sampled = choose(state, logits, rows, positions, params, recent, samples.bool() & ~params.external)
             wanted = torch.where(samples.bool(), params.logprobs, -1)
-            state.ring_logprobs[slot, rows], state.ring_ids[slot, rows] = top_logprobs(logits, sampled, wanted, MAX_LOGPROBS)
-        state.tokens[rows] = sampled
+            found = top_logprobs(logits, sampled.clamp(min=0), wanted, MAX_LOGPROBS)
+            state.ring_logprobs[slot, rows], state.ring_ids[slot, rows] = found
+        state.tokens[rows] = sampled.clamp(min=0)  # the next step may run before the host reads a -1
         state.ring_tokens[slot, rows] = sampled
         state.step.add_(1)
 
@@ -80,7 +81,7 @@ def choose(
     """The full sampler on the rows' state; where `counts` [S] bool, the chosen ids enter the counts and the recent tokens."""
     history = History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
     sampled = sample_full(logits, params, history, positions)
-    state.counts.index_put_((rows, sampled), 2 * (counts & params.counted).int(), accumulate=True)
+    state.counts.index_put_((rows, sampled.clamp(min=0)), 2 * (counts & params.counted).int(), accumulate=True)
     state.recent[rows] = torch.where(counts[:, None], torch.cat([recent[:, 1:], sampled[:, None]], 1), recent)
     return sampled
 

@@ -6,6 +6,8 @@ one row; what remains is small.
 The noise is Gumbel's, -log(-log(u)), so that the greatest of `score / temperature + noise` is a draw from the softmax. Its bits
 are lowbias32 of the row's key and the place (C. Wellons, 2018, "Prospecting for Hash Functions"), int32 arithmetic that wraps.
 
+A chunk that holds NaN has a maximum that is not finite.
+
 Shapes: S rows, V scores each, in C chunks.
 """
 
@@ -74,6 +76,7 @@ def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
         gdc_wait()
     score = tl.load(scores + row.to(tl.int64) * stride_s + v * stride_v, mask=v < V, other=float("-inf")).to(tl.float32)
+    score = tl.where(score == score, score, float("inf"))  # a maximum would drop NaN
     if DRAWS:
         heat = tl.load(temperature + row)
         if heat > 0.0:
@@ -85,7 +88,7 @@ def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
     greatest, at = tl.max(score, 0, return_indices=True)
     out = row * tl.num_programs(1) + chunk
     tl.store(best + out, greatest)
-    tl.store(place + out, tl.minimum(chunk * CHUNK + at, V - 1).to(tl.int64))  # a row of NaN, too, has a place in it
+    tl.store(place + out, tl.minimum(chunk * CHUNK + at, V - 1).to(tl.int64))
 
 
 def chunk_maxima_kernel(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None) -> tuple[Tensor, Tensor]:

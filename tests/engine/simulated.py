@@ -69,6 +69,7 @@ class SimulatedRuntime:
     """
 
     capture_due = capture_overdue = False
+    is_owner = True
 
     def __init__(
         self,
@@ -98,6 +99,15 @@ class SimulatedRuntime:
         self._staged = DecodeBatch(rows=np.empty(0, np.int64))
         self._ring: dict[int, NDArray[np.int64]] = {}
         self._scored: list[int] = []
+
+    def check_owner(self) -> None:
+        """Tests have one thread."""
+
+    def check_samplers(self, sampler: str, *, scoring: bool) -> None:
+        """All are served."""
+
+    def recover(self) -> None:
+        """Steps are counted once they have run."""
 
     def decode(self, batch: DecodeBatch) -> Ticket:
         assert self.decodes_apart
