@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test sweep lint clean
+.PHONY: demo test sweep soak lint clean
 
 demo: .venv/ready
 	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
@@ -12,6 +12,10 @@ test: lint
 
 sweep: .venv/ready
 	$(BIN)/python -m sweep
+
+MINUTES ?= 10
+soak: .venv/ready
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

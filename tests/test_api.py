@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import CompiledLLM, QueueFullError, SamplingParams
 from compiled_llm.running import run
@@ -104,6 +106,99 @@ def test_another_thread_is_refused(llm: CompiledLLM) -> None:
     thread.start()
     thread.join()
     assert "belongs to the thread that made it" in str(caught[0])
+
+
+def test_another_thread_does_not_close_what_generates(reference: Reference) -> None:
+    """While the owner generates, in a step or between two of them, it is refused; afterwards it is allowed."""
+    llm = CompiledLLM(tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False)
+    caught: list[str] = []
+
+    def close() -> None:
+        try:
+            llm.close()
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    def close_elsewhere() -> None:
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+
+    def processor(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        close_elsewhere()
+        return logits
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            close_elsewhere()
+
+        def end(self) -> None:
+            """Nothing is kept."""
+
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    for params, streamer, message in (
+        (SamplingParams(**options, logits_processors=[processor]), None, "is in a step"),
+        (SamplingParams(**options), Streamer(), "is generating in the thread that made it"),
+    ):
+        caught.clear()
+        (output,) = llm.generate([prompt_of(9)], params, streamer=streamer)
+        assert output.outputs[0].token_ids == reference(prompt_of(9), 3)
+        assert len(caught) >= 3
+        assert all(message in text for text in caught)
+    close_elsewhere()
+    with pytest.raises(RuntimeError, match="is closed"):
+        llm.generate([5])
+
+
+def test_strict_refuses_a_request_whose_steps_would_have_no_bucket(reference: Reference) -> None:
+    """Before anything runs, so that it harms no other."""
+    config = small_config(strict=True, buckets={"decode": [], "prefill": [48], "samplers": ["greedy"]})
+    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+        with pytest.raises(ValueError, match=r"no prefill bucket serves the scoring sampler.*add scoring to buckets\.samplers"):
+            llm.generate([prompt_of(9)], SamplingParams(temperature=0, prompt_logprobs=1))
+        with pytest.raises(ValueError, match="no prefill bucket serves the random sampler"):
+            llm.generate([prompt_of(9)], SamplingParams(temperature=0.5))
+        assert greedy(llm, [prompt_of(40)], 5) == [reference(prompt_of(40), 5)]
+        assert not llm.report().fallbacks
+
+
+def _to_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits * float("nan")
+
+
+def _ban_all(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(logits, float("-inf"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("processor", [_to_nan, _ban_all])
+def test_scores_that_are_not_finite_end_their_request_alone(
+    llm: CompiledLLM, reference: Reference, processor: Any, temperature: float
+) -> None:
+    plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    bad = SamplingParams(temperature=temperature, max_tokens=6, logits_processors=[processor])
+    good, failed = (output.outputs[0] for output in llm.generate([prompt_of(9), prompt_of(20)], [plain, bad]))
+    assert good.token_ids == reference(prompt_of(9), 6)
+    assert (failed.token_ids, failed.finish_reason) == ([], "error")
+    assert "its next token are not finite" in str(failed.error)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logprobs": 1}])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_logits_that_are_not_finite_end_their_request_alone(reference: Reference, params: dict[str, Any], bad: str) -> None:
+    """One row of the output head makes them; the prompt that does not fail has been computed before it was broken."""
+    model = tiny_model("llama")
+    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+        right = model.lm_head.weight[5].clone()
+        with torch.no_grad():
+            model.lm_head.weight[5] = float(bad)
+        output = llm.generate([prompt_of(20)], SamplingParams(**{"max_tokens": 6, "seed": 1, **params}))[0].outputs[0]
+        assert (output.token_ids, output.finish_reason) == ([], "error")
+        with torch.no_grad():
+            model.lm_head.weight[5] = right
+        assert greedy(llm, [prompt_of(20)], 6) == [reference(prompt_of(20), 6)]
+        (again,) = llm.generate([prompt_of(20)], SamplingParams(temperature=0, max_tokens=1))
+        assert again.num_cached_tokens == 16, "what the request that succeeded has computed is shared"
 
 
 def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Reference) -> None:

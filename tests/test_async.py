@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -21,10 +23,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, QueueFullError, RequestOutput, SamplingParams
 from compiled_llm.async_api import RequestStream
+from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.sampling_params import LogitsProcessor
 from compiled_llm.engine_thread import EngineThread
 from compiled_llm.jobs import Jobs
-from compiled_llm.runtime.warmup import StrictError
 from tests.tiny import VOCAB_SIZE, Reference, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -342,9 +344,9 @@ def test_a_failing_logits_processor_ends_its_request_alone(llm: AsyncCompiledLLM
     assert other.outputs[0].token_ids == reference(prompt_of(20), 100)
 
 
-def test_an_error_in_a_step_ends_everything_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
-        raise StrictError("a step would run eagerly: no reason")
+        raise EngineBrokenError("the device is gone")
 
     def slowly(seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -363,13 +365,15 @@ def test_an_error_in_a_step_ends_everything_and_is_named(monkeypatch: pytest.Mon
         runtime = await llm.call(lambda engine: weakref.ref(engine.runtime))
         await llm.call(lambda engine: setattr(engine.engine, "step", step))
         for error in await asyncio.gather(*map(last, streams), return_exceptions=True):
-            assert isinstance(error, StrictError)
+            assert isinstance(error, EngineBrokenError)
         with pytest.raises(StopAsyncIteration):
             await anext(streams[0])
         for late in (llm.add([5]), anext(llm.generate([5])), anext(llm.stream([5])), llm.abort("mine"), llm.report()):
-            with pytest.raises(RuntimeError, match="this AsyncCompiledLLM has failed, StrictError: a step would run") as caught:
+            with pytest.raises(
+                RuntimeError, match="this AsyncCompiledLLM has failed, EngineBrokenError: the device is gone"
+            ) as caught:
                 await late
-            assert isinstance(caught.value.__cause__, StrictError)
+            assert isinstance(caught.value.__cause__, EngineBrokenError)
         llm.close()
         llm.close()
         gc.collect()
@@ -550,3 +554,29 @@ def test_what_is_not_closed_does_not_keep_the_interpreter() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr[-2000:]) == (0, "done\n", "")
+
+
+def test_a_forked_process_is_refused_and_does_not_hang(llm: AsyncCompiledLLM, synchronous: CompiledLLM) -> None:
+    async def ask() -> None:
+        with pytest.raises(RuntimeError, match="is a fork of it"):
+            await llm.add([5, 6])
+        with pytest.raises(RuntimeError, match="is a fork of it"):
+            await llm.report()
+
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            asyncio.run(asyncio.wait_for(ask(), 10))
+            with pytest.raises(RuntimeError, match="is a fork of it"):
+                synchronous.generate([5, 6])
+            llm.close()  # nothing to end
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 30
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(status[1]) == 0

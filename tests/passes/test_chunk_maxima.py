@@ -42,9 +42,16 @@ def test_drawn_by_the_kernel_as_by_the_reference() -> None:
 
 
 @pytest.mark.gpu
-def test_places_of_rows_of_nan_are_places() -> None:
-    _, place = chunk_maxima_kernel(torch.full((2, CHUNK + 3), float("nan"), device=DEVICE), None, None)
-    assert 0 <= int(place.min()) <= int(place.max()) < CHUNK + 3
+@pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
+def test_a_chunk_with_nan_is_not_finite_and_places_are_places(temperature: float | None) -> None:
+    scores = torch.zeros(3, CHUNK + 3, device=DEVICE)
+    scores[0], scores[1, 7], scores[2, 9] = float("nan"), float("nan"), INF
+    rows = None if temperature is None else torch.full((3,), temperature, device=DEVICE)
+    key = None if temperature is None else torch.arange(3, device=DEVICE, dtype=torch.int32)
+    for maxima in (chunk_maxima_kernel, chunk_maxima_reference):
+        best, place = maxima(scores, rows, key)
+        assert best.isfinite().tolist() == [[False, False], [False, True], [False, True]]
+        assert 0 <= int(place.min()) <= int(place.max()) < CHUNK + 3
 
 
 def test_noise_is_gumbels_and_a_function_of_key_and_place() -> None:

@@ -1,0 +1,117 @@
+"""An interrupt before any line of a call leaves an engine whose next answers are right, with all of its pages free."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.config import Config
+from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.request import Request
+from compiled_llm.jobs import Job
+from compiled_llm.running import run
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import PageGroup
+from tests.engine.simulated import VOCAB_SIZE, SimulatedRuntime
+from tests.faults.injection import LineCounter
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+
+NUM_PAGES = 24
+
+
+def _simulated() -> Engine:
+    """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
+    groups = [PageGroup(window=0, layers=(0,), num_pages=NUM_PAGES), PageGroup(window=24, layers=(1,), num_pages=NUM_PAGES)]
+    limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
+    runtime = SimulatedRuntime(groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True)
+    return Engine(runtime, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
+
+
+def _jobs() -> list[Job]:
+    """Shared prompts, greedy and penalised, with stop tokens banned for a while, and logprobs of prompts."""
+    beginning = [1 + number % 20 for number in range(40)]
+    jobs = []
+    for number in range(6):
+        params = SamplingParams(temperature=1.0 * (number % 2), seed=number, max_tokens=30, min_tokens=5 * (number % 3))
+        prompt = [*beginning[: 40 - 5 * (number % 2)], 1 + number]
+        stops = frozenset({3}) if number % 3 else frozenset()
+        jobs.append(
+            Job(
+                prompt=None,
+                requests=[Request(prompt_token_ids=prompt, params=params, seed=number, max_tokens=30, stop_token_ids=stops)],
+            )
+        )
+    return jobs
+
+
+def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
+    jobs = _jobs()
+    for _ in run(engine, jobs):
+        pass
+    return [(job.requests[0].token_ids, job.requests[0].finish_reason) for job in jobs]
+
+
+def _places(total: int, count: int, seed: int) -> Iterator[int]:
+    """Some of the lines, spread over all of them."""
+    rng = random.Random(seed)
+    return (min(total - 1, int((number + rng.random()) * total / count)) for number in range(count))
+
+
+def _check_idle(engine: Engine, free: list[int]) -> None:
+    engine.cache.check()
+    assert engine.cache.num_free == free
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_the_simulated_engine(error: type[BaseException]) -> None:
+    """Six requests on three rows; about 400 of the lines that they take, in all modules of the engine."""
+    engine = _simulated()
+    free = engine.cache.num_free
+    with LineCounter(None) as lines:
+        want = _tokens(engine)
+    assert lines.count > 2000
+    places = set()
+    for at in _places(lines.count, 400, seed=0):
+        with LineCounter(at, error) as lines:
+            try:
+                _tokens(engine)
+            except error:
+                places.add(lines.where)
+        assert _tokens(engine) == want, lines.where
+        _check_idle(engine, free)
+    assert len(places) > 100, "the interrupts met few lines"
+    assert engine.broken is None
+
+
+@pytest.mark.parametrize("config", [small_config(compile={"dispatch": "eager"})], ids=["eager"])
+def test_generate_on_a_model(config: Config) -> None:
+    _check_model(config, 60)
+
+
+def test_generate_on_compiled_steps() -> None:
+    config = small_config(buckets={"decode": [], "prefill": [48], "samplers": ["greedy"]})
+    _check_model(config, 60)
+
+
+def _check_model(config: Config, count: int) -> None:
+    model = tiny_model("llama")
+    reference = Reference(model)
+    prompts = [prompt_of(17 + 7 * number, number) for number in range(6)]
+    want = [reference(prompt, 12) for prompt in prompts]
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        free = llm.engine.cache.num_free
+        with LineCounter(None) as lines:
+            assert greedy(llm, prompts, 12) == want
+        for at in _places(lines.count, count, seed=1):
+            _interrupt(lambda: greedy(llm, prompts, 12), at)
+            assert greedy(llm, prompts, 12) == want
+            _check_idle(llm.engine, free)
+        assert llm.report().scheduling.recoveries > count // 3
+
+
+def _interrupt(call: Callable[[], object], at: int) -> None:
+    with LineCounter(at), suppress(KeyboardInterrupt):
+        call()
