@@ -3,39 +3,50 @@
 import difflib
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StrictBool, field_validator, model_validator
 
 from passes import PASSES
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _parse_whole(value: object) -> object:
+    """Accept a float that is a whole number, such as 1e3, but no bool, which Python counts among the integers."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a whole number, got {value}")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _parse_bytes(value: object) -> object:
     if not isinstance(value, str) or value == "auto":
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", value)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?\s*", value)
     if match is None:
-        raise ValueError(f"expected auto or a size such as 512MiB or 2GiB, got {value!r}")
+        raise ValueError(f"expected auto or a size such as 512MiB or 2GiB, got {excerpt(value)}")
     number, unit = match.groups()
     base = 1024 if unit and unit.endswith("i") else 1000
-    return int(float(number) * base ** (" KMGT".index(unit[0]) if unit else 0))
+    return int(Decimal(number) * base ** (" KMGT".index(unit[0]) if unit else 0))
 
 
-Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
+def _parse_path(value: object) -> object:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError(f"expected a path, got {value!r}")
+    return value
+
+
+# Strict: pydantic would otherwise take true and "4" for numbers, and 1 for true. The upper bounds only catch slips.
+Whole = Annotated[int, BeforeValidator(_parse_whole), Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+NumSeqs = Annotated[Whole, Field(gt=0, le=2**16)]
+NumTokens = Annotated[Whole, Field(gt=0, le=2**24)]
+Bytes = Annotated[Whole, BeforeValidator(_parse_bytes), Field(gt=0, le=2**50)]
+FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 Auto = Literal["auto"]
 Sampler = Literal["greedy", "random", "full", "scoring"]
 
@@ -49,12 +60,12 @@ class ModelConfig(Section):
     trust_remote_code: run code that comes with the checkpoint, where transformers does not know the model; else that is refused.
     """
 
-    name: str | None = None
+    name: Annotated[str, Field(min_length=1)] | None = None
     weights: Literal["auto", "random"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    trust_remote_code: StrictBool = False
 
 
 class LimitsConfig(Section):
@@ -64,11 +75,11 @@ class LimitsConfig(Section):
     max_waiting_seconds: a request that has waited longer without having begun is aborted. None: it may wait for ever.
     """
 
-    max_num_seqs: PositiveInt | Auto = "auto"
-    max_num_batched_tokens: PositiveInt | Auto = "auto"
-    max_model_len: PositiveInt | Auto = "auto"
-    max_waiting: PositiveInt | None = None
-    max_waiting_seconds: PositiveFloat | None = None
+    max_num_seqs: NumSeqs | Auto = "auto"
+    max_num_batched_tokens: NumTokens | Auto = "auto"
+    max_model_len: NumTokens | Auto = "auto"
+    max_waiting: Annotated[Whole, Field(gt=0, lt=2**31)] | None = None
+    max_waiting_seconds: Annotated[Real, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _a_token_for_each_sequence(self) -> Self:
@@ -83,22 +94,22 @@ class LimitsConfig(Section):
 class CacheConfig(Section):
     """The paged KV cache.
 
-    block_size: tokens a page, a power of two from 16.
+    block_size: tokens a page, a power of two from 16 to 1024.
     prefix_caching: keep full pages of ended requests, and share pages of equal beginnings.
     memory: bytes of all pages; `auto` is what `max_num_seqs` sequences of `max_model_len` need, bounded by
     `gpu_memory_utilization` of the GPU, or a quarter of a CPU's available memory.
     """
 
-    block_size: PositiveInt = 16
-    prefix_caching: bool = True
+    block_size: Whole = 16
+    prefix_caching: StrictBool = True
     memory: Bytes | Auto = "auto"
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    gpu_memory_utilization: Annotated[Real, Field(gt=0, le=1)] = 0.9
 
     @field_validator("block_size")
     @classmethod
     def _power_of_two(cls, value: int) -> int:
-        if value < 16 or value & (value - 1):
-            raise ValueError(f"expected a power of two from 16, got {value}")
+        if not 16 <= value <= 1024 or value & (value - 1):
+            raise ValueError(f"expected a power of two from 16 to 1024, got {excerpt(value)}")
         return value
 
 
@@ -116,17 +127,17 @@ class MemoryConfig(Section):
 class BucketsConfig(Section):
     """Static shapes to compile: sequences of a decode step, tokens of a prefill step, and samplers for each of them.
 
-    `auto` generates sizes from the limits, each `growth` times the one before. The limit itself is always a bucket, except in
-    an empty list. Without prefill buckets, prefill runs eagerly. Without decode buckets, decoding runs in the prefill buckets:
-    with a single one of those, all steps have one shape, and the same request gives the same bits whatever runs beside it.
+    `auto` generates sizes from the limits, each `growth` times the one before, at least 1.05. The limit itself is always a bucket,
+    except in an empty list. Without prefill buckets, prefill runs eagerly. Without decode buckets, decoding runs in the prefill
+    buckets: with a single one of those, all steps have one shape, and the same request gives the same bits whatever runs beside it.
 
     samplers: `greedy`; `random`, temperature and seed; `full`, everything; `scoring`, everything and logprobs of the prompt.
     Each serves all that those before it serve, at a higher price; what none serves runs eagerly. `auto`: greedy and full.
     """
 
-    decode: list[PositiveInt] | Auto = "auto"
-    prefill: list[PositiveInt] | Auto = "auto"
-    growth: float = Field(default=4.0, gt=1)
+    decode: list[NumSeqs] | Auto = "auto"
+    prefill: list[NumTokens] | Auto = "auto"
+    growth: Annotated[Real, Field(ge=1.05)] = 4.0
     samplers: Annotated[list[Sampler], Field(min_length=1)] | Auto = "auto"
 
     def listed_samplers(self) -> list[Sampler]:
@@ -162,21 +173,22 @@ class CompileConfig(Section):
     another. `auto` is one less than there are cores, up to 16; 0 with fewer than 4 cores, and for a GPU, where it is not proven.
     """
 
-    level: Literal[0, 1, 2, 3] = 2
+    level: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_parse_whole)] = 2
     dispatch: Literal["direct", "torch", "eager"] = "direct"
-    artifact: Literal["auto", "off"] | Path = "auto"
+    artifact: Literal["auto", "off"] | FilePath = "auto"
     cache_limit: Bytes = 10 * 2**30
     capture: Literal["start", "lazy"] = "start"
-    dump: Path | None = None
-    options: dict[str, Any] = {}
-    processes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    dump: FilePath | None = None
+    options: dict[str, JsonValue] = {}
+    processes: Annotated[Whole, Field(ge=0, le=1024)] | Auto = "auto"
 
     @model_validator(mode="before")
     @classmethod
     def _what_the_level_stands_for(cls, values: object) -> object:
-        if not isinstance(values, dict) or values.get("level") not in LEVELS:  # refused below, or no level is given
+        level = values.get("level") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not isinstance(level, int | float) or level not in LEVELS:  # refused below, or none
             return values
-        preset, options = LEVELS[values["level"]], values.get("options")
+        preset, options = LEVELS[int(level)], values.get("options")
         if isinstance(options, dict) and "options" in preset:
             values = {**values, "options": {**preset["options"], **options}}
         return {**preset, **values}
@@ -201,9 +213,9 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     buckets: BucketsConfig = BucketsConfig()
     compile: CompileConfig = CompileConfig()
-    passes: dict[str, bool] = {}
-    strict: bool = False
-    verify: bool = False
+    passes: dict[str, StrictBool] = {}
+    strict: StrictBool = False
+    verify: StrictBool = False
 
     @field_validator("passes")
     @classmethod
@@ -231,3 +243,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is not among those known."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {matches[0]!r}?" if matches else f": expected one of {', '.join(known)}"
+
+
+def excerpt(value: object) -> str:
+    """A value as an error shows it: one line of at most 80 characters."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits
+        shown = f"a very large {type(value).__name__}"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

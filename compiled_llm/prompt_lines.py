@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from compiled_llm.config import excerpt
 from compiled_llm.engine.sampling_params import SamplingParams
 
 Id = str | int
@@ -74,14 +75,14 @@ def parse(text: bytes) -> Any:
         value = json.loads(text.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in UTF-8, got {_excerpt(text)}: {error}") from None
+        raise ValueError(f"expected JSON in UTF-8, got {excerpt(text.strip().decode(errors='replace'))}: {error}") from None
     return value
 
 
 def require(fits: bool, name: str, expected: str, got: object) -> None:
     """Raise a ValueError unless it fits."""
     if not fits:
-        raise ValueError(f"{name} must be {expected}, got {_excerpt(got)}")
+        raise ValueError(f"{name} must be {expected}, got {excerpt(got)}")
 
 
 def is_id(value: object) -> bool:
@@ -126,11 +127,6 @@ def _seed_of(seed: int | None, name: Id) -> int | None:
         return None
     digest = hashlib.blake2b(json.dumps([seed, name]).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
-
-
-def _excerpt(value: object) -> str:
-    shown = repr(value.strip().decode(errors="replace") if isinstance(value, bytes) else value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _is_prompt(value: object) -> bool:
