@@ -31,9 +31,34 @@ def check(request: Request, *, vocab_size: int, max_model_len: int) -> None:
             f"bad_words must be at most {MAX_BAD_WORDS} sequences of at most {MAX_BAD_WORD_LEN} tokens (each word is one as "
             f"it stands and one after a space), got {len(request.bad_words)} of up to {longest}"
         )
+    _check_a_token_is_left(request, vocab_size)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}token id {token} is out of range: the model's vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def _check_a_token_is_left(request: Request, vocab_size: int) -> None:
+    """Refuse parameters that together ban every token, before the first one is drawn; raises ValueError.
+
+    `allowed_token_ids` bans all others, a bad word its last token where the others have come before, and `min_tokens` the stop
+    tokens until there are so many. `logit_bias` is finite, and bans nothing.
+    """
+    params, prompt = request.params, request.prompt_token_ids
+    allowed = range(vocab_size) if params.allowed_token_ids is None else set(params.allowed_token_ids)
+    bad = {word[-1] for word in request.bad_words if list(prompt[len(prompt) - len(word) + 1 :]) == word[:-1]}
+    stops = request.stop_token_ids if params.min_tokens else frozenset()
+    if len(allowed) > len(bad) + len(stops):
+        return
+    left = set(allowed) - bad
+    if left - stops:
+        return
+    remedies = {
+        "allowed_token_ids": "allow other tokens" if params.allowed_token_ids is not None else "",
+        "bad_words": "ban fewer words" if bad else "",
+        f"min_tokens={params.min_tokens}": "set min_tokens=0 or fewer stop tokens (or ignore_eos=True)" if left else "",
+    }
+    fields = " and ".join(name for name, remedy in remedies.items() if remedy)
+    raise ValueError(f"no token is left to generate under {fields}: {' or '.join(filter(None, remedies.values()))}")

@@ -159,7 +159,7 @@ def _require(fits: bool, name: str, expected: str, got: object) -> None:
 
 
 def _tuple(name: str, values: Any, expected: str, fits: Callable[[object], bool]) -> tuple[Any, ...]:
-    listed = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    listed = isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview)
     _require(listed and all(fits(value) for value in values), name, expected, values)
     return tuple(values)
 

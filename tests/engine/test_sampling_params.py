@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, MinPLogitsWarper
 
+from compiled_llm.engine.checks import check
+from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, "hot", True, None, 10**400]
@@ -24,14 +26,14 @@ BAD: dict[str, list[Any]] = {
     "max_tokens": [0, 1.5, -3, True],
     "min_tokens": [-1, 1.5, True, None, 17],
     "stop": ["", ["a", ""], [1], 7, b"a"],
-    "stop_token_ids": [("a",), [1.0], [True], [-1], [2**31], "12", 5, None],
+    "stop_token_ids": [("a",), [1.0], [True], [-1], [2**31], "12", b"12", bytearray(b"12"), 5, None],
     "ignore_eos": [1, None, "yes"],
     "include_stop_str_in_output": [0],
     "skip_special_tokens": ["no"],
     "logprobs": [-1, MAX_LOGPROBS + 1, True, 1.0],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, True],
     "logit_bias": [{"1": 1.0}, {-1: 1.0}, {True: 1.0}, {1: math.nan}, {1: math.inf}, {1: None}, [(1, 1.0)]],
-    "allowed_token_ids": [[], ["a"], [-1], [True], 3],
+    "allowed_token_ids": [[], ["a"], [-1], [True], 3, b"12", bytearray(b"12"), memoryview(b"12")],
     "bad_words": ["word", [""], [3], None],
     "logits_processors": [[3], len, None],
 }
@@ -50,6 +52,56 @@ def test_bad_combinations_are_refused() -> None:
     with pytest.raises(ValueError, match="n must be 1 when temperature is 0, got 2"):
         SamplingParams(n=2, temperature=0)
     assert SamplingParams(min_tokens=1000, max_tokens=None).max_tokens is None
+
+
+def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
+    """Check a request of the prompt 5, 6, in a vocabulary of 8 tokens, whose bad words are already token ids."""
+    request = Request(
+        prompt_token_ids=[5, 6], params=SamplingParams(**params), stop_token_ids=frozenset(stop), bad_words=words, max_tokens=4
+    )
+    check(request, vocab_size=8, max_model_len=16)
+
+
+@pytest.mark.parametrize(
+    ("stop", "words", "params", "message"),
+    [
+        ({2}, [], {"allowed_token_ids": [2], "min_tokens": 2}, "allowed_token_ids and min_tokens=2: allow other tokens or set"),
+        ({2, 7}, [], {"allowed_token_ids": [7, 2, 2], "min_tokens": 1}, "allowed_token_ids and min_tokens=1: allow other"),
+        ({*range(9)}, [], {"min_tokens": 1}, "min_tokens=1: set min_tokens=0 or fewer stop tokens (or ignore_eos=True)"),
+        (
+            set(),
+            [[3], [4]],
+            {"allowed_token_ids": [3, 4]},
+            "allowed_token_ids and bad_words: allow other tokens or ban fewer words",
+        ),
+        (set(), [[n] for n in range(8)], {"logit_bias": {3: 100.0}}, "bad_words: ban fewer words"),
+        ({2}, [[n] for n in range(8) if n != 2], {"min_tokens": 1}, "bad_words and min_tokens=1: ban fewer words or set"),
+        ({2}, [[3]], {"allowed_token_ids": [2, 3], "min_tokens": 1}, "allowed_token_ids and bad_words and min_tokens=1: allow"),
+        (set(), [[5, 6, 3]], {"allowed_token_ids": [3]}, "allowed_token_ids and bad_words: allow other tokens or ban fewer words"),
+    ],
+)
+def test_parameters_that_ban_every_token_are_refused(
+    stop: set[int], words: list[list[int]], params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^no token is left to generate under ") as caught:
+        _check(stop, words, **params)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stop", "words", "params"),
+    [
+        ({2}, [], {"allowed_token_ids": [2]}),
+        ({2}, [], {"allowed_token_ids": [2, 3], "min_tokens": 4}),
+        ({*range(7)}, [], {"min_tokens": 1}),
+        (set(), [[n] for n in range(7)], {}),
+        (set(), [[6, 5, 3], [5, 3], [7, 4, 5, 6, 3]], {"allowed_token_ids": [3]}),
+        (set(), [], {"logit_bias": dict.fromkeys(range(8), -1000.0), "min_tokens": 2}),
+    ],
+)
+def test_parameters_that_leave_a_token_are_served(stop: set[int], words: list[list[int]], params: dict[str, Any]) -> None:
+    _check(stop, words, **params)
 
 
 def test_every_field_has_a_bad_value_here() -> None:
