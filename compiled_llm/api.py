@@ -25,7 +25,7 @@ from compiled_llm.running import run
 from compiled_llm.runtime.compile_pool import CompilePool, begin_early
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.runtime import Runtime
-from compiled_llm.starting import ConfigLike, new_report, resolve_config, start, vocab_size
+from compiled_llm.starting import ConfigLike, new_report, num_embeddings, resolve_config, start, vocab_size
 
 
 class LoadOptions(TypedDict, total=False):
@@ -65,7 +65,12 @@ class CompiledLLM:
             report = _report or new_report()
             self._runtime: Runtime | None = start(model, self.config, report, resources, progress=progress, pool=_pool)
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
-            self._engine = Engine(self._runtime, vocab_size=vocab_size(model), decode_token=self._jobs.decode_token)
+            self._engine = Engine(
+                self._runtime,
+                vocab_size=vocab_size(model),
+                num_embeddings=num_embeddings(model),
+                decode_token=self._jobs.decode_token,
+            )
             self._resources = resources.pop_all()
 
     @classmethod

@@ -54,10 +54,19 @@ def start(
     return runtime
 
 
-def vocab_size(model: PreTrainedModel) -> int:
-    """How many token ids the model knows."""
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids a prompt may hold: the rows of the input embedding."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids the model may generate: the rows of the output head.
+
+    Some models embed a few more ids than they generate, such as the image token of Mllama.
+    """
+    head: Any = model.get_output_embeddings()
+    return int(head.weight.shape[0])
 
 
 def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:

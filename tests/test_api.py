@@ -1,5 +1,6 @@
 """The Python API around a model that the user holds: lifecycle, batches, and input that is refused."""
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -309,3 +310,37 @@ def test_higher_priorities_go_first() -> None:
         outputs = engine.generate([prompt_of(9)] * 4, SamplingParams(temperature=0, max_tokens=3), priority=[2, 1, 0, 1])
         began = [output.outputs[0].metrics.queue for output in outputs if output.outputs[0].metrics is not None]
         assert sorted(range(4), key=lambda number: began[number] or 0.0) == [2, 1, 3, 0]
+
+
+def test_prompts_may_hold_ids_that_the_model_does_not_generate() -> None:
+    """As in Mllama and Moshi, whose input embedding has more rows than the output head."""
+    model = tiny_model("llama")
+    embedding = torch.nn.Embedding(VOCAB_SIZE + 8, model.config.hidden_size, device=model.device)
+    with torch.no_grad():
+        embedding.weight[:VOCAB_SIZE] = model.get_input_embeddings().weight
+        embedding.weight[VOCAB_SIZE:] = embedding.weight[7]
+    model.set_input_embeddings(embedding)
+    known, beyond = [5, 7, 9, 7, 11], [5, VOCAB_SIZE + 2, 9, VOCAB_SIZE + 7, 11]
+    bans: list[dict[str, Any]] = [{}, {"logit_bias": {11: 5.0}}, {"min_tokens": 4}, {"allowed_token_ids": [7, 11]}]
+    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+        params = [SamplingParams(temperature=0, max_tokens=6, stop_token_ids=[9], **ban) for ban in bans]
+        expected = [output.outputs[0].token_ids for output in llm.generate([known] * len(params), params)]
+        assert [output.outputs[0].token_ids for output in llm.generate([beyond] * len(params), params)] == expected
+        penalties = SamplingParams(temperature=0, max_tokens=6, repetition_penalty=1.5, frequency_penalty=1.0, ignore_eos=True)
+        assert len(llm.generate(beyond, penalties)[0].outputs[0].token_ids) == 6
+        scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+        (of_known,), (of_beyond,) = llm.generate(known, scoring), llm.generate(beyond, scoring)
+        assert of_known.prompt_logprobs is not None
+        assert of_beyond.prompt_logprobs is not None
+        for token, entry, same in zip(beyond[1:], of_beyond.prompt_logprobs[1:], of_known.prompt_logprobs[1:], strict=True):
+            assert entry is not None
+            assert same is not None
+            if token < VOCAB_SIZE:
+                assert entry == same
+            else:
+                assert (entry[token].logprob, entry[token].rank) == (-math.inf, VOCAB_SIZE + 1)
+                assert len(entry) == 3
+        with pytest.raises(ValueError, match=f"token id {VOCAB_SIZE + 8} is out of range: the model's vocabulary has ids 0 to"):
+            llm.generate([VOCAB_SIZE + 8])
+        with pytest.raises(ValueError, match=f"logit_bias: token id {VOCAB_SIZE} is out of range: the model generates ids 0 to"):
+            llm.generate([5], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))

@@ -1,17 +1,21 @@
 """What a request must be, checked before anything of it reaches the device."""
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from compiled_llm.engine.request import Request
 from compiled_llm.runtime.sampling import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 
-def check(request: Request, *, vocab_size: int, max_model_len: int) -> None:
+def check(request: Request, *, vocab_size: int, max_model_len: int, num_embeddings: int | None = None) -> None:
     """Refuse what cannot be served; raises ValueError.
 
     Args:
-        vocab_size: token ids must be below it.
+        vocab_size: token ids to generate, or not to generate, must be below it.
         max_model_len: of the prompt and at least one token after it.
+        num_embeddings: token ids of the prompt must be below it; `vocab_size` unless given.
     """
     prompt, params = request.prompt_token_ids, request.params
     if not prompt:
@@ -21,10 +25,10 @@ def check(request: Request, *, vocab_size: int, max_model_len: int) -> None:
             f"the prompt has {len(prompt)} tokens, which limits.max_model_len={max_model_len} leaves no answer to: "
             f"shorten it to {max_model_len - 1} or raise the limit"
         )
-    _check_ids("", prompt, vocab_size)
-    _check_ids("logit_bias: ", params.logit_bias or (), vocab_size)
-    _check_ids("allowed_token_ids: ", params.allowed_token_ids or (), vocab_size)
-    _check_ids("bad_words: ", (token for word in request.bad_words for token in word), vocab_size)
+    _check_prompt(prompt, vocab_size if num_embeddings is None else num_embeddings)
+    _check_ids("logit_bias", params.logit_bias or (), vocab_size)
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_ids("bad_words", (token for word in request.bad_words for token in word), vocab_size)
     longest = max(map(len, request.bad_words), default=0)
     if len(request.bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_LEN:
         raise ValueError(
@@ -34,8 +38,22 @@ def check(request: Request, *, vocab_size: int, max_model_len: int) -> None:
     _check_a_token_is_left(request, vocab_size)
 
 
-def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+def _check_prompt(prompt: Sequence[int], num_embeddings: int) -> None:
+    """Look at all ids at once: a prompt may have a hundred thousand."""
+    try:
+        largest = int(np.frombuffer(array("I", prompt), np.uintc).max())
+    except (OverflowError, TypeError):  # below 0, or beyond 32 bits
+        largest = num_embeddings
+    if largest >= num_embeddings:
+        _check_ids("", prompt, num_embeddings)
+
+
+def _check_ids(name: str, ids: Iterable[int], limit: int) -> None:
+    """Raise a ValueError that names the first id out of range; `name` is that of a parameter, or empty for the prompt."""
     for token in ids:
+        if not 0 <= token < limit:
+            where, range_of = (f"{name}: ", "the model generates") if name else ("", "the model's vocabulary has")
+            raise ValueError(f"{where}token id {token} is out of range: {range_of} ids 0 to {limit - 1}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"{name}token id {token} is out of range: the model's vocabulary has ids 0 to {vocab_size - 1}")
 

@@ -55,12 +55,21 @@ class Engine:
 
     Args:
         runtime: a started runtime.
-        vocab_size: token ids must be below it.
+        vocab_size: rows of the output head; generated and banned token ids are below it.
+        num_embeddings: rows of the input embedding, if not `vocab_size`; token ids of prompts are below it.
         decode_token: text of one token, for logprobs.
     """
 
-    def __init__(self, runtime: Runtime, *, vocab_size: int, decode_token: Callable[[int], str] | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        vocab_size: int,
+        num_embeddings: int | None = None,
+        decode_token: Callable[[int], str] | None = None,
+    ) -> None:
         self._runtime, self._vocab_size, self._decode_token = runtime, vocab_size, decode_token
+        self._num_embeddings = vocab_size if num_embeddings is None else num_embeddings
         self._limits, self._stats = runtime.config.limits, runtime.report.scheduling
         self._scheduler = self._make_scheduler()
         self._launched: deque[_Launched] = deque()
@@ -104,7 +113,12 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Refuse what cannot be served, before anything reaches the device; raises ValueError."""
-        check(request, vocab_size=self._vocab_size, max_model_len=self._runtime.limits.max_model_len)
+        check(
+            request,
+            vocab_size=self._vocab_size,
+            num_embeddings=self._num_embeddings,
+            max_model_len=self._runtime.limits.max_model_len,
+        )
         self._runtime.check_samplers(request.params.sampler, scoring=request.params.prompt_logprobs is not None)
 
     def add(self, request: Request) -> None:
@@ -362,15 +376,21 @@ class Engine:
         batch = plan.batch
         assert isinstance(batch, PrefillBatch)
         found = self._runtime.prompt_logprobs(len(batch.ids))
+        beyond = batch.targets >= self._vocab_size  # the output head has no logit for these: their probability is 0
+        found.values[beyond, 0], found.ids[beyond, 0] = -np.inf, self._vocab_size + 1
         for chunk, begin in plan.scored:
             request = self._rows.request(chunk.row)
             assert request.prompt_logprobs is not None
             if chunk.start == 0:
                 request.prompt_logprobs.append(None)
-            for at in range(begin, begin + chunk.count):
-                if batch.scores[at] >= 0:
-                    token, count = int(batch.targets[at]), request.params.prompt_logprobs
-                    request.prompt_logprobs.append(by_token(token, found.values[at], found.ids[at], count, self._decode_token))
+            count = request.params.prompt_logprobs
+            try:
+                for at in range(begin, begin + chunk.count):
+                    if batch.scores[at] >= 0:
+                        entry = by_token(int(batch.targets[at]), found.values[at], found.ids[at], count, self._decode_token)
+                        request.prompt_logprobs.append(entry)
+            except Exception as error:  # the tokenizer's
+                self._end(request, "error", f"{type(error).__name__}: {error}")
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request wherever it is. The reason comes first, so that no interrupt loses a request that has left its row."""

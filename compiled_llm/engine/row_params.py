@@ -66,5 +66,6 @@ def _is_counted(request: Request) -> bool:
 
 def _counts(request: Request, vocab_size: int) -> NDArray[np.int32]:
     counts = 2 * np.bincount(np.asarray(request.token_ids, np.int64), minlength=vocab_size).astype(np.int32)
-    counts[np.asarray(request.prompt_token_ids)] += 1
+    prompt = np.asarray(request.prompt_token_ids, np.int64)
+    counts[prompt[prompt < vocab_size]] += 1  # a prompt may hold ids beyond the output head
     return counts

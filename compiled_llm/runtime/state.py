@@ -134,7 +134,8 @@ class StepState(nn.Module):
         fields.ids[:T] = batch.ids
         fields.positions[:T] = np.arange(T) + np.repeat(batch.starts - begins, batch.lengths)
         fields.rows[:T] = np.repeat(batch.seq_rows, batch.lengths)
-        fields.targets[:T], fields.scores[:] = batch.targets, -1
+        fields.targets[:T] = np.minimum(batch.targets, self.logits.shape[1] - 1)  # a prompt's id may have no logit
+        fields.scores[:] = -1
         fields.scores[:T] = batch.scores
         fields.seq_rows[:seqs], fields.seq_lens[:seqs] = batch.seq_rows, batch.starts + batch.lengths
         fields.fresh[:seqs], fields.samples[:seqs] = batch.fresh, batch.samples
