@@ -36,6 +36,21 @@ class BlockPool:
         """The page with this key."""
         return self._pages.get(key)
 
+    def num_found(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys can be found, up to the first that cannot."""
+        return next((number for number, key in enumerate(keys) if key not in self._pages), len(keys))
+
+    def num_idle(self, keys: Sequence[bytes]) -> int:
+        """How many pages with these keys, all of which can be found, nobody holds: to share them takes free pages."""
+        return sum(self._pages[key] in self._kept for key in keys)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Hand out the pages with these keys only after all others that nobody holds."""
+        for key in reversed(keys):
+            page = self._pages.get(key)
+            if page is not None and page in self._kept:
+                self._kept.move_to_end(page)
+
     def share(self, page: int) -> None:
         """One more holder for a page that was found."""
         self._kept.pop(page, None)

@@ -54,8 +54,6 @@ def _check_ids(name: str, ids: Iterable[int], limit: int) -> None:
         if not 0 <= token < limit:
             where, range_of = (f"{name}: ", "the model generates") if name else ("", "the model's vocabulary has")
             raise ValueError(f"{where}token id {token} is out of range: {range_of} ids 0 to {limit - 1}")
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"{name}token id {token} is out of range: the model's vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def _check_a_token_is_left(request: Request, vocab_size: int) -> None:

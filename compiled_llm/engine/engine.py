@@ -405,9 +405,8 @@ class Engine:
         limit = self._limits.max_waiting_seconds
         if limit is None:
             return
-        for request in self._scheduler.waiting:
-            if request.timings.scheduled is None and now - request.timings.arrived > limit:
-                self._end(request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}")
+        for request in self._scheduler.overdue(now - limit):
+            self._end(request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}")
 
 
 # The code of the calls that change an engine, by which they are found on a thread's stack.

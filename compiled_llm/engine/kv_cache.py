@@ -5,6 +5,7 @@ Shapes: G groups, R rows, N blocks a row at most. A block is a row's piece of `b
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +25,25 @@ def chain(tokens: Tokens, block_size: int, keys: list[bytes]) -> list[bytes]:
         before = keys[-1] if keys else b""
         keys.append(hashlib.blake2b(before + tokens[begin:end].tobytes(), digest_size=16).digest())
     return keys
+
+
+@dataclass(slots=True, kw_only=True)
+class Candidate:
+    """A sequence that waits to be admitted.
+
+    Attributes:
+        num_tokens: of the prompt.
+        keys: of its full blocks (see `chain`).
+        sharable: keys of the blocks that may be shared: not the last token's, since its logits are needed.
+        num_shared: blocks that the last attempt found.
+        needs: free pages of each group that it would have taken, shared ones that nobody holds included.
+    """
+
+    num_tokens: int
+    keys: list[bytes]
+    sharable: frozenset[bytes]
+    num_shared: int = 0
+    needs: list[int] = field(default_factory=list)
 
 
 class KVCache:
@@ -47,36 +67,47 @@ class KVCache:
         self._end = np.zeros((len(groups), max_num_seqs), np.int64)
         self._keys: list[list[bytes]] = [[] for _ in range(max_num_seqs)]
         self._registered = [0] * max_num_seqs
+        self._refused: Candidate | None = None  # the last candidate, when nothing that lowers its needs has happened since
 
     @property
     def num_free(self) -> list[int]:
         """Free pages of each group."""
         return [pool.num_free for pool in self.pools]
 
-    def admit(self, row: int, tokens: Tokens, *, margin: int, may_hit: bool) -> int | None:
+    def candidate(self, tokens: Tokens, *, may_hit: bool) -> Candidate:
+        """Hash a prompt's blocks, once for all attempts to admit it; `may_hit` says whether it may share pages."""
+        keys = chain(tokens, self.block_size, []) if self._sharing else []
+        most_shared = (len(tokens) - 1) // self.block_size if may_hit else 0
+        return Candidate(num_tokens=len(tokens), keys=keys, sharable=frozenset(keys[:most_shared]))
+
+    def admit(self, row: int, candidate: Candidate, *, margin: int) -> int | None:
         """Give an empty row the pages it shares and, where no window lets go of them, all that its tokens need.
 
         Args:
-            tokens: the prompt; at least its last token is not taken from shared pages, since its logits are needed.
+            candidate: the prompt.
             margin: pages of each group that shall stay free.
-            may_hit: whether pages may be shared.
 
         Returns:
             How many tokens are cached already, or None when there is no room, and nothing has changed.
         """
-        keys = chain(tokens, self.block_size, []) if self._sharing else []
-        num_shared = self._num_shared(keys[: (len(tokens) - 1) // self.block_size]) if may_hit else 0
-        for group in range(len(self.pools)):
-            self._share(group, row, keys, num_shared)
-        self._keys[row], self._registered[row] = keys, num_shared
-        needs = [self._needs_at_once(group, row, len(tokens)) for group in range(len(self.pools))]
-        if any(need + margin > pool.num_free for need, pool in zip(needs, self.pools, strict=True)):
-            self.release(row)
+        if candidate is self._refused and not self._suffices(candidate.needs, margin):
+            self._touch(candidate, windowed=True)
             return None
+        keys, length = candidate.keys, candidate.num_tokens
+        shared = self._num_shared(keys[: len(candidate.sharable)])
+        candidate.needs = [self._needs_to_admit(group, keys, shared, length) for group in range(len(self.pools))]
+        if not self._suffices(candidate.needs, margin):
+            candidate.num_shared, self._refused = shared, candidate
+            self._touch(candidate, windowed=False)
+            self._touch(candidate, windowed=True)
+            return None
+        self._refused = None
+        self._keys[row], self._registered[row] = keys, shared
         for group, window in enumerate(self._windows):
+            self._share(group, row, keys, shared)
             if not window:
-                self._extend(group, row, len(tokens))
-        return num_shared * self.block_size
+                self._extend(group, row, length)
+        return shared * self.block_size
 
     def grow(self, row: int, start: int, end: int) -> bool:
         """Before tokens `start` to `end` of a row are computed: pages for them, and none for what no window reaches from there.
@@ -123,6 +154,8 @@ class KVCache:
         if not self._sharing or full <= self._registered[row]:
             return
         keys = chain(tokens, self.block_size, self._keys[row])
+        if self._refused is not None and not self._refused.sharable.isdisjoint(keys[self._registered[row] : full]):
+            self._refused = None
         for group, pool in enumerate(self.pools):
             for block in range(max(self._registered[row], int(self._begin[group, row])), full):
                 pool.register(int(self.tables[group, row, block]), keys[block])
@@ -153,12 +186,34 @@ class KVCache:
             pool.check([table[begin:end].tolist() for table, begin, end in held])
 
     def _num_shared(self, keys: list[bytes]) -> int:
-        """How many blocks from the beginning every group has, or has as far back as its window needs them."""
-        for count in range(len(keys), 0, -1):
-            needed = [keys[self._first_needed(window, count * self.block_size) : count] for window in self._windows]
-            if all(pool.find(key) is not None for pool, wanted in zip(self.pools, needed, strict=True) for key in reversed(wanted)):
-                return count
-        return 0
+        """How many blocks from the beginning every group has, or has as far back as its window needs them.
+
+        No key is looked up twice in a group, so this takes time in proportion to the keys.
+        """
+        count = len(keys)
+        for pool, window in zip(self.pools, self._windows, strict=True):
+            if not window:
+                count = pool.num_found(keys[:count])
+        begins = [count if window else 0 for window in self._windows]  # each group has the blocks from here to `count`
+        group = 0
+        while count and group < len(begins):
+            needed = range(self._first_needed(self._windows[group], count * self.block_size), min(begins[group], count))
+            missing = next((block for block in reversed(needed) if self.pools[group].find(keys[block]) is None), None)
+            if missing is None:
+                begins[group], group = min(begins[group], needed.start), group + 1
+            else:  # nor does what is needed of any count from there up to this one stand
+                begins[group], count, group = missing, missing, 0
+        return count
+
+    def _touch(self, candidate: Candidate, *, windowed: bool) -> None:
+        """Keep the blocks that the next attempt may share: few of them where there is a window, whose pages change hands often."""
+        count = candidate.num_shared
+        for pool, window in zip(self.pools, self._windows, strict=True):
+            if bool(window) == windowed:
+                pool.touch(candidate.keys[self._first_needed(window, count * self.block_size) : count])
+
+    def _suffices(self, needs: list[int], margin: int) -> bool:
+        return all(need + margin <= pool.num_free for need, pool in zip(needs, self.pools, strict=True))
 
     def _share(self, group: int, row: int, keys: list[bytes], count: int) -> None:
         pool, begin = self.pools[group], self._first_needed(self._windows[group], count * self.block_size)
@@ -177,11 +232,16 @@ class KVCache:
         """How many more pages the row needs for its tokens up to `end`."""
         return max(0, -(-end // self.block_size) - int(self._end[group, row]))
 
-    def _needs_at_once(self, group: int, row: int, end: int) -> int:
-        """The same where a window lets go of pages on the way: it holds so many at a time, those it has included."""
-        needs, window = self._needs(group, row, end), self._windows[group]
-        held = int(self._end[group, row] - self._begin[group, row])
-        return min(needs, abs(window) // self.block_size + 2 - held) if window else needs
+    def _needs_to_admit(self, group: int, keys: list[bytes], num_shared: int, end: int) -> int:
+        """How many free pages a new row takes for its tokens up to `end`, with so many blocks shared.
+
+        Where a window lets go of pages on the way, it holds so many at a time, the shared ones included.
+        """
+        window, needs = self._windows[group], -(-end // self.block_size) - num_shared
+        begin = self._first_needed(window, num_shared * self.block_size)
+        if window:
+            needs = min(needs, abs(window) // self.block_size + 2 - (num_shared - begin))
+        return needs + self.pools[group].num_idle(keys[begin:num_shared])
 
     def _extend(self, group: int, row: int, end: int) -> None:
         old, new = int(self._end[group, row]), -(-end // self.block_size)

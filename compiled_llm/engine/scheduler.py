@@ -1,20 +1,21 @@
 """Which rows and tokens make the next step.
 
-Each step has a budget of tokens. Rows that decode come first, one token each; what is left goes to prompts in the order of
-their admission, in chunks, and then to requests that wait, by priority and arrival, while rows and pages last. Where pages
-run out, the request that came last (of the lowest priority) makes room and is computed again later, from its tokens.
+Each step has a budget of tokens. Rows that decode come first, one token each; what is left goes to prompts, in chunks, by
+priority and arrival: to those that have begun and, while rows and pages last, to those that wait. Where pages run out, the
+request that came last (of the lowest priority) makes room and is computed again later, from its tokens.
 """
 
-import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 import numpy as np
 
-from compiled_llm.engine.kv_cache import KVCache
+from compiled_llm.engine.kv_cache import Candidate, KVCache
 from compiled_llm.engine.plan import Chunk, Plan, plan_decode, plan_prefill
 from compiled_llm.engine.request import Request
+from compiled_llm.engine.request_queue import RequestQueue
 from compiled_llm.engine.rows import Rows
 from compiled_llm.runtime.batches import Int64
 from compiled_llm.runtime.runtime import Runtime
@@ -50,8 +51,9 @@ class Scheduler:
 
     def __init__(self, rows: Rows, cache: KVCache, limits: SchedulerLimits) -> None:
         self.rows, self.cache, self._limits = rows, cache, limits
-        self._queue: list[tuple[int, int, Request]] = []
-        self._arrivals: dict[Request, int] = {}
+        self._queue = RequestQueue()
+        self._arrivals: dict[Request, int] = {}  # all unfinished requests, by arrival
+        self._candidate: tuple[Request, Candidate] | None = None  # the first of the queue, once it was tried
         self._num_arrived = 0
         self._last_decode: Int64 | None = None
         self._joined: list[int] = []
@@ -59,8 +61,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Request]:
-        """Requests in the queue, in no order."""
-        return [request for _, _, request in self._queue]
+        """Requests in the queue, in its order."""
+        return list(self._queue)
 
     @property
     def unfinished(self) -> list[Request]:
@@ -76,17 +78,19 @@ class Scheduler:
         """Put a request into the queue."""
         self._arrivals[request] = self._num_arrived
         self._num_arrived += 1
-        heapq.heappush(self._queue, (request.priority, self._arrivals[request], request))
+        self._queue.add(request)
 
     def remove(self, request: Request) -> bool:
         """Take a request out of the queue; False when it is not there."""
-        left = [entry for entry in self._queue if entry[2] is not request]
-        found = len(left) < len(self._queue)
+        found = self._queue.remove(request)
         if found:
-            self._queue = left
-            heapq.heapify(self._queue)
+            self._forget_candidate(request)
             del self._arrivals[request]
         return found
+
+    def overdue(self, moment: float) -> list[Request]:
+        """The requests in the queue that never had a row and arrived before this moment."""
+        return list(takewhile(lambda request: request.timings.arrived < moment, self._queue.new))
 
     def release(self, row: int) -> Request:
         """End what runs in the row: it and its pages are free from the next step on."""
@@ -102,8 +106,8 @@ class Scheduler:
         request = self.rows.leave(row)
         request.num_preemptions += 1
         if request.prompt_logprobs is not None:
-            request.prompt_logprobs.clear()
-        heapq.heappush(self._queue, (request.priority, self._arrivals[request], request))
+            request.prompt_logprobs = []  # outputs made before share the other list
+        self._queue.put_back(request)
         return request
 
     def plan(self) -> Plan | None:
@@ -143,16 +147,19 @@ class Scheduler:
         return plan
 
     def _order(self, row: int) -> tuple[int, int]:
-        request = self.rows.request(row)
+        return self._place(self.rows.request(row))
+
+    def _place(self, request: Request) -> tuple[int, int]:
+        """What requests are ordered by, whether they run or wait."""
         return request.priority, self._arrivals[request]
 
     def _chunks(self, num_decoding: int) -> list[Chunk]:
         """Chunks of prompts for what the decoding rows leave of the budget; requests from the queue take rows for them."""
         chunks: list[Chunk] = []
         budget, more = self._budget(num_decoding), True
-        begun = list(self.rows.prefilling)
+        begun = sorted(self.rows.prefilling, key=self._order)
         while more and budget:
-            row = begun.pop(0) if begun else self._admit()
+            row = self._next_prompt(begun)
             chunk = self._chunk(row, budget) if row is not None else None
             more = chunk is not None
             if chunk is not None:
@@ -164,12 +171,24 @@ class Scheduler:
         """A chunk of one prompt, in turns with rows that decode. All but a prompt's first are as large as a step can be."""
         if num_decoding and self._prefilled_alone:
             return []
-        row = self.rows.prefilling[0] if self.rows.prefilling else self._admit()
+        row = self._next_prompt(sorted(self.rows.prefilling, key=self._order))
         if row is None:
             return []
         most = self._limits.max_num_batched_tokens
         chunk = self._chunk(row, (int(self.rows.target[row] - self.rows.computed[row]) - 1) % most + 1)
         return [chunk] if chunk is not None else []
+
+    def _next_prompt(self, begun: list[int]) -> int | None:
+        """The row of the most urgent prompt, taken off `begun` (sorted by `_order`) or out of the queue.
+
+        A request for which there is no row or no page waits, and the prompts that have begun go on.
+        """
+        first = self._queue.first
+        if first is not None and (not begun or self._place(first) < self._order(begun[0])):
+            row = self._admit()
+            if row is not None:
+                return row
+        return begun.pop(0) if begun else None
 
     def _budget(self, num_decoding: int) -> int:
         """Tokens for prompts in this step: the budget, or fewer where more would spill just over the edge of a bucket.
@@ -179,9 +198,10 @@ class Scheduler:
         """
         rows, limit = self.rows, self._limits.max_num_batched_tokens
         work = num_decoding + int((rows.target - rows.computed)[rows.prefilling].sum())
-        queued = (len(request.prompt_token_ids) + len(request.token_ids) for _, _, request in self._queue)
-        for _, length in zip(range(len(rows.free)), queued, strict=False):
-            work += length
+        for request in islice(self._queue, len(rows.free)):
+            if work >= limit:
+                break
+            work += len(request.prompt_token_ids) + len(request.token_ids)
         work = min(work, limit)
         edge = max((size for size in self._limits.prefill_sizes if size <= work), default=0)
         above = min((size for size in self._limits.prefill_sizes if size >= work), default=work)
@@ -192,20 +212,27 @@ class Scheduler:
 
     def _admit(self) -> int | None:
         """Give the first request of the queue a row, if there are pages for its tokens and a few to go on with."""
-        if not self._queue or not self.rows.free:
+        request = self._queue.first
+        if request is None or not self.rows.free:
             return None
-        row, request = self.rows.free[-1], self._queue[0][2]
-        tokens = np.array([*request.prompt_token_ids, *request.token_ids], np.int32)
-        may_hit = request.params.prompt_logprobs is None
-        cached = self.cache.admit(row, tokens, margin=len(self.rows.running), may_hit=may_hit)
+        row = self.rows.free[-1]
+        if self._candidate is None or self._candidate[0] is not request:
+            tokens = np.array([*request.prompt_token_ids, *request.token_ids], np.int32)
+            self._candidate = request, self.cache.candidate(tokens, may_hit=request.params.prompt_logprobs is None)
+        cached = self.cache.admit(row, self._candidate[1], margin=len(self.rows.running))
         if cached is None:
             return None
-        heapq.heappop(self._queue)
+        self._queue.remove(request)
+        self._forget_candidate(request)
         self.rows.take(row, request, cached)
         self._joined.append(row)
         if request.timings.scheduled is None:
             request.timings.scheduled, request.num_cached_tokens = time.perf_counter(), cached
         return row
+
+    def _forget_candidate(self, request: Request) -> None:
+        if self._candidate is not None and self._candidate[0] is request:
+            self._candidate = None
 
     def _chunk(self, row: int, budget: int) -> Chunk | None:
         """The next tokens of a row's prompt, or None when there is no page for them."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from compiled_llm.engine.block_pool import BlockPool
-from compiled_llm.engine.kv_cache import Int64, KVCache
+from compiled_llm.engine.kv_cache import Candidate, Int64, KVCache
 from compiled_llm.runtime.batches import TRASH_PAGE
 from compiled_llm.runtime.memory import PageGroup
 
@@ -88,6 +88,18 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(AssertionError, match="twice"):
                 copy.deepcopy(self.pool).release(pages)
 
+    @rule(numbers=st.lists(st.integers(0, 12), unique=True))
+    def touch(self, numbers: list[int]) -> None:
+        keys = [bytes([number]) for number in numbers]
+        pages = {key: page for page, key in self.keys.items()}
+        self.pool.touch(keys)
+        touched = [pages[key] for key in reversed(keys) if pages.get(key) in self.kept]
+        self.kept = [page for page in self.kept if page not in touched] + touched
+        found = [key in pages for key in keys]
+        assert self.pool.num_found(keys) == (found.index(False) if False in found else len(keys))
+        known = [key for key in keys if key in pages]
+        assert self.pool.num_idle(known) == sum(pages[key] in self.kept for key in known)
+
     @rule()
     def forget(self) -> None:
         self.pool.forget()
@@ -116,6 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     tokens, computed, registered: of each row that somebody has, its tokens, how many are computed, and full blocks dealt with.
     contents: of each group, the sequence that ends with a registered page.
+    waiting: the tokens of a sequence for which there was no room, whether it may share, and what the cache knows of it.
     """
 
     @initialize(
@@ -132,6 +145,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.computed: dict[int, int] = {}
         self.registered: dict[int, int] = {}
         self.contents: list[dict[int, tuple[int, ...]]] = [{} for _ in windows]
+        self.waiting: tuple[list[int], bool, Candidate] | None = None
 
     @property
     def decoding(self) -> list[int]:
@@ -176,9 +190,24 @@ class CacheMachine(RuleBasedStateMachine):
         may_hit=st.sampled_from([True, True, True, False]),
     )
     def admit(self, tokens: list[int], margin: int, may_hit: bool) -> None:
+        self.try_to_admit(tokens, margin, may_hit, self.cache.candidate(np.array(tokens, np.int32), may_hit=may_hit))
+
+    @precondition(lambda self: self.waiting is not None and len(self.tokens) < NUM_ROWS)
+    @rule(margin=st.integers(0, 2))
+    def admit_later(self, margin: int) -> None:
+        assert self.waiting is not None
+        tokens, may_hit, candidate = self.waiting
+        anew = copy.deepcopy(self.cache)
+        self.try_to_admit(tokens, margin, may_hit, candidate)
+        if self.waiting is not None and not any(self.windows):
+            row = min(set(range(NUM_ROWS)) - set(self.tokens))
+            assert anew.admit(row, anew.candidate(np.array(tokens, np.int32), may_hit=may_hit), margin=margin) is None
+
+    def try_to_admit(self, tokens: list[int], margin: int, may_hit: bool, candidate: Candidate) -> None:
         row = min(set(range(NUM_ROWS)) - set(self.tokens))
         before, free = self.cache.tables.copy(), self.cache.num_free
-        cached = self.cache.admit(row, np.array(tokens, np.int32), margin=margin, may_hit=may_hit)
+        cached = self.cache.admit(row, candidate, margin=margin)
+        self.waiting = (tokens, may_hit, candidate) if cached is None else None
         if cached is None:
             assert self.tokens or margin, "a request cannot be served though it is alone"
             assert (self.cache.tables == before).all()
