@@ -36,7 +36,7 @@ def move_unfinished(old: Scheduler, new: Scheduler, error: str) -> list[Request]
             ended.append(request)
             continue
         if request.prompt_logprobs is not None:  # of a preemption that was cut short
-            request.prompt_logprobs.clear()
+            request.prompt_logprobs = []
         new.add(request)
     return ended
 
