@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
@@ -71,7 +72,9 @@ class CompiledLLM:
                 num_embeddings=num_embeddings(model),
                 decode_token=self._jobs.decode_token,
             )
-            self._resources = resources.pop_all()
+            # Also where nobody closes it: the model is the user's again when this object is collected.
+            self._give_back = weakref.finalize(self, resources.pop_all().close)
+            self._give_back.atexit = False
 
     @classmethod
     def from_pretrained(
@@ -236,7 +239,7 @@ class CompiledLLM:
         del self._engine
         self._runtime.keep_traffic()
         self._runtime = None
-        self._resources.close()
+        self._give_back()
         if self.model.device.type == "cuda":
             gc.collect()  # compiled functions and their graphs refer to each other
             torch.cuda.empty_cache()

@@ -3,12 +3,17 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME
+from compiled_llm.models.held_attributes import Hold
+
+# Where a config keeps its choices. The properties in front of them also write those of its sub-configs.
+ATTENTION_CHOICE, _EXPERTS_CHOICE = "_attn_implementation_internal", "_experts_implementation_internal"
 
 
 def route(model: nn.Module, attention: str) -> None:
@@ -26,20 +31,45 @@ def route(model: nn.Module, attention: str) -> None:
 
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention to us, in eval mode and without gradients; put everything back at the end."""
-    attention, experts = model.config._attn_implementation, model.get_experts_implementation()
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    """Route the model's attention to us, in eval mode and without gradients.
+
+    At the end everything is put back that was changed here, unless another engine still works on the model, or on one that
+    shares its config or its modules: then the last of them does so.
+    """
+    hold = Hold(_attributes(model))
     try:
-        route(model, ATTENTION_NAME)
-        model.set_experts_implementation(_experts(model))
-        model.eval().requires_grad_(False)
+        try:
+            route(model, ATTENTION_NAME)
+            model.set_experts_implementation(_experts(model))
+            model.eval().requires_grad_(False)
+        finally:
+            hold.note_changes()
         yield
     finally:
-        route(model, attention)
-        model.set_experts_implementation(experts)
-        model.train(training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        hold.release()
+
+
+def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Those of the model and its modules, and their sub-configs, each once."""
+    found: dict[int, PretrainedConfig] = {}
+    remaining = [getattr(module, "config", None) for module in model.modules()]
+    while remaining:
+        config = remaining.pop()
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            remaining += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def _attributes(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
+    """All that `attached` changes."""
+    for config in configs_of(model):
+        yield config, ATTENTION_CHOICE
+        yield config, _EXPERTS_CHOICE
+    for module in model.modules():
+        yield module, "training"
+    for parameter in model.parameters():
+        yield parameter, "requires_grad"
 
 
 def _experts(model: PreTrainedModel) -> dict[str, str | None]:
