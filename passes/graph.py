@@ -1,9 +1,11 @@
 """Reading and editing graphs: what a node is, whatever views and casts stand before it; new nodes with their fake values."""
 
+import operator
 from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, Target, map_arg
@@ -51,6 +53,35 @@ def value_source(node: object) -> Node:
         node = node.args[0]
         assert isinstance(node, Node)
     return node
+
+
+def is_unwritten_input(node: object) -> bool:
+    """Whether this is a graph input, or a view of one, that no node of the graph writes to."""
+    assert isinstance(node, Node)
+    while node.op != "placeholder":
+        source = node.all_input_nodes[0] if is_view(node) else None
+        if source is None or (is_op(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()):  # it may copy
+            return False
+        node = source
+    return not _is_written(node)
+
+
+def is_view(node: Node) -> bool:
+    """Whether this reads the same memory as its argument, or is a part of what that gives."""
+    return is_op(node, operator.getitem, *_RESHAPES) or (isinstance(node.target, OpOverload) and node.target.is_view)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether a node writes to this one, or to a view of it."""
+    return any(_is_written(user) if is_view(user) else _writes(user, node) for user in node.users)
+
+
+def _writes(user: Node, node: Node) -> bool:
+    """Whether the schema of the user's op says that it writes to this argument."""
+    if not isinstance(user.target, OpOverload):
+        return False
+    arguments = zip(user.target._schema.arguments, user.args, strict=False)
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument, given in arguments if given is node)
 
 
 _aten = torch.ops.aten

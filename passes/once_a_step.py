@@ -10,13 +10,11 @@ Emits: `kept`, the same value.
 Assumes: `paged_attention` has run.
 """
 
-import operator
-
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from passes.graph import emit, is_op
+from passes.graph import emit, is_op, is_view
 from passes.ops.kept import kept, teach_inductor
 from passes.ops.library import NAMESPACE
 from passes.pipeline import GraphPass, PassContext
@@ -32,7 +30,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr") or (_is_cheap(node) and of_step.issuperset(node.all_input_nodes)):
             of_step.add(node)
-    values = [node for node in graph.nodes if node in of_step and node.op == "call_function" and not _is_view(node)]
+    values = [node for node in graph.nodes if node in of_step and node.op == "call_function" and not is_view(node)]
     often = [node for node in values if _num_readers(node, of_step) >= MIN_READERS]
     for node in often:
         with graph.inserting_after(node):
@@ -43,12 +41,8 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_cheap(node: Node) -> bool:
     return (
-        _is_view(node) or is_op(node, *_CHEAP) or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags)
+        is_view(node) or is_op(node, *_CHEAP) or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags)
     )
-
-
-def _is_view(node: Node) -> bool:
-    return is_op(node, operator.getitem, aten._unsafe_view.default) or (isinstance(node.target, OpOverload) and node.target.is_view)
 
 
 def _num_readers(node: Node, of_step: set[Node]) -> int:
@@ -57,7 +51,7 @@ def _num_readers(node: Node, of_step: set[Node]) -> int:
     for user in node.users:
         if user not in of_step:
             readers += getattr(user.target, "namespace", None) != NAMESPACE
-        elif _is_view(user):
+        elif is_view(user):
             readers += _num_readers(user, of_step)
     return readers
 

@@ -6,6 +6,8 @@ token any, up to `MAX_TOKENS_GPU` those with small weights, or with no more feat
 - the root mean square norm that makes its input (the norm of llama and its kin, weight last);
 - `silu(gate) * up` of its halves, where gate and up were merged;
 the last two on a GPU for a single token or small weights, because each of the kernel's programs norms all tokens.
+Only weights that are graph inputs are taken, by way of views: the kernel reads its weight before the kernels ahead of it have ended
+(see `passes.early_launch`), which may have yet to write one that the graph computes.
 Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm on a GPU, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from passes.graph import emit, is_op, reshape_source, value_source
+from passes.graph import emit, is_op, is_unwritten_input, reshape_source, value_source
 from passes.ops.small_linear import MAX_TOKENS, MAX_TOKENS_GPU, is_small, small_linear
 from passes.pipeline import GraphPass, PassContext
 
@@ -37,7 +39,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_served(product: Node) -> bool:
     x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
-    if weight.stride() != (1, weight.shape[0]):
+    if weight.stride() != (1, weight.shape[0]) or not is_unwritten_input(product.args[1]):
         return False
     if not x.is_cuda:
         return bool(x.dtype == torch.float32)

@@ -1,17 +1,20 @@
 """The linear kernel against its reference, and the pass against the graphs of real models."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_llm import CompiledLLM
-from passes import small_linear
+from passes import PassContext, small_linear
 from passes.graph import emit
 from passes.ops import small_linear as op
 from passes.ops.small_linear import small_linear_cpu, small_linear_kernel, small_linear_reference
 from tests.conftest import DEVICE
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
+aten = torch.ops.aten
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
@@ -97,6 +100,54 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
     if family in ("llama", "qwen3"):
         layer = ["linear+norm", "linear+residual", "linear+norm+gate", "linear+residual"]
         assert labels[1] == labels[4] == [*layer, *layer, "linear+norm"]
+
+
+def _scaled(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    return emit(graph, aten.mul.Tensor, weight, 2.0)
+
+
+def _normalised(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    return emit(graph, aten.div.Tensor, weight, emit(graph, aten.linalg_vector_norm.default, weight, 2, [1], True))
+
+
+def _copied_by_a_reshape(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    flat = emit(graph, aten.reshape.default, emit(graph, aten.permute.default, weight, [1, 0]), [64 * 64])
+    return emit(graph, aten.view.default, flat, [64, 64])
+
+
+def _written_before(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    emit(graph, aten.mul_.Tensor, emit(graph, aten.view.default, weight, [64, 64]), 2.0)
+    return weight
+
+
+def _itself(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    return weight
+
+
+def _read_as_one(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    """As `merge_projections` has it."""
+    return emit(graph, aten.as_strided.default, weight, [128, 64], [64, 1], 0)
+
+
+def _half(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
+    return emit(graph, aten.slice.Tensor, weight, 0, 0, 32)
+
+
+@pytest.mark.parametrize("prepare", [_scaled, _normalised, _copied_by_a_reshape, _written_before, _itself, _read_as_one, _half])
+def test_only_weights_that_nothing_computes_are_taken(
+    prepare: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node],
+) -> None:
+    """Launched early, the kernel reads its weight while kernels ahead of it still write what they compute."""
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x, weight = graph.placeholder("x"), graph.placeholder("weight")
+        x.meta["val"], weight.meta["val"] = torch.empty(2, 64), torch.empty(128, 64)[:64]
+        product = emit(graph, aten.mm.default, x, emit(graph, aten.permute.default, prepare(graph, weight), [1, 0]))
+        graph.output(product)
+    context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=2)
+    labels = small_linear.SMALL_LINEAR.run(graph, context)
+    assert labels == (["linear"] if prepare in (_itself, _read_as_one, _half) else [])
+    assert len(graph.find_nodes(op="call_function", target=op.small_linear)) == len(labels)
 
 
 def test_several_tokens_in_float16_are_normed_before() -> None:
