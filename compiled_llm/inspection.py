@@ -81,7 +81,7 @@ def inspect_model(config: Config) -> Inspection:
     context = PassContext(
         layers=tuple(layer.name for layer in found.layers),
         rotary_embeddings=found.rotary_embeddings,
-        merged_projections=found.merged_projections if "merge_projections" in names else 0,
+        merged_projections=found.merged_projections if "merge_projections" in names else (),
         num_tokens=2,
     )
     return Inspection(

@@ -1,12 +1,14 @@
 """Matrix products of one input with several weights -> one product with all of them.
 
-Matches: `mm` nodes of the same tokens with transposed weights that lie side by side in one storage, as
-`compiled_llm.models.merging` lays them: q, k and v; gate and up.
+Matches: `mm` nodes of the same tokens with transposed weights that together fill one storage, as `compiled_llm.models.merging`
+lays them: q, k and v; gate and up.
 Emits: one `mm` with the weights read as one (`as_strided` over the first), and a slice of its result for each.
-Assumes: weights are graph inputs, whose fake tensors share a fake storage where the real ones share one. Each output element
-is the same sum as before; a GEMM kernel chosen for another width may round it otherwise.
+Assumes: weights are graph inputs, whose fake tensors share a fake storage where the real ones share one. Inductor's cache does not
+look at storages and offsets, so that `PassContext.merged_projections` must name the weights that share one, in their order. Each
+output element is the same sum as before; a GEMM kernel chosen for another width may round it otherwise.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -26,7 +28,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
         if weight is not None:
             tokens, storage = product.args[0], weight.meta["val"].untyped_storage()
             groups.setdefault((reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []).append(product)
-    merged = [group for group in groups.values() if len(group) > 1 and _side_by_side([_value(product) for product in group])]
+    merged = [group for group in groups.values() if len(group) > 1 and _fill_a_storage(group)]
     for group in merged:
         _merge(graph, group)
     return [_label(number) for number in range(len(merged))]
@@ -48,11 +50,19 @@ def _value(product: Node) -> Tensor:
     return value
 
 
-def _side_by_side(weights: list[Tensor]) -> bool:
-    ordered = sorted(weights, key=lambda weight: weight.storage_offset())
-    ends = [weight.storage_offset() + weight.numel() for weight in ordered]
-    begins = [weight.storage_offset() for weight in ordered]
-    return all(weight.is_contiguous() for weight in ordered) and begins[1:] == ends[:-1]
+def fill_a_storage(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights, more than one, are alike and follow each other in one storage, from its beginning to its end."""
+    end = 0
+    for weight in weights:
+        if not weight.is_contiguous() or weight.storage_offset() != end:
+            return False
+        end += weight.numel()
+    alike = {(weight.untyped_storage()._cdata, weight.dtype, weight.shape[1:]) for weight in weights}
+    return len(weights) > 1 and len(alike) == 1 and weights[0].untyped_storage().nbytes() == end * weights[0].itemsize
+
+
+def _fill_a_storage(group: list[Node]) -> bool:
+    return fill_a_storage(sorted(map(_value, group), key=lambda weight: weight.storage_offset()))
 
 
 def _merge(graph: Graph, group: list[Node]) -> None:
@@ -63,8 +73,8 @@ def _merge(graph: Graph, group: list[Node]) -> None:
     with graph.inserting_before(group[0]):
         first = _transposed_weight(products[0])
         assert first is not None
-        num_in, offset = _value(products[0]).shape[1], _value(products[0]).storage_offset()
-        weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], offset)
+        num_in = _value(products[0]).shape[1]
+        weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], 0)
         product = emit(graph, aten.mm.default, group[0].args[0], emit(graph, aten.permute.default, weight, [1, 0]))
         parts = [emit(graph, aten.slice.Tensor, product, 1, begin, end) for begin, end in bounds]
     for old, part in zip(products, parts, strict=True):
@@ -79,5 +89,5 @@ def _label(number: int) -> str:
 MERGE_PROJECTIONS = GraphPass(
     name="merge_projections",
     run=_run,
-    expected=lambda context: [_label(number) for number in range(context.merged_projections)],
+    expected=lambda context: [_label(number) for number in range(len(context.merged_projections))],
 )

@@ -24,13 +24,13 @@ class PassContext:
     Attributes:
         layers: the qualified name of the module behind each attention call, in call order.
         rotary_embeddings: how many rotary embeddings the model computes a step.
-        merged_projections: how many groups of weights lie side by side in one storage.
+        merged_projections: the names of the weights in each storage that several of them fill, in their order there.
         num_tokens: how many tokens the step takes.
     """
 
     layers: tuple[str, ...]
     rotary_embeddings: int
-    merged_projections: int
+    merged_projections: tuple[tuple[str, ...], ...]
     num_tokens: int
 
 

@@ -122,12 +122,20 @@ class Engine:
         self._runtime.check_samplers(request.params.sampler, scoring=request.params.prompt_logprobs is not None)
 
     def add(self, request: Request) -> None:
-        """Let a checked request wait for its turn; raises QueueFullError and EngineBrokenError."""
+        """Let a checked request wait for its turn.
+
+        Raises:
+            QueueFullError: no more requests may wait.
+            EngineBrokenError: the engine serves nothing more.
+            RuntimeError: the model was changed, or this is called in another thread or within a step.
+        """
         self._enter()
         if not self.has_room:
             raise QueueFullError(
                 f"{self.num_waiting} requests are waiting, as many as limits.max_waiting allows: retry later or raise it"
             )
+        if not self.has_work:  # once a batch of requests is enough: this takes longer than a step's own checks
+            self._runtime.check_model()
         with self._changing():
             self._scheduler.add(request)
 

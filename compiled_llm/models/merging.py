@@ -4,13 +4,15 @@ The modules stay as they are: each parameter becomes a view of the common storag
 held twice.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
+
+from passes.merge_projections import fill_a_storage
 
 
 @contextmanager
@@ -41,38 +43,51 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
             groups.append(alike)
 
 
-_num_engines: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOCK = Lock()
+_PINS: defaultdict[int, set[object]] = defaultdict(set)  # who relies on the place of a parameter, by its id
 
 
 @contextmanager
 def merged(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
     """Hold the weights of each group in one storage, in order, where they stay as long as this is open.
 
-    Where another engine works on the model, its graphs know the weights by their addresses: then none is moved.
+    Where another engine works on a parameter, its graphs know that by its address: then it is not moved.
     """
-    if not _num_engines.get(model):
-        for group in groups:
-            _merge(group)
-    _num_engines[model] = _num_engines.get(model, 0) + 1
+    engine, parameters = object(), list(model.parameters())  # held, so that their ids stay their own
     try:
+        with _LOCK:
+            for unused in [place for place, pins in _PINS.items() if not pins]:
+                del _PINS[unused]
+            for group in groups:
+                if not any(_PINS.get(id(module.weight)) for module in group):
+                    _merge(group)
+            for parameter in parameters:
+                _PINS[id(parameter)].add(engine)
         yield
-    finally:
-        _num_engines[model] -= 1
+    finally:  # maybe by the garbage collector, in the middle of the above: no lock, and no set leaves the dictionary
+        for parameter in parameters:
+            _PINS.get(id(parameter), set()).discard(engine)
 
 
-def count_merged(model: nn.Module) -> int:
-    """How many groups of weights share a storage, each with a part of its own."""
-    parts: dict[int, set[object]] = {}
-    for module in model.modules():
+def merged_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of linear layers whose weights fill a storage that they share, in their order there.
+
+    It is proven anew at each call: generated code reads such weights as one, wherever the first of them lies.
+    """
+    sharing: dict[int, dict[int, tuple[str, Tensor]]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not _has_bias(module):
-            parts.setdefault(module.weight.untyped_storage().data_ptr(), set()).add(module.weight.storage_offset())
-    return sum(len(offsets) > 1 for offsets in parts.values())
+            weight = module.weight
+            sharing.setdefault(weight.untyped_storage()._cdata, {})[int(weight.storage_offset())] = (name, weight)
+    groups = [[parts[offset] for offset in sorted(parts)] for parts in sharing.values()]
+    return tuple(tuple(name for name, _ in group) for group in groups if fill_a_storage([weight for _, weight in group]))
 
 
 def _merge(group: list[nn.Linear]) -> None:
-    if len({module.weight.untyped_storage().data_ptr() for module in group}) == 1:
+    weights = [module.weight.data for module in group]
+    if fill_a_storage(weights):
         return
-    together = torch.cat([module.weight.data for module in group])
+    together = torch.cat(weights)
     for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):
         module.weight.data = weight
 

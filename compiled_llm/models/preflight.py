@@ -25,7 +25,7 @@ class Preflight:
         num_parameters: of all weights, tied ones counted once.
         layers: attention calls in call order; states: what other layers remember of a sequence.
         features: what the attention has besides plain causal attention of equal heads, in words.
-        rotary_embeddings: a step; merged_projections: groups of linear layers that would share a storage.
+        rotary_embeddings: a step; merged_projections: the names of linear layers whose weights would share a storage.
     """
 
     model_type: str
@@ -34,7 +34,7 @@ class Preflight:
     states: tuple[State, ...]
     features: tuple[str, ...]
     rotary_embeddings: int
-    merged_projections: int
+    merged_projections: tuple[tuple[str, ...], ...]
 
 
 def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Preflight:
@@ -52,6 +52,7 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
     with attached(model):
         with linears_by_input(model) as groups:
             served, layers = examine(model)
+        names = {module: name for name, module in model.named_modules()}
         return Preflight(
             model_type=config.model_type,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -59,7 +60,7 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
             states=tuple(discover_states(model)),
             features=tuple(features(served, layers)),
             rotary_embeddings=count_rotary_embeddings(model),
-            merged_projections=len(groups),
+            merged_projections=tuple(tuple(names[module] for module in group) for group in groups),
         )
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from compiled_llm.config import Config, Sampler
 from compiled_llm.models.discovery import AttentionLayer, continues_from_states
-from compiled_llm.models.traced import ServedModel
+from compiled_llm.models.traced import ServedModel, model_itself
+from compiled_llm.models.unchanged import Unchanged
 from compiled_llm.runtime.allocation import allocate
 from compiled_llm.runtime.artifact_cache import open_artifact
 from compiled_llm.runtime.artifact_key import Key, make_key
@@ -67,6 +68,7 @@ class Runtime:
     ) -> None:
         self.model, self.config = model, config
         self._owner = os.getpid(), threading.get_ident()
+        self._unchanged = Unchanged(model_itself(model), compiled=config.compile.dispatch != "eager")
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         prefill = config.buckets.prefill
@@ -172,9 +174,14 @@ class Runtime:
         self.memory.state.arrivals.zero_()
         self._readback.resynchronize()
 
+    def check_model(self) -> None:
+        """Raise RuntimeError where the model is not what it was at the start, and compiled steps would not be what it computes."""
+        self._unchanged.check()
+
     def capture_next(self) -> None:
         """Compile and capture what most steps have asked for; what all steps so far sampled must have been read."""
         self.check_owner()
+        self.check_model()
         with torch.no_grad(), between_steps(self.memory.state):
             self._serving.replace(self._lazy.capture_next())
         self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
-from compiled_llm.models.merging import count_merged
+from compiled_llm.models.merging import merged_groups
 from compiled_llm.models.traced import ServedModel
 from compiled_llm.runtime.allocation import Memory, stage_padding
 from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
@@ -121,7 +121,7 @@ def make_pipeline(config: Config, bucket: Bucket, model: ServedModel, layers: li
     context = PassContext(
         layers=tuple(layer.name for layer in layers),
         rotary_embeddings=count_rotary_embeddings(model),
-        merged_projections=count_merged(model),
+        merged_projections=merged_groups(model),
         num_tokens=bucket.size,
     )
     return Pipeline(

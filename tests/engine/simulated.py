@@ -109,6 +109,9 @@ class SimulatedRuntime:
     def recover(self) -> None:
         """Steps are counted once they have run."""
 
+    def check_model(self) -> None:
+        """Nothing can change here."""
+
     def decode(self, batch: DecodeBatch) -> Ticket:
         assert self.decodes_apart
         assert len(batch.rows)

@@ -6,7 +6,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compiled_llm import CompiledLLM
-from compiled_llm.models.merging import count_merged, linears_by_input, merged
+from compiled_llm.models.merging import linears_by_input, merged, merged_groups
+from passes import PassContext, Pipeline
+from passes.merge_projections import MERGE_PROJECTIONS
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 CONFIG = {"buckets": {"decode": [4], "prefill": [48], "samplers": ["greedy"]}}
@@ -32,12 +34,64 @@ def test_layers_of_one_input_are_found_and_merged() -> None:
     with linears_by_input(block) as groups:
         expected = block(x)
     assert groups == [[block.a, block.b]], "c has another input, one has a bias, one is tied"
-    assert count_merged(block) == 0
+    assert merged_groups(block) == ()
     with merged(block, groups):
-        assert count_merged(block) == 1
+        assert merged_groups(block) == (("a", "b"),)
         assert block.b.weight.data_ptr() == block.a.weight.data_ptr() + block.a.weight.numel() * 4
         assert torch.equal(block(x), expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
+
+
+def _lay_out(storage: torch.Tensor, *layers: nn.Linear) -> None:
+    """Lay the weights of the layers into a storage, one after another from its beginning."""
+    begin = 0
+    for layer in layers:
+        weight = storage[begin : begin + layer.weight.numel()].view_as(layer.weight)
+        layer.weight.data = weight.copy_(layer.weight.data)
+        begin += weight.numel()
+
+
+LAYOUTS = {
+    "another order": lambda block: _lay_out(torch.empty(80), block.b, block.a),
+    "a larger storage": lambda block: _lay_out(torch.empty(81), block.a, block.b),
+    "something between": lambda block: _lay_out(torch.empty(96), block.a, block.c, block.b),
+    "not from the beginning": lambda block: _lay_out(torch.empty(96), block.c, block.a, block.b),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_weights_that_share_a_storage_in_another_way_are_laid_out_anew(layout: str) -> None:
+    block, x = Block(), torch.randn(3, 8)
+    LAYOUTS[layout](block)
+    with linears_by_input(block) as groups:
+        expected = block(x)
+    with merged(block, groups):
+        assert merged_groups(block) == (("a", "b"),)
+        assert [layer.weight.storage_offset() for layer in (block.a, block.b)] == [0, 32]
+        assert torch.equal(block(x), expected)
+        block.b.weight.data = block.b.weight.data.clone()
+        assert merged_groups(block) == (), "it is looked at anew each time"
+
+
+@torch.no_grad()
+def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
+    """Inductor's cache does not look at offsets: what it compiled for one order would read the rows of the other."""
+    block, keys = Block(), []
+    for order in ((block.a, block.b), (block.b, block.a)):
+        _lay_out(torch.empty(80), *order)
+        context = PassContext(layers=(), rotary_embeddings=0, merged_projections=merged_groups(block), num_tokens=1)
+        keys.append(Pipeline([MERGE_PROJECTIONS], context).uuid())
+    assert keys[0] != keys[1]
+
+
+def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> None:
+    one, other = Block(), Block()
+    other.a = one.a
+    with merged(one, []), merged(other, [[other.a, other.b]]):
+        assert merged_groups(other) == ()
+    with merged(other, [[other.a, other.b]]):
+        assert merged_groups(other) == (("a", "b"),)
 
 
 def test_weights_do_not_move_under_another_engine() -> None:
@@ -51,7 +105,7 @@ def test_weights_do_not_move_under_another_engine() -> None:
             merges = [p for bucket in second.report().buckets for p in bucket.passes if p.name == "merge_projections"]
             assert not any(merge.matches for merge in merges)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as alone:
-        assert count_merged(model) == 4
+        assert len(merged_groups(model)) == 4
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
             assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
@@ -62,7 +116,7 @@ def test_weights_do_not_move_under_another_engine() -> None:
 def test_a_merged_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny_model(family)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False):
-        assert count_merged(model) == 4
+        assert len(merged_groups(model)) == 4
         model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, parameter in model.named_parameters():

@@ -33,7 +33,8 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
     with attached(model):
         assert found.states == tuple(discover_states(model))
     assert found.rotary_embeddings == count_rotary_embeddings(model)
-    assert found.merged_projections == len(groups)
+    names = {module: name for name, module in model.named_modules()}
+    assert found.merged_projections == tuple(tuple(names[module] for module in group) for group in groups)
     assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -9,7 +9,7 @@ from passes import PassContext
 from passes.once_a_step import MIN_READERS, ONCE_A_STEP
 from passes.ops.kept import kept
 
-CONTEXT = PassContext(layers=(), rotary_embeddings=1, merged_projections=0, num_tokens=3)
+CONTEXT = PassContext(layers=(), rotary_embeddings=1, merged_projections=(), num_tokens=3)
 
 
 def step(angles: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
