@@ -8,6 +8,7 @@ The function has two names. Under the one that steps use, transformers builds no
 only to learn how far back they reach (see `masks`), and steps then know that for each call.
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,9 +69,11 @@ class Attention(Protocol):
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor: ...
 
 
-@dataclass
-class Current:
-    """Holds what attention calls do now; a step sets it on entry and clears it on exit, inside the trace."""
+class Current(threading.local):
+    """What attention calls of this thread do now: a step sets it on entry and clears it on exit, inside the trace.
+
+    Each engine has a thread of its own, so it is read and written without a lock.
+    """
 
     attention: Attention | None = None
 

@@ -23,10 +23,12 @@ class SequenceStep(Step):
         padding, places = self.size - count, torch.arange(self.size, device=row.device)
         order = (places - padding) % self.size
         self.current.attention = self._attention(inputs, order, padding)
-        logits = self.call_model.sequence(
-            inputs.ids[order], inputs.positions[order], row, start=length - count, mask=(places >= padding).long()
-        )
-        self.current.attention = None
+        try:
+            logits = self.call_model.sequence(
+                inputs.ids[order], inputs.positions[order], row, start=length - count, mask=(places >= padding).long()
+            )
+        finally:
+            self.current.attention = None
         if self.sampler == "scoring":
             scored = top_logprobs(logits[(places + padding) % self.size], inputs.targets, inputs.scores, MAX_LOGPROBS)
             state.prompt_logprobs[: self.size], state.prompt_ids[: self.size] = scored

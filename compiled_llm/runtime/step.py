@@ -50,9 +50,10 @@ class Step(nn.Module):
     def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
         """Logits [T, V] of the tokens, or [S, V] of those at the indices `wanted`."""
         self.current.attention = attention
-        logits = self.call_model(ids, positions, rows, wanted)
-        self.current.attention = None
-        return logits
+        try:
+            return self.call_model(ids, positions, rows, wanted)
+        finally:
+            self.current.attention = None
 
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, recent: Tensor | None, samples: Tensor) -> None:
         """Choose the ids at these positions of these rows: their next tokens, and the step's output."""
