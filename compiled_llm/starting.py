@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compiled_llm import imported
+from compiled_llm.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 from compiled_llm.config import Config
 from compiled_llm.config_file import load_config, parse_config
 from compiled_llm.models.attaching import attached
@@ -36,20 +37,21 @@ def new_report() -> Report:
 def start(
     model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None
 ) -> Runtime:
-    """Route the model's attention here and compile it; `resources` gives the model back as it was.
+    """Route the model's attention here and compile it, one engine at a time; `resources` gives the model back as it was.
 
     Raises:
         UnsupportedModelError: a ValueError that names the feature of the model which is not served.
         ValueError: the config does not fit the model or the machine.
     """
-    resources.enter_context(attached(model))
-    with report.phase("examine model", model.device):
-        with linears_by_input(model) as groups:
-            served, layers = examine(model)
-        check_tokens_meet_in_attention(served)
-        wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
-        resources.enter_context(merged(model, groups if wanted else []))
-    runtime = Runtime(served, layers, config, report, progress=progress, pool=pool)
+    with COMPILER_LOCK:
+        with eager_steps_excluded(), report.phase("examine model", model.device):
+            resources.enter_context(attached(model))
+            with linears_by_input(model) as groups:
+                served, layers = examine(model)
+            check_tokens_meet_in_attention(served)
+            wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+            resources.enter_context(merged(model, groups if wanted else []))
+        runtime = Runtime(served, layers, config, report, progress=progress, pool=pool)
     report.facts.update(_facts(runtime, model))
     return runtime
 

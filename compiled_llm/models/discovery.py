@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from compiled_llm.compiler_lock import eager_steps_excluded
 from compiled_llm.models.attaching import route
 from compiled_llm.models.attention import (
     ATTENTION_NAME,
@@ -143,14 +144,14 @@ def check_tokens_meet_in_attention(model: ServedModel) -> None:
 @contextmanager
 def _examined(model: ServedModel, attention: Attention) -> Iterator[None]:
     """Attention calls do this meanwhile, and masks are built only to learn how far they reach."""
-    try:
-        route(model, EXAMINING_NAME)
-        CURRENT.attention = attention
-        with torch.no_grad():
+    with eager_steps_excluded(), torch.no_grad():  # another engine's may be of this model
+        try:
+            route(model, EXAMINING_NAME)
+            CURRENT.attention = attention
             yield
-    finally:
-        CURRENT.attention = None
-        route(model, ATTENTION_NAME)
+        finally:
+            CURRENT.attention = None
+            route(model, ATTENTION_NAME)
 
 
 def _forward_alone(model: ServedModel, ids: list[int], positions: list[int] | None = None) -> Tensor:

@@ -1,15 +1,26 @@
 """Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
 
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
 
+from compiled_llm.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 from compiled_llm.config import ModelConfig
 from compiled_llm.models.attention import UnsupportedModelError
 from compiled_llm.models.default import default_model
@@ -26,12 +37,31 @@ class LoadedModel:
 
 
 def load(config: ModelConfig) -> LoadedModel:
-    """Load what the config names.
+    """Load what the config names, one model at a time.
 
     Raises:
         UnsupportedModelError: its config tells that it is not served; no weight was read.
         ValueError: the checkpoint is missing or incomplete; the message says what was expected.
     """
+    with COMPILER_LOCK, _default_dtype_guarded():
+        return _load(config)
+
+
+@contextmanager
+def _default_dtype_guarded() -> Iterator[None]:
+    """Exclude eager steps where transformers builds a model: meanwhile its dtype is torch's default, in all threads."""
+    set_default = modeling_utils.local_torch_dtype
+
+    @contextmanager
+    def guarded(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with eager_steps_excluded(), set_default(*args, **kwargs):
+            yield
+
+    with patch.object(modeling_utils, "local_torch_dtype", guarded):
+        yield
+
+
+def _load(config: ModelConfig) -> LoadedModel:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     if config.weights == "random":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
+from compiled_llm.compiler_lock import eager_steps_excluded
 from compiled_llm.models.attaching import route
 from compiled_llm.models.attention import CURRENT, AttentionCall, UndecidedError, UnsupportedModelError
 from passes.ops.paged_attention import attend
@@ -145,13 +146,13 @@ class _Call(nn.Module):
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    attention = model.config._attn_implementation
-    try:
-        route(model, "eager")
-        with torch.no_grad():
+    with eager_steps_excluded(), torch.no_grad():  # an export also puts other tensors in the place of parameters
+        attention = model.config._attn_implementation
+        try:
+            route(model, "eager")
             yield
-    finally:
-        route(model, attention)
+        finally:
+            route(model, attention)
 
 
 def _export(call: _Call) -> tuple[GraphModule, Any]:

@@ -17,6 +17,7 @@ import torch._inductor.config as inductor_config
 import torch.compiler.config as compiler_config
 from torch._dynamo.aot_compile import AOTCompiledFunction
 
+from compiled_llm.compiler_lock import COMPILER_LOCK
 from compiled_llm.runtime import vector_units
 from compiled_llm.runtime.compile_clock import Durations, Moment, durations
 from compiled_llm.runtime.graph_trees import drop, recording_of, recovery
@@ -52,6 +53,7 @@ class CompiledStep:
     Attributes:
         launch: runs the step once.
         graph: whether `launch` replays a recording and nothing else.
+        guarded: whether `launch` checks guards, and may compile or record again.
         recording: the graph-tree node that `launch` replays, if it does.
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
@@ -60,6 +62,7 @@ class CompiledStep:
 
     launch: Launch
     graph: bool
+    guarded: bool = False
     recording: object
     owner: object
     seconds: Durations
@@ -119,14 +122,21 @@ def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: by
     """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
     device = step.state.tokens.device
     began = Moment.now()
+    compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def launch() -> None:
+        with COMPILER_LOCK:  # guards read what another engine's start changes
+            torch.compiler.cudagraph_mark_step_begin()  # once one engine marks its steps, torch counts no step by itself
+            compiled()
+
     with _settings(device, pipeline, options):
-        compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        compiled()
+        launch()
         compiled_at = Moment.now()
-        compiled()
+        launch()
     return CompiledStep(
-        launch=compiled,
+        launch=launch,
         graph=False,
+        guarded=True,
         recording=None,
         owner=compiled,
         seconds=durations(began, compiled_at, Moment.now()),
@@ -138,7 +148,8 @@ DISPATCHES: dict[str, Dispatch] = {"direct": direct, "torch": via_torch}
 
 @contextmanager
 def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any]) -> Iterator[None]:
-    """The compiler's settings for the length of one compile and capture; a user's own compiles keep theirs.
+    """The compiler's settings for the length of one compile and capture, of one engine at a time; a user's own compiles after it
+    keep theirs.
 
     The cudagraph option stands here and not in `options=`, because loading a cached graph reads the global one
     (pytorch#155703).
@@ -147,7 +158,7 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
     if device.type == "cuda":
         # Kernels that need nothing of each other, such as those of queries and keys, as one launch.
         inductor |= {"triton.cudagraphs": True, "combo_kernels": True, **inductor_options(pipeline.context.num_tokens)}
-    with ExitStack() as settings:
+    with COMPILER_LOCK, ExitStack() as settings:
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from compiled_llm.compiler_lock import compiler_is_free
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.report import BucketReport
 from compiled_llm.runtime.state import StepState
@@ -40,8 +41,8 @@ class LazyBuckets:
 
     @property
     def due(self) -> bool:
-        """Whether one is wanted, and steps had as much time as the last one took."""
-        return bool(self._wanted) and self._clock() >= self._not_before
+        """Whether one is wanted, steps had as much time as the last one took, and no other engine compiles now."""
+        return bool(self._wanted) and self._clock() >= self._not_before and compiler_is_free()
 
     @property
     def overdue(self) -> bool:

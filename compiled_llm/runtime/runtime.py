@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compiled_llm.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
 from compiled_llm.config import Config, Sampler
 from compiled_llm.models.discovery import AttentionLayer, continues_from_states
 from compiled_llm.models.traced import ServedModel, model_itself
@@ -179,11 +180,17 @@ class Runtime:
         self._unchanged.check()
 
     def capture_next(self) -> None:
-        """Compile and capture what most steps have asked for; what all steps so far sampled must have been read."""
+        """Compile and capture what most steps have asked for; what all steps so far sampled must have been read.
+
+        While another engine compiles, nothing is done, after a short wait: it may take minutes, and steps can go on without.
+        """
         self.check_owner()
         self.check_model()
-        with torch.no_grad(), between_steps(self.memory.state):
-            self._serving.replace(self._lazy.capture_next())
+        with compiler_soon() as free:
+            if not free:
+                return
+            with torch.no_grad(), between_steps(self.memory.state):
+                self._serving.replace(self._lazy.capture_next())
         self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> Ticket:
@@ -262,21 +269,22 @@ class Runtime:
         self._traffic[batch.kind].seen[batch.size] += 1
         with torch.no_grad():
             if entry is None or entry.compiled is None:
-                self.memory.step(self.model, batch)()
+                run_eagerly(self.memory.step(self.model, batch))
                 return self._readback.start()
-            if entry.compiled.graph:  # a replay can do nothing but replay
-                entry.compiled.launch()
-            else:
+            if entry.compiled.guarded:
                 self._watch(entry.compiled.launch)
+            else:  # it can do nothing else
+                entry.compiled.launch()
         entry.report.replays += 1
         entry.report.padded += entry.bucket.size - batch.size
         return self._readback.start()
 
     def _watch(self, launch: Launch) -> None:
         """Launch, and count what the compiler did meanwhile that it should not have."""
-        before = graph_events(self.model.device)
-        launch()
-        after = graph_events(self.model.device)
+        with COMPILER_LOCK:  # some of the counters are the process's
+            before = graph_events(self.model.device)
+            launch()
+            after = graph_events(self.model.device)
         for name, count in after.items():
             self.report.graph_events[name] += count - before[name]
         if self.config.strict and after != before:

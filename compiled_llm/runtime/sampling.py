@@ -145,8 +145,8 @@ def _ban(params: RowParams, history: History, vocab_size: int) -> Tensor:
     prefix_SWR, last_SW = words_SWL[..., :-1], words_SWL[..., -1]
     begun_SW = ((prefix_SWR == recent_S1R) | (prefix_SWR < 0)).all(-1)
     begun_SW = begun_SW & (last_SW >= 0) & ((params.flags & _BAD_WORDS) > 0)[:, None]
-    bans_SW = torch.where(begun_SW, float("-inf"), 0.0)
-    zeros_SV = torch.zeros(words_SWL.shape[0], vocab_size, device=words_SWL.device)
+    bans_SW = torch.zeros_like(begun_SW, dtype=torch.float32).masked_fill(begun_SW, float("-inf"))
+    zeros_SV = torch.zeros(words_SWL.shape[0], vocab_size, dtype=torch.float32, device=words_SWL.device)
     return zeros_SV.scatter_add(1, last_SW.clamp(min=0), bans_SW)
 
 

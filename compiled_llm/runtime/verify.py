@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compiled_llm.compiler_lock import run_eagerly
 from compiled_llm.config import Sampler
 from compiled_llm.models.traced import ServedModel
 from compiled_llm.runtime.allocation import Memory
@@ -103,7 +104,7 @@ def _try(
         got = outcome_of(trial, memory, bucket)
         stage(trial, memory, reference.size)
         history = _history(trial, memory)
-        memory.step(model, reference)()
+        run_eagerly(memory.step(model, reference))
         _compare(found, got, outcome_of(trial, memory, reference), trial, history, ALLOWED[model.dtype])
 
 

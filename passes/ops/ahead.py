@@ -5,6 +5,7 @@ Inductor compiles its own kernels ahead. Those behind the ops of this package ar
 launched, so each op is called here on tensors without memory, and every launch stops once the kernel is compiled.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,14 +91,16 @@ def _shape(node: Node) -> _Shape:
 
 @contextmanager
 def _launching_nothing(files: KernelFiles) -> Iterator[None]:
-    """While this is open, Triton's launches compile the kernel and what launches it, and note the files of both."""
+    """While this is open, this thread's launches compile the kernel and what launches it, and note the files of both."""
     from triton.runtime import build, driver
     from triton.runtime.cache import FileCacheManager, get_cache_manager
     from triton.runtime.jit import JITFunction, MockTensor
 
-    run, folders = JITFunction.run, list[str]()
+    run, folders, thread = JITFunction.run, list[str](), threading.get_ident()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:  # another engine's launch
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
         args, kwargs = tree_map_only(Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs))
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         with patch.object(build, "get_cache_manager", noting):
@@ -106,7 +109,8 @@ def _launching_nothing(files: KernelFiles) -> Iterator[None]:
         return kernel
 
     def noting(folder: str) -> Any:
-        folders.append(folder)
+        if threading.get_ident() == thread:
+            folders.append(folder)
         return get_cache_manager(folder)
 
     with patch.object(JITFunction, "run", compile_only):
