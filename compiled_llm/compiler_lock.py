@@ -52,8 +52,9 @@ def compiler_is_free() -> bool:
 @contextmanager
 def compiler_soon() -> Iterator[bool]:
     """Hold `COMPILER_LOCK`, or yield False where another thread does not give it back at once."""
-    free = COMPILER_LOCK.acquire(timeout=_SOON)
+    free = False
     try:
+        free = COMPILER_LOCK.acquire(timeout=_SOON)
         yield free
     finally:
         if free:

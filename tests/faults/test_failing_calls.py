@@ -19,6 +19,8 @@ from compiled_llm.runtime.step import DecodeStep, PrefillStep
 from tests.faults.injection import failing_call
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 # What a step calls outside of the engine: allocations, copies, launches, waits and reads.
 CALLS: dict[str, tuple[Any, str]] = {
     "pages": (BlockPool, "allocate"),

@@ -18,6 +18,8 @@ from tests.engine.simulated import VOCAB_SIZE, SimulatedRuntime
 from tests.faults.injection import LineCounter
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
+pytestmark = pytest.mark.gpu
+
 NUM_PAGES = 24
 
 
