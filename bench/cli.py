@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.systems import SYSTEMS, check_names
+from compiled_llm.exit_status import run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from bench.commands import Bench
@@ -133,12 +134,8 @@ def kernels(
 
 
 def main() -> None:
-    """`python -m bench`."""
-    try:
-        app(prog_name="python -m bench")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Run the command that the arguments name, and exit with its status."""
+    raise SystemExit(run_command(app, sys.argv[1:], prog_name="python -m bench"))
 
 
 def _begin(
@@ -147,7 +144,7 @@ def _begin(
     from bench.commands import Bench
     from bench.record import RESULTS
     from bench.session import Options
-    from compiled_llm.config_file import load_config
+    from compiled_llm import load_config
 
     options = Options(limit=limit, vllm_pythonpath=vllm_pythonpath)
     return Bench.begin(load_config(config, overrides), options, out or RESULTS)

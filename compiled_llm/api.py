@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from compiled_llm.config import ModelConfig
+from compiled_llm.config_file import parse_config
 from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import CHANGING, Engine
 from compiled_llm.engine.outputs import RequestOutput
@@ -99,8 +99,8 @@ class CompiledLLM:
             kept = resolved.compile.model_copy(update={"artifact": Path(artifact)})
             resolved = resolved.model_copy(update={"compile": kept})
         if model is not None:
-            named = ModelConfig.model_validate({**resolved.model.model_dump(), "name": str(model)})
-            resolved = resolved.model_copy(update={"model": named})
+            named = {**resolved.model.model_dump(), "name": str(model)}
+            resolved = resolved.model_copy(update={"model": parse_config({"model": named}).model})
         report, device = new_report(), resolve_device(resolved.model)
         with begin_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compiled_llm.config_file import load_config
+from compiled_llm.exit_status import invoke, run_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
 
@@ -51,9 +51,8 @@ def generate(
     A line of --prompts is a JSON string, or an object with "prompt" (text or token ids) or "messages", and optionally "id" and
     "params". A line of --out is written as its prompt ends; a run that was killed goes on where it was when started again.
     """
+    from compiled_llm import CompiledLLM, SamplingParams, load_config
     from compiled_llm.answering import answer, answer_file, check_inputs
-    from compiled_llm.api import CompiledLLM
-    from compiled_llm.engine.sampling_params import SamplingParams
     from compiled_llm.report_file import check_ending, hand_out
 
     check_inputs(prompt, prompts, out, n)
@@ -81,7 +80,7 @@ def inspect(
     report_file: ReportFile = None,
 ) -> None:
     """Say from a model's config alone what an engine would do with it, or why it would refuse it; no weights are read."""
-    from compiled_llm.api import CompiledLLM
+    from compiled_llm import CompiledLLM, load_config
     from compiled_llm.inspection import inspect_model
     from compiled_llm.report_file import check_ending, hand_out
 
@@ -107,7 +106,7 @@ def compile_buckets(
     force: Annotated[bool, typer.Option("--force", help="Replace what DIR holds, whatever that was compiled for.")] = False,
 ) -> None:
     """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
-    from compiled_llm.api import CompiledLLM
+    from compiled_llm import CompiledLLM, load_config
     from compiled_llm.report_file import check_ending, hand_out
     from compiled_llm.runtime.artifacts import discard
 
@@ -135,7 +134,7 @@ def verify(
     model: Model = None,
 ) -> None:
     """Compare every bucket of a config with eager, on random batches (exit code 1 when one differs)."""
-    from compiled_llm.api import CompiledLLM
+    from compiled_llm import CompiledLLM, load_config
 
     settings = load_config(config, [*overrides, "verify=true", "strict=false"])  # all are to be seen, also after one that fails
     with CompiledLLM.from_pretrained(model, config=settings) as llm:
@@ -153,7 +152,7 @@ def explain(
     model: Model = None,
 ) -> None:
     """Say what an artifact was compiled for, and where that differs from what a config needs here (then exit code 1)."""
-    from compiled_llm.api import CompiledLLM
+    from compiled_llm import CompiledLLM, load_config
     from compiled_llm.runtime.artifacts import read_key
 
     made_for = read_key(artifact)
@@ -198,16 +197,12 @@ def bench(context: typer.Context) -> None:
         if error.name not in {"bench", "bench.cli"}:
             raise
         raise ValueError("the benchmark suite is not installed: run this from a checkout of the project, or install one") from None
-    suite(args=context.args, prog_name="compiled-llm bench")
+    invoke(suite, context.args, prog_name="compiled-llm bench")
 
 
 def main() -> None:
-    """The console script."""
-    try:
-        app()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Run the command that the arguments name, and exit with its status."""
+    raise SystemExit(run_command(app, sys.argv[1:], prog_name="compiled-llm"))
 
 
 if __name__ == "__main__":

@@ -182,10 +182,14 @@ class Jobs:
         return [list(word) for word in words if word]
 
 
+class RequestFailedError(RuntimeError):
+    """A request ended before its time; the message gives the reason."""
+
+
 def raise_failure(request: Request) -> None:
-    """For those who only see text: raise a RuntimeError if something ended the request before its time."""
+    """Raise RequestFailedError if something ended the request before its time: who only sees text sees no `error`."""
     if request.error is not None:
-        raise RuntimeError(f"the request ended with {request.finish_reason!r}: {request.error}")
+        raise RequestFailedError(f"the request ended with {request.finish_reason!r}: {request.error}")
 
 
 def _metrics(request: Request) -> RequestMetrics:

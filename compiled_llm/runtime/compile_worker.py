@@ -17,19 +17,22 @@ import traceback
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-import torch
-import torch._dynamo.convert_frame
-import torch._inductor.codegen.triton
-import torch._inductor.compile_fx
+from compiled_llm.imported import importing
 
-from compiled_llm.runtime import hollow
-from compiled_llm.runtime.artifact_key import Key, compiler_settings
-from compiled_llm.runtime.artifacts import Kept
-from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.compile_pool import Work
-from compiled_llm.runtime.dispatch import compile_only
-from compiled_llm.runtime.warmup import make_pipeline
-from passes.ops.ahead import compile_kernels
+with importing():
+    import torch
+    import torch._dynamo.convert_frame
+    import torch._inductor.codegen.triton
+    import torch._inductor.compile_fx
+
+    from compiled_llm.runtime import hollow
+    from compiled_llm.runtime.artifact_key import Key, compiler_settings
+    from compiled_llm.runtime.artifacts import Kept
+    from compiled_llm.runtime.buckets import Bucket
+    from compiled_llm.runtime.compile_pool import Work
+    from compiled_llm.runtime.dispatch import compile_only
+    from compiled_llm.runtime.warmup import make_pipeline
+    from passes.ops.ahead import compile_kernels
 
 _NUMBER = struct.Struct("=H")
 
