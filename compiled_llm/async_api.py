@@ -69,10 +69,16 @@ class AsyncCompiledLLM:
             ValueError: the request cannot be served; nothing was run.
             QueueFullError: as many requests wait as `limits.max_waiting` allows; nothing was run.
         """
-        loop, jobs = asyncio.get_running_loop(), self._thread.llm.jobs
+        loop, llm = asyncio.get_running_loop(), self._thread.llm
+        jobs, engine = llm.jobs, llm.engine
+        name = request_id or uuid.uuid4().hex
 
         def make() -> Job:
-            return jobs.make(prompt, params, priority=priority, streaming=streaming, request_id=request_id or uuid.uuid4().hex)
+            """Refuse what the engine would, before its text is tokenised, and out of the engine's thread."""
+            engine.check_room(getattr(params, "n", jobs.default_params.n))
+            job = jobs.make(prompt, params, priority=priority, streaming=streaming, request_id=name)
+            engine.check(job.requests[0])
+            return job
 
         channel = Channel(job=await loop.run_in_executor(self._tokenizing, make), loop=loop, streaming=streaming)
         stream = RequestStream(channel, self._thread.abort_soon)
@@ -125,6 +131,8 @@ class AsyncCompiledLLM:
 
     def close(self) -> None:
         """Abort all requests, free the caches and graphs, and wait until that is done. A second call does nothing."""
+        if self._thread.forked:
+            return  # the thread is the parent's
         self._thread.close()
         self._tokenizing.shutdown(wait=False)
         atexit.unregister(self.close)

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from compiled_llm.api import CompiledLLM
-from compiled_llm.engine.engine import Engine, QueueFullError
+from compiled_llm.engine.engine import Engine
 from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
@@ -49,6 +49,8 @@ class Channel:
 
     async def take(self) -> RequestOutput | BaseException:
         while not self.latest:
+            if asyncio.get_running_loop() is not self.loop:  # where nothing will wake
+                raise RuntimeError("this stream belongs to another event loop: take its outputs in the one that added it")
             self.arrived.clear()
             await self.arrived.wait()
         return self.latest.popleft()
@@ -78,11 +80,11 @@ class EngineThread:
     """
 
     def __init__(self, make: Callable[[], CompiledLLM]) -> None:
+        self._process = os.getpid()
         self._commands: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         self._llm: CompiledLLM | None = None
         self._cause: BaseException | None = None
         self._closing = False
-        self._process = os.getpid()
         self._channels: dict[str, Channel] = {}
         self._owners: dict[Request, Channel] = {}
         started: Future[None] = Future()
@@ -96,12 +98,17 @@ class EngineThread:
 
     @property
     def llm(self) -> CompiledLLM:
-        """What the thread runs; a RuntimeError when it has ended, and in a forked process, which has no such thread."""
+        """What the thread runs; a RuntimeError when it has ended, or is another process's."""
         self._check_process()
         llm = self._llm
         if llm is None:
             raise self._ended()
         return llm
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that has the thread."""
+        return os.getpid() != self._process
 
     def submit(self, command: Callable[[], T]) -> Future[T]:
         """Have a function run before the next step."""
@@ -114,26 +121,26 @@ class EngineThread:
 
     def abort_soon(self, channel: Channel) -> None:
         """Also from finalizers, which may interrupt anything: SimpleQueue.put is reentrant."""
-        if self._llm is not None:
+        if self._llm is not None and not self.forked:
             self._commands.put((partial(self._abort, channel), Future()))
 
     def close(self) -> None:
         """Abort what runs, and wait for the end; in a forked process there is nothing to end."""
-        if os.getpid() != self._process:
+        if self.forked:
             return
         self.submit(self._stop)
         self._thread.join()
 
     def enter(self, channel: Channel) -> None:
-        """A command: let the engine have a job's requests, all or none; raises ValueError and QueueFullError."""
+        """A command: let the engine have a checked job's requests, all or none; raises ValueError and QueueFullError."""
         engine, requests = self.llm.engine, channel.job.requests
-        engine.check(requests[0])
+        engine.check_room(len(requests))
         if channel.request_id in self._channels:
             raise ValueError(f"request_id {channel.request_id!r} is that of a running request: expected another, or None")
         try:
             for request in requests:
                 engine.add(request)
-        except QueueFullError:
+        except BaseException:
             for request in requests:
                 engine.abort(request)
             raise
@@ -158,11 +165,12 @@ class EngineThread:
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # their variables would keep caches and graphs
             self._cause, self._llm = error, None  # whoever is told, and asks for more, shall be refused for this cause
-            self._deliver(dict.fromkeys(self._channels.values(), error))
-        self._llm = None
-        self._refuse()
-        llm.close()
-        del llm
+            self._deliver(dict.fromkeys(self._channels.values(), _ordinary(error)))
+        finally:
+            self._llm = None
+            self._refuse()
+            llm.close()
+            del llm
 
     def _work(self, llm: CompiledLLM) -> None:
         while not self._closing:
@@ -175,13 +183,15 @@ class EngineThread:
             self._abort(channel)
 
     def _step(self, engine: Engine) -> None:
-        """Run one step. If it fails, the requests that ran end with it; only a broken engine ends the thread."""
+        """Run one step. If it fails, the requests that ran end with the next one; only a broken engine ends the thread."""
         try:
-            self._tell(engine.step())
+            news = engine.step()
         except EngineBrokenError:
             raise
         except BaseException as error:
             warnings.warn(f"a step failed, and the requests that ran in it: {type(error).__name__}: {error}", stacklevel=2)
+            return
+        self._tell(news)
 
     def _obey(self, *, wait: bool) -> None:
         """Run the commands that have come, or wait for one."""
@@ -191,8 +201,8 @@ class EngineThread:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(command())
-                except Exception as error:
-                    future.set_exception(error)
+                except BaseException as error:
+                    future.set_exception(_ordinary(error))
 
     def _stop(self) -> None:
         self._closing = True
@@ -209,8 +219,14 @@ class EngineThread:
         ready = [channel for channel in channels if channel.streaming or channel.job.finished]
         self._deliver({channel: self._output(channel) for channel in ready})
 
-    def _output(self, channel: Channel) -> RequestOutput:
-        return channel.settle(self.llm.jobs.output(channel.job))
+    def _output(self, channel: Channel) -> RequestOutput | Exception:
+        """What has come for the channel; whatever is raised in making it ends its requests alone."""
+        try:
+            return channel.settle(self.llm.jobs.output(channel.job))
+        except BaseException as error:
+            for request in channel.job.requests:
+                self.llm.engine.abort(request)
+            return _ordinary(error)
 
     def _deliver(self, items: dict[Channel, Any]) -> None:
         """Fill channels with outputs or errors; one call for each event loop wakes those who wait there."""
@@ -225,7 +241,7 @@ class EngineThread:
         for loop, channels in wakes.items():
             try:
                 loop.call_soon_threadsafe(Channel.wake, channels)
-            except RuntimeError:  # the loop is closed: nobody can wait there
+            except Exception:  # the loop is closed, as a rule: nobody can wait there
                 for channel in channels:
                     self._abort(channel)
 
@@ -235,8 +251,11 @@ class EngineThread:
             del self._owners[request]
 
     def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError(f"this AsyncCompiledLLM belongs to process {self._process}, and this is a fork of it: make one here")
+        if self.forked:
+            raise RuntimeError(
+                f"this AsyncCompiledLLM belongs to process {self._process}, and its thread is not in this fork of it: "
+                "make a new one here, or start the process by spawning"
+            )
 
     def _refuse(self) -> None:
         """Nobody runs these commands any more."""
@@ -252,3 +271,12 @@ class EngineThread:
         error = RuntimeError(f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: make a new one")
         error.__cause__ = self._cause
         return error
+
+
+def _ordinary(error: BaseException) -> Exception:
+    """The error as one that a task can wait for: neither one that ends its event loop nor one that means something to asyncio."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration | CancelledError):
+        return error
+    wrapped = RuntimeError(f"{type(error).__name__} was raised in the engine's thread: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -2,30 +2,40 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from compiled_llm.engine.detokenizer import Detokenizer
-from compiled_llm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from compiled_llm.engine.outputs import Beginning, CompletionOutput, RequestMetrics, RequestOutput
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
+from compiled_llm.engine.unknown_tokens import is_unknown, raise_panic
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]
 
 _MAX_SEED = 2**63 - 1
+_CHARACTERS_PER_TOKEN = 16  # texts of more than these for each token that fits are looked at before they are tokenised
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
-    """A prompt and the requests for its `n` completions."""
+    """A prompt and the requests for its `n` completions.
+
+    Attributes:
+        prompt_token_ids: for all of the job's outputs, apart from what the engine reads.
+    """
 
     prompt: str | None
     requests: list[Request]
     request_id: str | None = None
+    prompt_token_ids: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = list(self.requests[0].prompt_token_ids)
 
     @property
     def finished(self) -> bool:
@@ -71,7 +81,7 @@ class Jobs:
         if not isinstance(priority, int):
             raise ValueError(f"priority must be a whole number, got {priority!r}")
         text = prompt if isinstance(prompt, str) else None
-        ids = self._encode(prompt)
+        ids, bad_words = self._encode(prompt), self._bad_words(params)
         seed = secrets.randbits(62) if params.seed is None else params.seed
         requests = [
             Request(
@@ -80,7 +90,7 @@ class Jobs:
                 seed=(seed + number) & _MAX_SEED,
                 max_tokens=min(params.max_tokens or self._max_model_len, max(1, self._max_model_len - len(ids))),
                 stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
-                bad_words=self._bad_words(params),
+                bad_words=bad_words,
                 priority=priority,
                 detokenizer=self._detokenizer(params, ids) if streaming or params.stop else None,
                 streaming=streaming,
@@ -101,7 +111,7 @@ class Jobs:
         first = job.requests[0]
         return RequestOutput(
             prompt=job.prompt,
-            prompt_token_ids=list(first.prompt_token_ids),
+            prompt_token_ids=job.prompt_token_ids,
             outputs=[self._completion(number, request) for number, request in enumerate(job.requests)],
             prompt_logprobs=first.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
@@ -109,17 +119,25 @@ class Jobs:
         )
 
     def decode_token(self, token: int) -> str:
-        """One token's text, "" without a tokenizer."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
+        """One token's text, "" without a tokenizer and for ids that the tokenizer does not know."""
+        if self._tokenizer is None:
+            return ""
+        try:
+            return str(self._tokenizer.decode([token]))
+        except BaseException as error:
+            raise_panic(error)
+            if isinstance(error, Exception) and is_unknown(self._tokenizer, token, error):
+                return ""
+            raise
 
     def _completion(self, number: int, request: Request) -> CompletionOutput:
-        logprobs = request.logprobs
+        length, logprobs = len(request.token_ids), request.logprobs
         return CompletionOutput(
             index=number,
             text=self._text(request),
-            token_ids=list(request.token_ids),
+            token_ids=Beginning(request.token_ids, length),
+            logprobs=None if logprobs is None else Beginning(logprobs, length),
             finish_reason=request.finish_reason,
-            logprobs=None if logprobs is None else logprobs[: len(request.token_ids)],
             error=request.error,
             metrics=_metrics(request),
         )
@@ -127,14 +145,15 @@ class Jobs:
     def _text(self, request: Request) -> str:
         if request.detokenizer is not None:
             return request.detokenizer.text
-        detokenizer = self._detokenizer(request.params, request.prompt_token_ids)
-        if detokenizer is None or request.finish_reason is None:
+        if self._tokenizer is None or request.finish_reason is None:
             return ""
+        detokenizer = None
         try:
+            detokenizer = Detokenizer(self._tokenizer, request.params, request.prompt_token_ids)
             detokenizer.push(request.readable(request.token_ids))
         except Exception as error:  # the tokenizer's own
             request.finish_reason, request.error = "error", f"{type(error).__name__}: {error}"
-        return detokenizer.text
+        return "" if detokenizer is None else detokenizer.text
 
     def _detokenizer(self, params: SamplingParams, prompt: Sequence[int]) -> Detokenizer | None:
         if self._tokenizer is None:
@@ -154,8 +173,26 @@ class Jobs:
             raise ValueError("this model has no tokenizer: give token ids, or pass a tokenizer")
         if not prompt:
             raise ValueError("the prompt is empty: expected at least one character")
+        self._check_length(prompt)
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
         return ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is far too long, from its first characters: to tokenise all of it may take minutes.
+
+        The tokens of a beginning are those of the text, but for the last few. That they are many more than fit decides;
+        how many characters a token covers is not known, since a tokenizer may leave out or join any number of them.
+        """
+        size, limit = _CHARACTERS_PER_TOKEN * self._max_model_len, 2 * self._max_model_len
+        while size < len(text):
+            assert self._tokenizer is not None
+            count = len(self._tokenizer(text[:size])["input_ids"])
+            if count > limit:
+                raise ValueError(
+                    f"the prompt has {len(text)} characters, and its first {size} are {count} tokens already, which "
+                    f"limits.max_model_len={self._max_model_len} leaves no answer to: shorten it or raise the limit"
+                )
+            size *= 4
 
     def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
         if self._tokenizer is None or not self._tokenizer.chat_template:
@@ -164,6 +201,9 @@ class Jobs:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"a message must be a dict with role and content, got {message!r}")
         try:
+            if sum(len(str(message["content"])) for message in conversation) > _CHARACTERS_PER_TOKEN * self._max_model_len:
+                rendered = self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, tokenize=False)
+                self._check_length(str(rendered))
             templated: Any = self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
         except TemplateError as error:  # what a template refuses, such as two messages of one role in a row
             raise ValueError(f"the chat template refuses the messages: {error}") from None

@@ -558,9 +558,9 @@ def test_what_is_not_closed_does_not_keep_the_interpreter() -> None:
 
 def test_a_forked_process_is_refused_and_does_not_hang(llm: AsyncCompiledLLM, synchronous: CompiledLLM) -> None:
     async def ask() -> None:
-        with pytest.raises(RuntimeError, match="is a fork of it"):
+        with pytest.raises(RuntimeError, match="fork of it"):
             await llm.add([5, 6])
-        with pytest.raises(RuntimeError, match="is a fork of it"):
+        with pytest.raises(RuntimeError, match="fork of it"):
             await llm.report()
 
     child = os.fork()
@@ -568,7 +568,7 @@ def test_a_forked_process_is_refused_and_does_not_hang(llm: AsyncCompiledLLM, sy
         code = 1
         try:
             asyncio.run(asyncio.wait_for(ask(), 10))
-            with pytest.raises(RuntimeError, match="is a fork of it"):
+            with pytest.raises(RuntimeError, match="fork of it"):
                 synchronous.generate([5, 6])
             llm.close()  # nothing to end
             code = 0

@@ -8,11 +8,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from compiled_llm.engine.sampling_params import SamplingParams
+from compiled_llm.engine.unknown_tokens import is_unknown, raise_panic
 
 Decode = Callable[[list[int]], str]
 
 _REPLACEMENT = "\ufffd"
 _NUM_PRIMING_TOKENS = 8
+_MAX_DECODED_TOKENS = 64  # at once, with each new token, where the tokenizer cannot stream
 _MAX_INCOMPLETE_TOKENS = 3  # a UTF-8 character has four bytes at most
 
 
@@ -36,6 +38,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         self._stops, self._min_tokens = tuple(params.stop or ()), params.min_tokens
+        self._longest_held = max(map(len, self._stops), default=1) - 1
+        self._firsts = {stop[0] for stop in self._stops}
         self._include_stop = params.include_stop_str_in_output
         self._stream, self._stale = _open_stream(tokenizer, params.skip_special_tokens, list(prompt_token_ids))
         self._text, self._taken, self._stopped = "", 0, False
@@ -52,7 +56,11 @@ class Detokenizer:
             if self._stopped:
                 break
             self.num_tokens += 1
-            new = self._fresh(self._stream.step(token))
+            try:
+                new = self._fresh(self._stream.step(token))
+            except BaseException as error:
+                raise_panic(error)
+                raise
             self._text += new
             if new and self.num_tokens > self._min_tokens:
                 self._stopped = self._cut(len(new))
@@ -85,9 +93,14 @@ class Detokenizer:
 
     def _num_held(self) -> int:
         """How many characters at the end begin a stop string."""
-        longest = min(max(map(len, self._stops), default=1) - 1, len(self._text))
-        tails = (self._text[-size:] for size in range(longest, 0, -1))
-        return next((len(tail) for tail in tails if any(stop.startswith(tail) and stop != tail for stop in self._stops)), 0)
+        tail = self._text[-self._longest_held :] if self._longest_held else ""
+        for start, character in enumerate(tail):
+            if character in self._firsts and self._begins_stop(tail[start:]):
+                return len(tail) - start
+        return 0
+
+    def _begins_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) and stop != text for stop in self._stops)
 
 
 class _Stream(Protocol):
@@ -112,17 +125,33 @@ class _FastStream:
 
 
 class _SlowStream:
-    def __init__(self, decode: Decode, context: list[int]) -> None:
-        self._decode, self._ids = decode, list(context)
+    """Decodes the last tokens again with each new one; tokens that the tokenizer does not know have no text."""
+
+    def __init__(self, decode: Decode, knows: Callable[[int], bool], context: list[int]) -> None:
+        self._decode, self._knows, self._ids = decode, knows, list(context)
         self._num_given = len(decode(context)) if context else 0
 
     def step(self, token: int) -> str:
+        try:
+            text = self._decode([*self._ids, token])
+        except Exception:
+            if self._knows(token):
+                raise
+            return ""
         self._ids.append(token)
-        text = self._decode(self._ids)
         if text.endswith(_REPLACEMENT):
             return ""
         start, self._num_given = self._num_given, max(self._num_given, len(text))
+        if len(self._ids) >= _MAX_DECODED_TOKENS:
+            self._shorten(text)
         return text[start:]
+
+    def _shorten(self, text: str) -> None:
+        """Go on from the last tokens alone, where these decode to the end of the text."""
+        ids = self._ids[-_NUM_PRIMING_TOKENS:]
+        end = self._decode(ids)
+        if end and text.endswith(end) and self._num_given == len(text):
+            self._ids, self._num_given = ids, len(end)
 
 
 def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, prompt: list[int]) -> tuple[_Stream, int]:
@@ -134,8 +163,16 @@ def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, 
             return str(backend.decode(ids, skip_special_tokens=skip_special_tokens))
         return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
-    context, incomplete = _whole_characters(prompt[-_NUM_PRIMING_TOKENS:], decode)
-    stream = _SlowStream(decode, context) if backend is None else _FastStream(backend, skip_special_tokens, context)
+    def knows(token: int) -> bool:
+        try:
+            decode([token])
+        except Exception as error:
+            return not is_unknown(tokenizer, token, error)
+        return True
+
+    last = [token for token in prompt[-_NUM_PRIMING_TOKENS:] if backend is not None or knows(token)]
+    context, incomplete = _whole_characters(last, decode)
+    stream = _SlowStream(decode, knows, context) if backend is None else _FastStream(backend, skip_special_tokens, context)
     for token in incomplete:
         stream.step(token)  # gives nothing: no character is complete
     marked = decode(context + incomplete) if incomplete else ""

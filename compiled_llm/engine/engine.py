@@ -103,8 +103,25 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether one more request may wait."""
-        limit = self._limits.max_waiting
-        return limit is None or self.num_waiting < limit + len(self._rows.free)
+        return self._has_room_for(1)
+
+    def check_room(self, count: int = 1) -> None:
+        """Refuse `count` more requests unless all of them may wait; from any thread, where it is an estimate.
+
+        Raises:
+            ValueError: they are more than ever may.
+            QueueFullError: too many others wait.
+        """
+        limit, num_rows = self._limits.max_waiting, len(self._rows.requests)
+        if limit is not None and count > limit + num_rows:
+            raise ValueError(
+                f"n must be at most {limit + num_rows} here, got {count}: limits.max_num_seqs={num_rows} may run "
+                f"and limits.max_waiting={limit} may wait"
+            )
+        if not self._has_room_for(count):
+            raise QueueFullError(
+                f"{self.num_waiting} requests are waiting, as many as limits.max_waiting allows: retry later or raise it"
+            )
 
     @property
     def broken(self) -> str | None:
@@ -130,10 +147,7 @@ class Engine:
             RuntimeError: the model was changed, or this is called in another thread or within a step.
         """
         self._enter()
-        if not self.has_room:
-            raise QueueFullError(
-                f"{self.num_waiting} requests are waiting, as many as limits.max_waiting allows: retry later or raise it"
-            )
+        self.check_room()
         if not self.has_work:  # once a batch of requests is enough: this takes longer than a step's own checks
             self._runtime.check_model()
         with self._changing():
@@ -266,6 +280,10 @@ class Engine:
             self._learn(self._launched.popleft())
         self._stats.host_seconds += time.perf_counter() - began - (self._stats.wait_seconds - waited)
         return self._take_news()
+
+    def _has_room_for(self, count: int) -> bool:
+        limit = self._limits.max_waiting
+        return limit is None or self.num_waiting + count <= limit + len(self._rows.free)
 
     def _captures_now(self) -> bool:
         """A capture may take long, so prompts are computed before it, unless they go on and on."""

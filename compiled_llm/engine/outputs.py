@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -40,7 +42,43 @@ class RequestMetrics:
     total: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class Beginning(Generic[T]):
+    """The first `length` items of a list to which more are appended later."""
+
+    items: list[T]
+    length: int
+
+
+class CopiedWhenRead(Generic[T]):
+    """A list (or None) of a dataclass that may be set to a `Beginning`, which is copied when it is first read.
+
+    A stream makes an output for each step, and few of them are read in full, so a step does not take longer the more tokens
+    have come.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "CopiedWhenRead[T]": ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> "CopiedWhenRead[T] | T":
+        if instance is None:
+            raise AttributeError(self._name)  # the field has no default
+        value = instance.__dict__[self._name]
+        if isinstance(value, Beginning):
+            value = instance.__dict__[self._name] = value.items[: value.length]
+        return value  # type: ignore[no-any-return]
+
+    def __set__(self, instance: object, value: T | Beginning[Any]) -> None:
+        instance.__dict__[self._name] = value
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
     """One completion. `text` is empty when the model has no tokenizer.
 
@@ -53,9 +91,9 @@ class CompletionOutput:
 
     index: int
     text: str
-    token_ids: list[int]
+    token_ids: CopiedWhenRead[list[int]] = CopiedWhenRead()
+    logprobs: CopiedWhenRead[list[dict[int, Logprob]] | None] = CopiedWhenRead()
     finish_reason: FinishReason | None
-    logprobs: list[dict[int, Logprob]] | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
 
@@ -65,6 +103,7 @@ class RequestOutput:
     """A prompt and its completions; `prompt` is None when it was given as token ids.
 
     Attributes:
+        prompt_token_ids: a list that all outputs of the prompt share.
         prompt_logprobs: for each token of the prompt, by token id, None for the first; None unless asked for.
         num_cached_tokens: tokens of the prompt whose keys and values an earlier request had left, or a sibling shares.
     """

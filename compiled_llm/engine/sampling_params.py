@@ -16,6 +16,7 @@ _MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1
 _MAX_FLOAT, _MIN_FLOAT = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _MAX_BIAS = 100.0
+_MAX_N = 16_384  # each completion is a request of its own, made before the first is run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ class SamplingParams:
 
     def _check_whole_numbers(self) -> None:
         for name, low, high in (
-            ("n", 1, _MAX_INT),
+            ("n", 1, _MAX_N),
             ("top_k", -1, _MAX_INT),
             ("seed", 0, _MAX_SEED),
             ("max_tokens", 1, _MAX_INT),

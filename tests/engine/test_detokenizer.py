@@ -257,3 +257,24 @@ def test_exceptions_of_the_tokenizer_reach_the_caller(tokenizer: PreTrainedToken
     detokenizer = Detokenizer(tokenizer, SamplingParams(), [])
     with pytest.raises(TypeError):
         detokenizer.push([-1])
+
+
+def test_a_slow_tokenizer_decodes_a_bounded_number_of_tokens_at_once() -> None:
+    decoded: list[int] = []
+
+    class Slow:
+        def decode(self, ids: list[int], **_: object) -> str:
+            decoded.append(len(ids))
+            if any(token >= 200 for token in ids):
+                raise IndexError("piece id is out of range.")
+            return "".join(f" {token}" for token in ids).removeprefix(" ")  # as sentencepiece leaves out the first space
+
+    ids = [7 + number % 150 for number in range(2000)]
+    slow: Any = Slow()
+    detokenizer = Detokenizer(slow, SamplingParams(), [3, 201, 5])
+    for token in ids:
+        detokenizer.push([token])
+        detokenizer.push([200])  # has no text, and is left out
+    assert detokenizer.text == "".join(f" {token}" for token in ids)
+    assert max(decoded) <= 66
+    assert len(decoded) < 3.5 * 2 * len(ids)
