@@ -12,6 +12,7 @@ from compiled_llm.models.attention import LayerCache
 from compiled_llm.runtime.allocation import Memory
 from compiled_llm.runtime.batches import TRASH_PAGE
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.state import RING
 from compiled_llm.runtime.trials import Trial
 
 
@@ -19,12 +20,14 @@ from compiled_llm.runtime.trials import Trial
 class Outcome:
     """What a step left of a trial. S sequences, T tokens, V tokens in the vocabulary; keys and values of each layer in turn.
 
-    tokens, positions [S]; logits [S, V] or None; scored [T] logprobs of the prompt, none unless the sampler is scoring.
+    tokens, positions [S]: what the rows go on with; sampled [S]: the tokens that the step reported.
+    logits [S, V] or None; scored [T] logprobs of the prompt, none unless the sampler is scoring.
     written: the keys or values of the batch's tokens; states: [S, ...] each state of the rows.
     kept: keys or values of all other places in the trial's pages, and states of its bystanders.
     """
 
     tokens: Tensor
+    sampled: Tensor
     positions: Tensor
     logits: Tensor | None
     scored: Tensor
@@ -64,6 +67,7 @@ def outcome_of(trial: Trial, memory: Memory, bucket: Bucket) -> Outcome:
     kept += [slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu() for slots in _states(memory)]
     return Outcome(
         tokens=state.tokens[rows],
+        sampled=state.ring_tokens[(state.step - 1) % RING, rows],
         positions=state.positions[rows],
         logits=logits,
         scored=scored.clone(),

@@ -3,11 +3,15 @@
 All of a trial's pages are NaN but for the tokens that its rows have cached, and so are the trash page and the states of other
 rows: who reads what is not there, shows it. Pages of no row lie between them: who writes what is not its own, shows it, too.
 
+In a trial of `extent` "long" one sequence is as long as any may be. To fill that many pages would take long, so its table has some
+pages several times; they are in regions, each with values around a mean of its own, so that a step that leaves out a part of the
+sequence, or reads another one instead, is off by far, although each of so many keys has little weight.
+
 Shapes: S sequences, T tokens, G groups of layers, N pages a row at most, as in `state`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +24,18 @@ from compiled_llm.runtime.allocation import Memory
 from compiled_llm.runtime.batches import RECENT, TRASH_PAGE, DecodeBatch, Int64, PrefillBatch
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import free_bytes
 from compiled_llm.runtime.sampling import RowParams
 from passes.ops.paged_attention import oldest_seen
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
 _BYSTANDERS = 4
 _TOP_LOGPROBS = 3
+_LONG_ROWS = 2  # of a long decode trial, so that others stand by
+_LONG_CHUNK = 32  # tokens that a long prefill trial brings
+_REGIONS = 4
+
+Extent = Literal["full", "random", "long"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,7 @@ class Trial:
         rows, starts, counts: [S] distinct rows, the tokens that each has cached, and those that it brings.
         bystanders: rows that have no part in it.
         tables: [G, S, N] pages; pages: of each group, those of the trial, pages of no row among them.
+        regions: of each group, for each of its pages the region of a long sequence, from 1 on, or 0.
         params: [S, C]; tokens: [S] ids that decoding rows feed.
         batch: the same, as the runtime gets it.
         seed: of what is random in the state and the pages.
@@ -47,27 +58,32 @@ class Trial:
     counts: Int64
     tables: NDArray[np.int32]
     pages: list[Int64]
+    regions: list[Int64]
     params: Int64
     tokens: Int64
     batch: DecodeBatch | PrefillBatch
     seed: int
 
     def slots(self, group: int, block_size: int, *, new: bool) -> Int64:
-        """Where in the group's caches the tokens lie that the batch brings, or those cached before it."""
+        """Where in the group's caches the tokens lie that the batch brings, or, each place once, those cached before it."""
         begins, counts = (self.starts, self.counts) if new else (np.zeros_like(self.starts), self.starts)
         owner = np.repeat(np.arange(len(self.rows)), counts)
         positions = np.arange(counts.sum()) + np.repeat(begins - np.cumsum(counts) + counts, counts)
         pages = self.tables[group, owner, positions // block_size].astype(np.int64)
         slots: Int64 = (pages * block_size + positions % block_size)[pages != TRASH_PAGE]
-        return slots
+        return slots if new else np.unique(slots)
 
 
-def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, full: bool) -> Trial:
-    """A batch that the bucket serves, as large as it can be or of a random size."""
+def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: Extent) -> Trial:
+    """A batch that the bucket serves: as large as it can be, of a random size, or small, with a sequence as long as one can be."""
     rng, block_size, vocab_size = np.random.default_rng(seed), memory.block_size, memory.state.logits.shape[1]
     capacity = min((group.num_pages - 1 for group in memory.groups), default=limits.max_num_seqs * limits.max_model_len)
     alone = bucket.kind == "prefill" and memory.states is not None
-    counts = _counts(rng, bucket, limits, capacity, block_size, full=full, most_seqs=1 if alone else limits.max_num_seqs)
+    if extent == "long":
+        counts = _long_counts(bucket, limits, capacity, alone=alone)
+    else:
+        most_seqs = 1 if alone else limits.max_num_seqs
+        counts = _counts(rng, bucket, limits, capacity, block_size, full=extent == "full", most_seqs=most_seqs)
     blocks = -(-counts // block_size)
     spare = min(capacity - int(blocks.sum()), _CACHED_TOKENS // block_size) // len(counts)
     longest = np.minimum(limits.max_model_len - counts, (blocks + spare) * block_size - counts)
@@ -75,17 +91,19 @@ def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, ful
     starts = rng.integers(shortest, longest + 1)
     if bucket.kind == "prefill":
         starts[rng.random(len(counts)) < 0.5] = 0
+    if extent == "long":
+        starts[0] = max(shortest[0], _longest(memory, limits) - counts[0])
     if alone and (counts[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket):
         starts[:] = 0  # where a model has states, only the beginning of a sequence is padded
     rows, bystanders = np.split(rng.permutation(limits.max_num_seqs)[: len(counts) + _BYSTANDERS], [len(counts)])
-    tables, pages = _tables(rng, memory, starts, counts)
+    tables, pages, regions = _tables(rng, memory, starts, counts, spare)
     params = np.stack([_params(bucket.sampler, number, rng) for number in range(len(counts))])
     tokens = rng.integers(0, vocab_size, len(counts))
     make = _decode_batch if bucket.kind == "decode" else _prefill_batch
     batch = make(rng, bucket, memory, rows=rows, starts=starts, counts=counts, tables=tables, params=params, vocab_size=vocab_size)
     return Trial(
-        rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, params=params, tokens=tokens,
-        batch=batch, seed=seed,
+        rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, regions=regions,
+        params=params, tokens=tokens, batch=batch, seed=seed,
     )  # fmt: skip
 
 
@@ -97,7 +115,7 @@ def stage(trial: Trial, memory: Memory, size: int) -> None:
             cache = memory.caches[layer]
             assert isinstance(cache, LayerCache)
             for number, tensor in enumerate((cache.k, cache.v)):
-                _stage_pages(trial, group, tensor, seed=trial.seed * 100_003 + 2 * layer + number)
+                _stage_pages(trial, group, tensor, seed=trial.seed * 100_003 + 2 * layer + number, shifted=number == 1)
     for number, slots in enumerate(memory.states.slots if memory.states is not None else ()):
         _stage_states(trial, slots, seed=trial.seed * 100_019 + number)
     if isinstance(trial.batch, DecodeBatch):
@@ -125,12 +143,19 @@ def _stage_rows(trial: Trial, memory: Memory) -> None:
         state.block_table[torch.from_numpy(trial.batch.patch_index).to(device)] = TRASH_PAGE
 
 
-def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int) -> None:
+def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int, shifted: bool) -> None:
+    """Random where a token is cached, NaN where none is; the values (`shifted`) of a region around its mean."""
     generator = torch.Generator(cache.device).manual_seed(seed)
     pages = torch.from_numpy(np.append(trial.pages[group], TRASH_PAGE)).to(cache.device)
     cache[pages] = float("nan")
     slots = torch.from_numpy(trial.slots(group, cache.shape[1], new=False)).to(cache.device)
     content = torch.randn(len(slots), *cache.shape[2:], generator=generator, device=cache.device)
+    if shifted:
+        region_of = torch.zeros(len(cache), dtype=torch.int64, device=cache.device)
+        region_of[pages[:-1]] = torch.from_numpy(trial.regions[group]).to(cache.device)
+        means = 2 * torch.randn(_REGIONS + 1, *cache.shape[2:], generator=generator, device=cache.device)
+        means[0] = 0
+        content += means[region_of[slots // cache.shape[1]]]
     cache.view(-1, *cache.shape[2:])[slots] = content.to(cache.dtype)
 
 
@@ -158,21 +183,65 @@ def _counts(
     return counts
 
 
-def _tables(rng: np.random.Generator, memory: Memory, starts: Int64, counts: Int64) -> tuple[NDArray[np.int32], list[Int64]]:
-    """Pages for the sequences, the trash page where no window reaches; and all pages of each group, some of no row."""
+def _long_counts(bucket: Bucket, limits: Limits, capacity: int, *, alone: bool) -> Int64:
+    """How many tokens each sequence of a long trial brings, [S]; the first is the long one."""
+    if bucket.kind == "decode":
+        return np.ones(max(1, min(_LONG_ROWS, bucket.size, limits.max_num_seqs, capacity // 4)), np.int64)
+    most = min(bucket.size, limits.max_model_len)
+    return np.array([most if alone else min(most, _LONG_CHUNK)], np.int64)
+
+
+def _longest(memory: Memory, limits: Limits) -> int:
+    """How long a sequence may be for a plain reference of attention to have its keys and values in memory twice."""
+    caches = [cache for cache in memory.caches if isinstance(cache, LayerCache)]
+    a_token = [2 * (c.k[0, 0].numel() + c.v[0, 0].numel()) * (c.k.itemsize + 4) for c in caches]
+    free = free_bytes(memory.state.tokens.device) // 4
+    return min([limits.max_model_len, *(max(1, free // size) for size in a_token)])
+
+
+def _tables(
+    rng: np.random.Generator, memory: Memory, starts: Int64, counts: Int64, spare: int
+) -> tuple[NDArray[np.int32], list[Int64], list[Int64]]:
+    """Pages for the sequences, the trash page where no window reaches; all pages of each group, some of no row; their regions.
+
+    A sequence has at most `spare` pages more than the tokens that it brings fill; where it needs more, some are used several times.
+    """
     state, block_size = memory.state, memory.block_size
     tables = np.full((len(memory.groups), len(starts), state.max_blocks), TRASH_PAGE, np.int32)
-    pages = []
+    all_pages, all_regions = [], []
     for group, members in enumerate(memory.groups):
         free = rng.permutation(members.num_pages - 1) + 1
-        taken = 0
+        regions, taken = np.zeros(len(free), np.int64), 0
         for seq, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
-            first = max(0, oldest_seen(start, members.window)) // block_size
+            first, written = max(0, oldest_seen(start, members.window)) // block_size, start // block_size
             end = -(-(start + count) // block_size)
-            tables[group, seq, first:end] = free[taken : taken + end - first]
-            taken += end - first
-        pages.append(free[: taken + _BYSTANDERS])
-    return tables, pages
+            before = min(written - first, max(1, spare + -(-count // block_size) - (end - written)))
+            if before < written - first:
+                regions[taken : taken + before] = _regions(before) + 1
+                chosen = _chosen(rng, written - first, before)
+            else:
+                chosen = np.arange(before)
+            tables[group, seq, first:written] = free[taken + chosen]
+            taken += before
+            tables[group, seq, written:end] = free[taken : taken + end - written]
+            taken += end - written
+        all_pages.append(free[: taken + _BYSTANDERS])
+        all_regions.append(regions[: taken + _BYSTANDERS])
+    return tables, all_pages, all_regions
+
+
+def _regions(length: int) -> Int64:
+    """The region, from 0 on, of each of so many places in a row."""
+    regions: Int64 = np.arange(length) * _REGIONS // length
+    return regions
+
+
+def _chosen(rng: np.random.Generator, blocks: int, pages: int) -> Int64:
+    """For each block of a sequence one of fewer pages, at random among those of its region."""
+    bounds = np.searchsorted(_regions(pages), np.arange(_REGIONS + 1))
+    begins, ends = bounds[_regions(blocks)], bounds[_regions(blocks) + 1]
+    chosen: Int64 = np.where(begins < ends, begins + (rng.random(blocks) * (ends - begins)).astype(np.int64), 0)
+    return chosen
 
 
 def _params(sampler: Sampler, number: int, rng: np.random.Generator) -> Int64:

@@ -1,5 +1,8 @@
 """Each bucket against eager: the same step, uncompiled and without padding, on the same state and the same paged cache.
 
+In the eager step each op of ours runs its plain reference, on any device, so that kernels are not compared with themselves. One
+batch has a sequence as long as `limits.max_model_len` allows, since a kernel may be right for short sequences alone.
+
 What a bucket has to show depends on its sampler. `full` and `scoring` keep their logits, which are compared. `greedy` and
 `random` keep nothing but the tokens that they chose (to keep more would cost every step of theirs), so their logits show in two
 ways: by the eager logits, the chosen token must lie as near to the best as a permitted difference can move it; and the keys and
@@ -30,13 +33,15 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.outcomes import Outcome, outcome_of, preserved
 from compiled_llm.runtime.report import Verification
 from compiled_llm.runtime.sampling import History, RowParams, scores_full
-from compiled_llm.runtime.trials import Trial, make_trial, stage
+from compiled_llm.runtime.trials import Extent, Trial, make_trial, stage
 from compiled_llm.runtime.warmup import Entry, StrictError
+from passes.ops.library import references
 
 # The largest difference that rounding may make, in standard deviations.
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 1.0}
 ROUTED_OTHERWISE = 0.25  # the share of tokens that may differ by more, with experts and in 16 bits
-_BATCHES, _TOKENS = 3, 16  # at least
+_FIRST: tuple[Extent, ...] = ("full", "long")  # batches; those that follow are of random sizes
+_BATCHES, _TOKENS = 4, 16  # at least
 
 
 @dataclass(slots=True)
@@ -77,7 +82,8 @@ def verify(bucket: Bucket, launch: Callable[[], object], model: ServedModel, mem
     found, allowed = _Findings(), ALLOWED[model.dtype]
     while len(found.token_errors) < _BATCHES or sum(map(len, found.token_errors)) < _TOKENS:
         batch = len(found.token_errors)
-        _try(make_trial(bucket, memory, limits, seed=batch, full=batch == 0), found, bucket, launch, model, memory, limits)
+        extent = _FIRST[batch] if batch < len(_FIRST) else "random"
+        _try(make_trial(bucket, memory, limits, seed=batch, extent=extent), found, bucket, launch, model, memory, limits)
     routed = model.dtype != torch.float32 and any("experts" in name for name in model.config.get_text_config().to_dict())
     return Verification(
         batches=len(found.token_errors),
@@ -104,8 +110,9 @@ def _try(
         got = outcome_of(trial, memory, bucket)
         stage(trial, memory, reference.size)
         history = _history(trial, memory)
-        run_eagerly(memory.step(model, reference))
-        _compare(found, got, outcome_of(trial, memory, reference), trial, history, ALLOWED[model.dtype])
+        with references():
+            run_eagerly(memory.step(model, reference))
+            _compare(found, got, outcome_of(trial, memory, reference), trial, history, ALLOWED[model.dtype])
 
 
 def _failure(found: _Findings, allowed: float, share: float) -> str | None:
@@ -136,6 +143,11 @@ def _compare(found: _Findings, got: Outcome, want: Outcome, trial: Trial, histor
     spread_S = want.logits.std(-1).clamp(min=1e-30)
     if not torch.equal(got.positions, want.positions):
         found.wrong.append("it left rows at other positions")
+    vocab_size = want.logits.shape[1]
+    if not all(((tokens >= 0) & (tokens < vocab_size)).all() for tokens in (got.tokens, got.sampled)):
+        found.wrong.append("it chose tokens that are not in the vocabulary, or none")
+    elif not torch.equal(got.sampled, got.tokens):
+        found.wrong.append("it reported other tokens than its rows go on with")
     if not all(_same(*pair) for pair in zip(got.kept, want.kept, strict=True)):
         found.wrong.append("it wrote to places in the KV cache, or to states, that are not its tokens'")
     token_errors = torch.zeros(int(trial.counts.sum()))
@@ -163,6 +175,7 @@ def _gaps(chosen_S: Tensor, want: Outcome, trial: Trial, history: History, slack
     assert want.logits is not None
     packed = torch.from_numpy(trial.params).to(chosen_S.device)
     scores_SV = scores_full(want.logits, RowParams.of(packed), history, want.positions, slack_S=slack_S)
+    chosen_S = chosen_S.clamp(0, scores_SV.shape[1] - 1)
     right_S, got_S = (scores_SV.gather(1, tokens[:, None])[:, 0] for tokens in (want.tokens, chosen_S))
     return (right_S - got_S).clamp(min=0)
 

@@ -30,26 +30,37 @@ def paged_attention_reference(
     arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
     max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture."""
+    """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture.
+
+    Sequences, or the queries of one, are taken so many at a time that what is in memory at once stays within bounds.
+    """
     T, H, _ = q_THD.shape
     out_THE = q_THD.new_zeros(T, H, v_cache_PBGE.shape[-1])
-    options = (sinks_H, slopes_H, scale, window, softcap)
+    options, caches, most = (sinks_H, slopes_H, scale, window, softcap), (k_cache_PBGD, v_cache_PBGE), int(seq_lens_S.max())
     if max_query_len == 1:
-        lens = seq_lens_S.long()
-        positions = lens[:, None] - 1
-        keys, values = (_gather(cache, block_table_SN, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
-        attended = attend(q_THD[:, None], keys, values, positions, lens, *options)[:, 0]
-        return torch.where(lens[:, None, None] > 0, attended, out_THE)
+        of_a_key = H + sum(cache[0, 0].numel() for cache in caches)
+        for rows in _slices(0, T, _AT_ONCE // max(1, most * of_a_key)):
+            lens = seq_lens_S[rows].long()
+            positions = lens[:, None] - 1
+            keys, values = (_gather(cache, block_table_SN[rows], positions, window) for cache in caches)
+            attended = attend(q_THD[rows, None], keys, values, positions, lens, *options)[:, 0]
+            out_THE[rows] = torch.where(lens[:, None, None] > 0, attended, 0)
+        return out_THE
     starts = query_start.tolist()
     for s, length in enumerate(seq_lens_S.tolist()):
-        if length == 0:
-            continue
-        rows = slice(starts[s], starts[s + 1])
-        table, lens = block_table_SN[s : s + 1], seq_lens_S[s : s + 1].long()
-        positions = torch.arange(length - (rows.stop - rows.start), length, device=q_THD.device)[None]
-        keys, values = (_gather(cache, table, positions, window) for cache in (k_cache_PBGD, v_cache_PBGE))
-        out_THE[rows] = attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
+        first, lens = length - (starts[s + 1] - starts[s]), seq_lens_S[s : s + 1].long()
+        for rows in _slices(starts[s], starts[s + 1] if length else starts[s], _AT_ONCE // (max(1, length) * H)):
+            positions = torch.arange(rows.start, rows.stop, device=q_THD.device)[None] + (first - starts[s])
+            keys, values = (_gather(cache, block_table_SN[s : s + 1], positions, window) for cache in caches)
+            out_THE[rows] = attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
     return out_THE
+
+
+_AT_ONCE = 2**26  # elements, 256 MiB in float32
+
+
+def _slices(begin: int, end: int, size: int) -> list[slice]:
+    return [slice(at, min(end, at + max(1, size))) for at in range(begin, end, max(1, size))]
 
 
 def oldest_seen(positions: Positions, window: int) -> Positions:

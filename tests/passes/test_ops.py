@@ -2,11 +2,14 @@
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
+from passes.ops import paged_attention as paged_attention_module
+from passes.ops.library import define, references
 from passes.ops.paged_attention import paged_attention_cpu, paged_attention_kernel, paged_attention_reference
 from passes.ops.write_kv import write_kv_kernel, write_kv_reference
 from tests.conftest import DEVICE
@@ -182,3 +185,43 @@ def test_write_kv_touches_its_slots_alone(operation) -> None:  # type: ignore[no
     others = [slot for slot in range(64) if slot not in slots.tolist()]
     assert not k_cache.view(64, 2, 80)[others].any()
     assert not v_cache.view(64, 2, 48)[others].any()
+
+
+def test_within_references_ops_run_their_references() -> None:
+    """In the thread that wants them alone, and until it is out of all of them."""
+    op = define(
+        "test_choice(Tensor x) -> Tensor",
+        reference=lambda x: x + 1,
+        kernel=lambda x: x + 2,
+        cpu=lambda x: x + 2,
+        fake=torch.empty_like,
+    )
+    x = torch.zeros(1, device=DEVICE)
+
+    def value() -> int:
+        return int(op(x))
+
+    assert value() == 2
+    with references(), ThreadPoolExecutor(1) as others:
+        assert value() == 1
+        assert others.submit(value).result() == 2
+        with pytest.raises(KeyError), references():
+            raise KeyError
+        assert value() == 1
+    assert value() == 2
+
+
+@pytest.mark.parametrize("max_query_len", [1, 40])
+@pytest.mark.parametrize("window", [0, 24, -32])
+def test_the_attention_reference_is_the_same_in_pieces(window: int, max_query_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([70, 0, 45, 9], dtype=torch.int32)
+    counts = (lengths > 0).int() if max_query_len == 1 else torch.tensor([40, 0, 7, 9], dtype=torch.int32)
+    starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).int() if max_query_len > 1 else torch.arange(5).int()
+    q = torch.randn(4 if max_query_len == 1 else 60, 4, 16)  # the last tokens are of no sequence
+    k_cache, v_cache = torch.randn(21, 16, 2, 16), torch.randn(21, 16, 2, 16)
+    table = (torch.randperm(20)[:20] + 1).view(4, 5).int()
+    arguments = (q, k_cache, v_cache, table, starts, lengths, torch.zeros(16).int(), None, None, 0.25, window, 0.0, max_query_len)
+    whole = paged_attention_reference(*arguments)
+    monkeypatch.setattr(paged_attention_module, "_AT_ONCE", 70 * 4 * 3)
+    torch.testing.assert_close(paged_attention_reference(*arguments), whole)

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.runtime import verify as verifying
 from compiled_llm.runtime import warmup
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.dispatch import CompiledStep
 from compiled_llm.runtime.step import Step
+from compiled_llm.runtime.trials import make_trial
 from compiled_llm.runtime.verify import ALLOWED, _failure, _Findings, verify
 from compiled_llm.runtime.warmup import StrictError
+from passes.ops import cpu, paged_attention
 from sweep.shrink import tiny_config
 from sweep.tiny_model import tiny_model as shrunk_model
 from tests.conftest import DEVICE
@@ -205,6 +209,77 @@ def test_with_experts_and_few_bits_some_tokens_may_be_routed_otherwise() -> None
     assert _failure(found, 1.0, 0.25) is None
     assert str(_failure(found, 1.0, 0.0)).startswith("2 of 12 tokens differ from eager, by up to 2 standard deviations")
     assert str(_failure(found, 0.05, 0.25)).startswith("12 of 12 tokens")
+
+
+@pytest.mark.parametrize("seen", [8, 2100])
+def test_a_wrong_kernel_is_caught(seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It attends to the first keys alone. The eager step must not run it, too, and one sequence must be long."""
+    for module in (cpu, paged_attention):  # what runs on a CPU, and on a GPU
+        kernel = module.decode_attention
+
+        def wrong(*arguments: Any, kernel: Callable[..., object] = kernel) -> object:
+            q, k_cache, v_cache, table, lengths, *others = arguments
+            return kernel(q, k_cache, v_cache, table, lengths.clamp(max=seen), *others)
+
+        monkeypatch.setattr(module, "decode_attention", wrong)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 4096}
+    config = small_config(limits=limits, buckets={"decode": [4], "prefill": []})
+    with CompiledLLM(tiny_model("llama", max_position_embeddings=4096), None, config, progress=False) as llm:
+        bucket, runtime = Bucket("decode", 4, "greedy"), llm.runtime
+        found = verify(bucket, _launch(llm, bucket), llm.model, runtime.memory, runtime.limits)
+        assert "differ from eager" in str(found.failure)
+        assert found.error > 10 * found.allowed
+        monkeypatch.setattr(verifying, "_FIRST", ("full",))
+        short = verify(bucket, _launch(llm, bucket), llm.model, runtime.memory, runtime.limits)
+        assert (short.failure is None) == (seen == 2100)
+
+
+def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
+    """Also with a window, and a chunk at the end of a prompt; its old pages are used several times, new ones once."""
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 4090}
+    config = small_config(limits=limits, buckets={"decode": [4], "prefill": [48]})
+    with CompiledLLM(tiny_model("gemma2", max_position_embeddings=4096), None, config, progress=False) as llm:
+        memory, bounds = llm.runtime.memory, llm.runtime.limits
+        for bucket in (Bucket("decode", 4, "greedy"), Bucket("prefill", 48, "greedy")):
+            trial = make_trial(bucket, memory, bounds, seed=1, extent="long")
+            assert trial.starts[0] + trial.counts[0] == 4090
+            for group, members in enumerate(memory.groups):
+                written = trial.slots(group, memory.block_size, new=True)
+                assert len(set(written)) == len(written)
+                assert set(written).isdisjoint(trial.slots(group, memory.block_size, new=False))
+                assert members.window or len(set(trial.tables[group, 0])) < 4090 // memory.block_size
+            assert verify(bucket, _launch(llm, bucket), llm.model, memory, bounds).failure is None
+
+
+@pytest.mark.parametrize("token", [-1, 160])
+def test_what_is_no_token_is_caught(llm: CompiledLLM, token: int) -> None:
+    """As a step reports it for a row whose scores are not finite; it is no index."""
+    bucket, state = BUCKETS[4], llm.runtime.memory.state
+
+    def launch() -> None:
+        _launch(llm, bucket)()
+        state.ring_tokens.fill_(token)
+
+    found = verify(bucket, launch, llm.model, llm.runtime.memory, llm.runtime.limits)
+    assert found.failure == "it chose tokens that are not in the vocabulary, or none"
+
+    def launch_wholly() -> None:
+        launch()
+        state.tokens.fill_(token)
+
+    found = verify(bucket, launch_wholly, llm.model, llm.runtime.memory, llm.runtime.limits)
+    assert str(found.failure).startswith("it chose tokens that are not in the vocabulary, or none")
+
+
+def test_a_report_of_other_tokens_is_caught(llm: CompiledLLM) -> None:
+    bucket = BUCKETS[4]
+
+    def launch() -> None:
+        _launch(llm, bucket)()
+        llm.runtime.memory.state.ring_tokens.add_(1).remainder_(160)
+
+    found = verify(bucket, launch, llm.model, llm.runtime.memory, llm.runtime.limits)
+    assert found.failure == "it reported other tokens than its rows go on with"
 
 
 @pytest.fixture
