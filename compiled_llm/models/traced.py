@@ -7,6 +7,7 @@ attention that it recognises in the graph by a call of ours. What comes of it st
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -80,8 +81,9 @@ def trace(model: PreTrainedModel) -> TracedModel:
     with _eager_attention(model):
         call = _Call(model)
         traced, longest = _export(call)
+        make = partial(_Attend, device=model.device)
         try:
-            replaced = replace_own_attention(traced, _Attend, int(min(_rows_to_ask(model), longest)))
+            replaced = replace_own_attention(traced, make, int(min(_rows_to_ask(model), longest)))
         except UnlikeAttentionError as error:
             raise _refusal(model, str(error)) from error
         except NotImplementedError:
@@ -104,10 +106,11 @@ class _Attend(nn.Module):
 
     slopes: Tensor | None
 
-    def __init__(self, bias: Bias) -> None:
+    def __init__(self, bias: Bias, device: torch.device) -> None:
         super().__init__()
         self._scale, self._window, self._repeats = bias.scale, bias.window, 1
-        self.register_buffer("slopes", bias.slopes, persistent=False)
+        slopes = None if bias.slopes is None else bias.slopes.to(device)  # they were found on the CPU
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def drop_repeats(self, k: Tensor, v: Tensor) -> None:
         """Some models repeat key heads for the query heads that share them: from now on, use only one of those that are equal."""

@@ -1,17 +1,23 @@
 """Models that compute attention by themselves: it is recognised in the graph of their forward, or refused in words."""
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compiled_llm import CompiledLLM, UnsupportedModelError
+from compiled_llm.models import traced
 from compiled_llm.models.attaching import attached
+from compiled_llm.models.attention import UndecidedError
 from compiled_llm.models.discovery import AttentionLayer, check_tokens_meet_in_attention, examine
 from compiled_llm.models.merging import linears_by_input
 from compiled_llm.models.traced import TracedModel
+from passes.scores import Bias
 from sweep.check import Reference, engine_config, generate, prompt_of, relative
 from sweep.shrink import tiny_config
 from sweep.tiny_model import tiny_model
@@ -43,7 +49,7 @@ def _model(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.
 def _examined(model: PreTrainedModel) -> tuple[TracedModel, list[AttentionLayer]]:
     with attached(model):
         served, layers = examine(model)
-        check_tokens_meet_in_attention(served)
+        check_tokens_meet_in_attention(served, 128)
     assert isinstance(served, TracedModel)
     return served, layers
 
@@ -55,6 +61,7 @@ def test_attention_is_recognised(kind: str, dtype: torch.dtype) -> None:
     served, layers = _examined(_model(kind.split(",")[0], dtype=dtype, **values))
     assert [layer.window for layer in layers] == windows
     assert {(layer.num_kv_heads, layer.key_dim, layer.dtype) for layer in layers} == {(kv_heads, 16, dtype)}
+    assert {tensor.device for tensor in [*served.buffers(), *served.parameters()]} == {served.device}
     found = [buffer[:2].tolist() for name, buffer in served.named_buffers() if name.endswith("slopes")]
     assert found == ([slopes] * 2 if slopes else [])
 
@@ -66,6 +73,20 @@ def test_parameters_stay_the_models_own() -> None:
         served, _ = _examined(model)
     assert {id(p) for p in served.parameters()} == {id(p) for p in model.parameters()}
     assert [len(group) for group in groups] == [3, 3]
+
+
+def test_what_is_found_of_attention_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are evaluated on the CPU; slopes are read where queries are."""
+    made = []
+
+    def replace(module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int) -> list[str]:
+        made.append(make(Bias(scale=1.0, window=0, slopes=torch.ones(4))))
+        return ["attention"]
+
+    monkeypatch.setattr(traced, "replace_own_attention", replace)
+    with pytest.raises(UndecidedError):
+        traced.trace(_model("bloom", n_head=4).to("meta"))
+    assert [buffer.device.type for attend in made for buffer in attend.buffers()] == ["meta"]
 
 
 def test_it_goes_to_other_processes() -> None:
