@@ -60,6 +60,7 @@ class Inspection:
             "windows": f"{self.bytes_of_windows:,} bytes a sequence" if self.bytes_of_windows else "",
             "states": f"{len(found.states)}, {self.bytes_of_states:,} bytes a sequence" if found.states else "",
             "limits": sequences,
+            "warning": limits.warning or "",
             "passes": f"{passes or 'none'} (and how many matches each must make)",
         }
         return "\n".join(f"{name + ':':11}{text}" for name, text in lines.items() if text)

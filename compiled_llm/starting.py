@@ -14,7 +14,9 @@ from compiled_llm.config_file import load_config, parse_config
 from compiled_llm.models.attaching import attached
 from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
 from compiled_llm.models.merging import linears_by_input, merged
+from compiled_llm.models.rotary import fixed_frequencies
 from compiled_llm.runtime.compile_pool import CompilePool
+from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.report import PhaseReport, Report
 from compiled_llm.runtime.runtime import Runtime
@@ -43,12 +45,14 @@ def start(
         UnsupportedModelError: a ValueError that names the feature of the model which is not served.
         ValueError: the config does not fit the model or the machine.
     """
+    limits = Limits.resolve(config.limits, model.config, model.device)
     with COMPILER_LOCK:
         with eager_steps_excluded(), report.phase("examine model", model.device):
             resources.enter_context(attached(model))
+            resources.enter_context(fixed_frequencies(model))
             with linears_by_input(model) as groups:
                 served, layers = examine(model)
-            check_tokens_meet_in_attention(served)
+            check_tokens_meet_in_attention(served, limits.max_model_len)
             wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
             resources.enter_context(merged(model, groups if wanted else []))
         runtime = Runtime(served, layers, config, report, progress=progress, pool=pool)

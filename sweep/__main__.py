@@ -1,4 +1,4 @@
-"""`python -m sweep`: every causal LM of transformers, checked, and compared with sweep/models.yaml.
+"""`python -m sweep`: every causal LM of transformers and some variants, checked, and compared with sweep/models.yaml.
 
 What was found is kept as it comes, under the digest of all that it depends on; a sweep that was stopped goes on where it was.
 """
@@ -18,11 +18,12 @@ from compiled_llm.models.default import cache_dir
 from passes.pipeline import source_digest
 from sweep.outcome import Outcome
 from sweep.record import ROOT, differences, read_data, to_data, totals, write
+from sweep.shrink import variants
 from sweep.worker import run_apart
 
 
 def main(
-    types: Annotated[list[str] | None, typer.Argument(help="Model types; all when left out.")] = None,
+    types: Annotated[list[str] | None, typer.Argument(help="Model types and variants; all when left out.")] = None,
     dispatch: Annotated[str, typer.Option(help="direct compiles; eager compiles nothing, and takes a second a type.")] = "direct",
     jobs: Annotated[int, typer.Option(help="Types at a time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that a type may take.")] = 900.0,
@@ -31,7 +32,7 @@ def main(
     ] = False,
 ) -> None:
     """Check model types, print a table and totals; exit with 1 where one fails, or differs from sweep/models.yaml."""
-    known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    known = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *variants()]
     names = types or known
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"transformers {version('transformers')} knows no causal LM of type {', '.join(unknown)}")

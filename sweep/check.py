@@ -14,6 +14,7 @@ from compiled_llm.config_file import parse_config
 from compiled_llm.models.attaching import attached
 from compiled_llm.models.discovery import examine
 from compiled_llm.models.features import features
+from compiled_llm.models.rotary import fixed_frequencies
 from sweep.shrink import FIRST_TOKEN, VOCAB_SIZE
 
 TOLERANCE = 1e-4
@@ -75,7 +76,7 @@ def check(model: PreTrainedModel, dispatch: str) -> Found:
 
 
 def _exercised(model: PreTrainedModel) -> str:
-    with attached(model):
+    with attached(model), fixed_frequencies(model):
         served, layers = examine(model)
     return ", ".join([f"{len(layers)} calls", *features(served, layers)])
 

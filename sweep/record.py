@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from sweep.outcome import Outcome
+from sweep.shrink import is_variant
 
 ROOT = Path(__file__).parents[1]
 DATA, TABLE = ROOT / "sweep" / "models.yaml", ROOT / "docs" / "models.md"
@@ -22,8 +23,9 @@ def read_excuses() -> dict[str, str]:
 
 
 def read_data(path: Path = DATA) -> dict[str, dict[str, str]]:
-    """For each type its status, and its reason or what was exercised; nothing where there is no file."""
-    return dict(yaml.safe_load(path.read_text())["models"]) if path.exists() else {}
+    """For each type and variant its status, and its reason or what was exercised; nothing where there is no file."""
+    values = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return {**values.get("models", {}), **values.get("variants", {})}
 
 
 def to_data(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, str]]:
@@ -38,7 +40,9 @@ def _kept(outcome: Outcome) -> dict[str, str]:
 
 def write(data: Mapping[str, dict[str, str]], versions: Mapping[str, str]) -> None:
     """Replace the data and the table by these."""
-    values: dict[str, Any] = {**versions, "models": dict(sorted(data.items()))}
+    values: dict[str, Any] = {**versions}
+    for group, of_variants in (("models", False), ("variants", True)):
+        values[group] = {name: kept for name, kept in sorted(data.items()) if is_variant(name) == of_variants}
     DATA.write_text(_HEAD + yaml.safe_dump(values, sort_keys=False, width=200))
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(values))
@@ -63,8 +67,7 @@ def totals(models: Mapping[str, Mapping[str, str]]) -> str:
 
 def table(values: Mapping[str, Any]) -> str:
     """The Markdown page for the data of sweep/models.yaml."""
-    models = values["models"]
-    rows = [f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |" for name, kept in models.items()]
+    models, variants = values["models"], values["variants"]
     return "\n".join(
         [
             "# Models",
@@ -78,12 +81,22 @@ def table(values: Mapping[str, Any]) -> str:
             "is refused with this reason, most of it before any weight is read; of a few types no tiny model can be made",
             "(`sweep/excuses.yaml`), and a few would run, but eagerly.",
             "",
-            "| type | | what was exercised, or why it is refused |",
-            "|---|---|---|",
-            *rows,
+            *_rows("type", models),
+            "",
+            "## Variants",
+            "",
+            "Variants of some types, checked in the same way, each with a rope type other than its default. `longrope` and",
+            "`dynamic` are served up to the length within which their frequencies do not change, and refused beyond it.",
+            "",
+            *_rows("variant", variants),
             "",
         ]
     )
+
+
+def _rows(title: str, models: Mapping[str, Mapping[str, str]]) -> list[str]:
+    rows = [f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |" for name, kept in models.items()]
+    return [f"| {title} | | what was exercised, or why it is refused |", "|---|---|---|", *rows]
 
 
 def _words(kept: Mapping[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""Any config class -> the smallest legal config with every kind of layer: sizes by the names of its fields, then overrides."""
+"""Any config class -> the smallest legal config with every kind of layer: sizes by the names of its fields, then overrides.
+
+A variant of a model type, such as `llama+yarn`, has the overrides of its type and then its own.
+"""
 
 import copy
 import re
@@ -46,11 +49,23 @@ _SPECIAL = re.compile(r"(\w+_)?(token_id|token_index)|unk_index|mask_index|pad_i
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """The tiny config of a model type; raises what its class raises when the sizes do not fit each other."""
+def tiny_config(name: str) -> PretrainedConfig:
+    """The tiny config of a model type or variant; raises what its class raises when the sizes do not fit each other."""
+    model_type = name.partition("+")[0]
     config_class = CONFIG_MAPPING[model_type]
-    config: PretrainedConfig = config_class(**_merged(_shrunk(config_class()), _overrides().get(model_type, {})))
+    values = _merged(_shrunk(config_class()), _overrides().get(model_type, {}))
+    config: PretrainedConfig = config_class(**(_merged(values, _overrides()[name]) if is_variant(name) else values))
     return config
+
+
+def is_variant(name: str) -> bool:
+    """Whether a name is that of a variant and not of a model type."""
+    return "+" in name
+
+
+def variants() -> list[str]:
+    """The names of all variants."""
+    return [name for name in _overrides() if is_variant(name)]
 
 
 @cache

@@ -25,6 +25,8 @@ from compiled_llm.models.traced import ServedModel, trace
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
+_FEW = 8  # tokens of a sequence that is short for any model
+_NEAR = 1000  # the largest position of a token that is compared; small frequencies show at large positions only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +101,9 @@ def continues_from_states(model: ServedModel) -> bool:
     if cache is None:
         return True
     with _examined(model, _attend_to_itself):
-        whole = _forward_alone(model, [1, 2, 3, 4])[:, 2:].float()
-        _call(model, [1, 2], cache, [0, 1])
-        rest = _call(model, [3, 4], cache, [2, 3]).float()
+        whole = _forward_alone(model, [1, 2, 3, 4])[2:].float()
+        _call(model, [[1, 2]], cache, [[0, 1]])
+        rest = _call(model, [[3, 4]], cache, [[2, 3]])[0].float()
     return _alike(whole, rest, model.dtype)
 
 
@@ -117,28 +119,59 @@ def discover_states(model: ServedModel) -> list[State]:
     if cache is None:
         return []
     with _examined(model, _attend_to_itself):
-        _call(model, [0] * 4, cache, [0, 1, 2, 3])
+        _call(model, [[0] * 4], cache, [[0, 1, 2, 3]])
     return states_of(cache)
 
 
-def check_tokens_meet_in_attention(model: ServedModel) -> None:
-    """Where each token attends to itself alone, it has the same logits beside whatever others, and wherever in the row.
+def check_tokens_meet_in_attention(model: ServedModel, max_model_len: int) -> None:
+    """Check that a token which attends to itself alone has the same logits beside any others, at any positions of theirs.
 
     Raises:
         UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface, or their
-            positions are not those that the model is told.
+            positions are not those that the model is told, or what is done to one depends on the largest position of all.
     """
+    kind, said = model.config.model_type, "a token's logits depend on the largest position in its batch"
     with _examined(model, _attend_to_itself):
-        if fresh_cache(model.config) is None:
-            one = _forward_alone(model, [0, 1, 1], [0, 5, 2])[:, [1, 2]].float()
-            other = _forward_alone(model, [1, 2, 1], [2, 7, 5])[:, [2, 0]].float()
-        else:  # what a layer remembers must be in its cache, and each call gets a new one
-            one, _, other = (_forward_alone(model, ids).float() for ids in ([1], [0], [1]))
-    if not _alike(one, other, model.dtype):
-        raise UnsupportedModelError(
-            f"{model.config.model_type}: its tokens meet outside of attention, or take their place in a row for their position, "
-            "which is not supported"
-        )
+        try:
+            if _independent(model, max_model_len):
+                return
+        except UnsupportedModelError as error:
+            said = f"its forward fails ({error.__cause__})"
+        if not _independent(model, min(max_model_len, _FEW)):
+            raise UnsupportedModelError(
+                f"{kind}: its tokens meet outside of attention, or take their place in a row for their position, "
+                "which is not supported"
+            )
+        length = _independent_length(model, max_model_len)
+    remedy = f" to at most {length}" if length < max_model_len - 1 else ""  # else the model remembers the longest so far
+    raise UnsupportedModelError(
+        f"{kind}: with positions up to {max_model_len - 1}, {said}, which is not supported: "
+        f"lower limits.max_model_len={max_model_len}{remedy}"
+    )
+
+
+def _independent(model: ServedModel, max_model_len: int) -> bool:
+    """Whether a token has the same logits at any place beside any others: small positions alone, larger ones, the largest."""
+    far = max_model_len - 1
+    low, near = min(far, _FEW - 1), min(far // 2, _NEAR)
+    call = _forward_alone if fresh_cache(model.config) is None else _forward_rows
+    first = call(model, [0, 0, 1], [0, 0, low])[2].float()
+    second = call(model, [0, 1, 1], [0, near, low])[[1, 2]].float()
+    third = call(model, [1, 2, 1], [low, far, near])[[2, 0]].float()
+    return _alike(second, third, model.dtype) and _alike(second[1], first, model.dtype)
+
+
+def _independent_length(model: ServedModel, too_long: int) -> int:
+    """The largest `max_model_len` below `too_long` for which tokens are independent, by bisection."""
+    length = min(too_long, _FEW)
+    while too_long - length > 1:
+        middle = (length + too_long) // 2
+        try:
+            independent = _independent(model, middle)
+        except UnsupportedModelError:
+            independent = False
+        length, too_long = (middle, too_long) if independent else (length, middle)
+    return length
 
 
 @contextmanager
@@ -155,14 +188,22 @@ def _examined(model: ServedModel, attention: Attention) -> Iterator[None]:
 
 
 def _forward_alone(model: ServedModel, ids: list[int], positions: list[int] | None = None) -> Tensor:
-    """Logits [1, T, V] of these tokens; as a sequence's first, unless their positions are given."""
+    """Logits [T, V] of these tokens in one row; as a sequence's first, unless their positions are given."""
     positions = positions or list(range(len(ids)))
     cache = fresh_cache(model.config) or PositionsCache(torch.tensor(positions, device=model.device))
-    return _call(model, ids, cache, positions)
+    return _call(model, [ids], cache, [positions])[0]
 
 
-def _call(model: ServedModel, ids: list[int], cache: Cache, at: list[int]) -> Tensor:
-    tokens, positions = torch.tensor([ids], device=model.device), torch.tensor([at], device=model.device)
+def _forward_rows(model: ServedModel, ids: list[int], positions: list[int]) -> Tensor:
+    """Logits [R, V] of these tokens in a row each, with empty states."""
+    cache = fresh_cache(model.config)
+    assert cache is not None
+    return _call(model, [[token] for token in ids], cache, [[position] for position in positions])[:, 0]
+
+
+def _call(model: ServedModel, ids: list[list[int]], cache: Cache, at: list[list[int]]) -> Tensor:
+    """Logits [R, T, V] of ids and positions [R, T]."""
+    tokens, positions = torch.tensor(ids, device=model.device), torch.tensor(at, device=model.device)
     masks = {"attention_mask": torch.ones_like(tokens)}
     if model.device.type == "meta" and not isinstance(cache, PositionsCache):
         masks = {}  # layers with states look whether it masks anything
@@ -191,8 +232,20 @@ def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _attend_to_itself(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    v = v[:, :, -q.shape[2] :]  # a cache may put what came before in front
-    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
+    """A token's own value, scaled by its own query and key, so that what is done to those for its position shows."""
+    k, v = (heads[:, :, -q.shape[2] :] for heads in (k, v))  # a cache may put what came before in front
+    k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
+    return ((1 + _shown(q) + _shown(k)) * v).transpose(1, 2).contiguous()
+
+
+def _shown(heads: Tensor) -> Tensor:
+    """[..., 1] between -2 and 2: changes with the direction of each head, and with its length."""
+    heads_float = heads.float()
+    fixed = torch.arange(1, heads.shape[-1] + 1, device=heads.device).cos()
+    cosine = nn.functional.cosine_similarity(heads_float, fixed, dim=-1)
+    length = heads_float.norm(dim=-1).clamp(min=1e-6)
+    shown: Tensor = (cosine * heads.shape[-1] ** 0.5).sin() + (4 * length.log()).sin()
+    return shown[..., None].to(heads.dtype)
 
 
 def count_rotary_embeddings(model: ServedModel) -> int:

@@ -14,6 +14,7 @@ from compiled_llm.models.attention import UndecidedError, UnsupportedModelError
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings, discover_states, examine
 from compiled_llm.models.features import features
 from compiled_llm.models.merging import linears_by_input
+from compiled_llm.models.rotary import fixed_frequencies
 from compiled_llm.models.states import State
 
 
@@ -49,7 +50,7 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
         raise UnsupportedModelError(f"{config.model_type}: transformers knows no causal LM of this type")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    with attached(model):
+    with attached(model), fixed_frequencies(model):
         with linears_by_input(model) as groups:
             served, layers = examine(model)
         names = {module: name for name, module in model.named_modules()}

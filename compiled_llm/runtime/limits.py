@@ -6,28 +6,66 @@ import torch
 from transformers import PretrainedConfig
 
 from compiled_llm.config import LimitsConfig
+from compiled_llm.models.rotary import rotary_limit
 
 _DEFAULTS = {"cpu": (4, 256, 2048), "cuda": (64, 2048, 4096)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sequences at once, tokens a step, and tokens a sequence (prompt and output together)."""
+    """Sequences at once, tokens a step, and tokens a sequence (prompt and output together).
+
+    Attributes:
+        warning: why `max_model_len` is below the default, where the model's rotary embedding is the reason.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    warning: str | None = None
 
     @classmethod
     def resolve(cls, config: LimitsConfig, model_config: PretrainedConfig, device: torch.device) -> "Limits":
-        """Fill in `auto`; raises ValueError when a sequence could outgrow the model's positions."""
-        seqs, tokens, length = _DEFAULTS[device.type]
-        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        limits = cls(
+        """Fill in `auto`; raises ValueError when a sequence could outgrow what the model is served for."""
+        seqs, tokens, default = _DEFAULTS[device.type]
+        positions = _num_positions(model_config)
+        default = min(default, positions or default)
+        if config.max_model_len == "auto":
+            length, warning = _automatic_length(model_config, default)
+        else:
+            length, warning = config.max_model_len, None
+            _check_length(model_config, length, positions)
+        return cls(
             max_num_seqs=seqs if config.max_num_seqs == "auto" else config.max_num_seqs,
             max_num_batched_tokens=tokens if config.max_num_batched_tokens == "auto" else config.max_num_batched_tokens,
-            max_model_len=min(length, positions or length) if config.max_model_len == "auto" else config.max_model_len,
+            max_model_len=length,
+            warning=warning,
         )
-        if positions is not None and limits.max_model_len > positions:
-            raise ValueError(f"limits.max_model_len={limits.max_model_len}, but the model has only {positions} positions: lower it")
-        return limits
+
+
+def _num_positions(config: PretrainedConfig) -> int | None:
+    """How many positions a model has, under either of the names that configs give it; None where they say nothing."""
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    return positions
+
+
+def _automatic_length(config: PretrainedConfig, default: int) -> tuple[int, str | None]:
+    limit = rotary_limit(config)
+    if limit is None or default <= limit.length:
+        return default, None
+    return limit.length, (
+        f"limits.max_model_len is {limit.length} instead of {default}: beyond {limit.length} tokens, rope_type "
+        f"{limit.rope_type!r} changes its frequencies for all sequences of a batch"
+    )
+
+
+def _check_length(config: PretrainedConfig, length: int, positions: int | None) -> None:
+    limit = rotary_limit(config)
+    if limit is not None and length > limit.length:
+        raise ValueError(
+            f"limits.max_model_len={length}, but beyond {limit.length} tokens, rope_type {limit.rope_type!r} changes its "
+            f"frequencies for all sequences of a batch, which is not supported: lower it to {limit.length}, or use auto"
+        )
+    if positions is not None and length > positions:
+        raise ValueError(f"limits.max_model_len={length}, but the model has only {positions} positions: lower it")

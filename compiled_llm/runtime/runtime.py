@@ -72,6 +72,8 @@ class Runtime:
         self._unchanged = Unchanged(model_itself(model), compiled=config.compile.dispatch != "eager")
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
+        if self.limits.warning:
+            report.warnings.append(self.limits.warning)
         prefill = config.buckets.prefill
         if not continues_from_states(model):
             report.warnings.append(

@@ -75,10 +75,10 @@ def test_tokens_must_meet_in_attention_alone() -> None:
     """Attention that a model does by itself, and positions that it counts by itself, show in what its logits depend on."""
     mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
     with pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"), attached(mixed):
-        check_tokens_meet_in_attention(mixed)
+        check_tokens_meet_in_attention(mixed, 128)
     model = tiny_model("llama")
     with attached(model):
-        check_tokens_meet_in_attention(model)
+        check_tokens_meet_in_attention(model, 128)
 
 
 def test_unknown_attention_arguments_are_refused_by_name() -> None:

@@ -32,7 +32,7 @@ def test_states_are_found() -> None:
         assert (state.layer, state.kind, state.shape) == (0, "conv", (64, 3))
         assert state.num_bytes == 4 * 64 * 3
         assert len(discover(model)) == 1
-        check_tokens_meet_in_attention(model)
+        check_tokens_meet_in_attention(model, 128)
         assert continues_from_states(model)
     with attached(llama := llama_like("llama")):
         assert discover_states(llama) == []

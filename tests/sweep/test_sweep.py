@@ -6,12 +6,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sweep.check import MismatchError, check
 from sweep.outcome import Outcome
 from sweep.record import DATA, ROOT, TABLE, differences, table, to_data
-from sweep.shrink import tiny_config
+from sweep.shrink import tiny_config, variants
 from sweep.tiny_model import tiny_model
 from sweep.worker import _untraceable, outcome_of, run_apart
 from tests.conftest import DEVICE
@@ -52,6 +53,16 @@ def test_the_spread_works(model_type: str) -> None:
     outcome = outcome_of(model_type, "eager")
     assert (outcome.status, outcome.reason) == ("works", "")
     assert outcome.exercised == SPREAD[model_type]
+
+
+@pytest.mark.parametrize("name", variants())
+def test_variants_work(name: str) -> None:
+    outcome = outcome_of(name, "eager")
+    assert (outcome.status, outcome.reason) == ("works", "")
+
+
+def test_every_rope_type_has_a_variant() -> None:
+    assert {name.partition("+")[2] for name in variants() if name.startswith("llama+")} == set(ROPE_INIT_FUNCTIONS)
 
 
 def test_a_wrong_window_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +113,7 @@ def test_results_are_kept_and_compared() -> None:
     assert differences({name: outcomes[name] for name in "ab"}, data) == []
     assert differences(outcomes, data) == ["c: fails: it broke"]
     assert "b" in differences({"b": Outcome(status="works")}, data)[0]
-    page = table({"transformers": "5", "models": data})
+    page = table({"transformers": "5", "models": data, "variants": {}})
     assert "1 works, 1 unsupported, 1 fails, of 3" in page
     assert "| `b` | unsupported | b: no |" in page
 
@@ -123,6 +134,8 @@ def test_the_record_is_whole_and_its_table_says_the_same() -> None:
     models = values["models"]
     if values["transformers"] == transformers.__version__:
         assert set(models) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert set(values["variants"]) == set(variants())
+    assert all(kept["status"] == "works" for kept in values["variants"].values())
     assert all(kept["status"] in ("works", "unsupported") for kept in models.values())
     assert all(kept["reason"] for kept in models.values() if kept["status"] == "unsupported")
     assert TABLE.read_text() == table(values)
