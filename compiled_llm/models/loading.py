@@ -25,7 +25,7 @@ from compiled_llm.config import ModelConfig
 from compiled_llm.models.attention import UnsupportedModelError
 from compiled_llm.models.default import default_model
 from compiled_llm.models.gguf_file import read_once
-from compiled_llm.models.preflight import refuse_unsupported
+from compiled_llm.models.preflight import code_arguments, refuse_unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,8 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     if config.weights == "random":
         if config.name is None:
             raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
-        return _read_config(config, config.name, {"trust_remote_code": config.trust_remote_code})
+        is_local = Path(config.name).exists()
+        return _read_config(config, config.name, {"trust_remote_code": config.trust_remote_code, **_revision(config, is_local)})
     path, files = _locate(config)
     with read_once() if "gguf_file" in files else nullcontext():
         return _read_config(config, path, files)
@@ -123,6 +124,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers, and the arguments that say what to do with it."""
+    revision = _revision(config, is_local=config.name is None or Path(config.name).exists())
     trust = {"trust_remote_code": config.trust_remote_code}
     path = default_model() if config.name is None else Path(config.name)
     if path.is_file() and path.suffix == ".gguf":
@@ -139,17 +141,27 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         return str(path), trust
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
-    return str(config.name), trust
+    return str(config.name), {**trust, **revision}
+
+
+def _revision(config: ModelConfig, is_local: bool) -> dict[str, str]:
+    """The argument that names a hub model's version; files that are here have none."""
+    if config.revision is None:
+        return {}
+    if is_local:
+        name = "the default model" if config.name is None else f"model {config.name!r}"
+        raise ValueError(f"model.revision={config.revision} names a version of a hub id, but {name} is a local path: drop it")
+    return {"revision": config.revision}
 
 
 def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     model_config = read_config(config)
-    trust = config.trust_remote_code
-    refuse_unsupported(model_config, dtype, trust_remote_code=trust)
+    refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
+    code = code_arguments(model_config, config.trust_remote_code)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **code)
     return LoadedModel(model=model.eval(), tokenizer=None)
 
 

@@ -5,6 +5,7 @@ that tokens chose, cannot be told like this; then an engine learns it when it st
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -49,7 +50,7 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise UnsupportedModelError(f"{config.model_type}: transformers knows no causal LM of this type")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **code_arguments(config, trust_remote_code))
     with attached(model), fixed_frequencies(model):
         with linears_by_input(model) as groups:
             served, layers = examine(model)
@@ -63,6 +64,21 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
             rotary_embeddings=count_rotary_embeddings(model),
             merged_projections=tuple(tuple(names[module] for module in group) for group in groups),
         )
+
+
+def code_arguments(config: PretrainedConfig, trust_remote_code: bool) -> dict[str, Any]:
+    """What `from_config` needs to take a checkpoint's own code from the commit that its config is of.
+
+    By itself it takes the newest code, and registers that for the config's class, which `from_pretrained` then uses as well.
+    """
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    commit, mapping = getattr(config, "_commit_hash", None), AutoModelForCausalLM._model_mapping
+    if not trust_remote_code or reference is None or commit is None:
+        return arguments
+    is_registered = type(config) in mapping and not mapping[type(config)].__module__.startswith("transformers.")
+    repository = reference.partition("--")[0] if "--" in reference else config.name_or_path
+    return arguments if is_registered or repository != config.name_or_path else {**arguments, "code_revision": commit}
 
 
 def refuse_unsupported(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
