@@ -60,11 +60,14 @@ class CompiledLLM:
         progress: bool = True,
         _report: Report | None = None,
         _pool: CompilePool | None = None,
+        _just_loaded: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, resolve_config(config)
         with ExitStack() as resources:
             report = _report or new_report()
-            self._runtime: Runtime | None = start(model, self.config, report, resources, progress=progress, pool=_pool)
+            self._runtime: Runtime | None = start(
+                model, self.config, report, resources, progress=progress, pool=_pool, just_loaded=_just_loaded
+            )
             self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
             self._engine = Engine(
                 self._runtime,
@@ -105,7 +108,7 @@ class CompiledLLM:
         with begin_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):
                 loaded = load(resolved.model)
-            return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report, _pool=pool)
+            return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report, _pool=pool, _just_loaded=True)
 
     @property
     def default_sampling_params(self) -> SamplingParams:

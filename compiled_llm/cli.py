@@ -119,12 +119,13 @@ def compile_buckets(
     hand_out(report, printed=False, file=report_file)
     kept_in = report.facts.get("artifact")
     if kept_in is None:
-        raise ValueError("nothing was kept: expected compile.dispatch=direct, no compile.dump, and compile.artifact not off")
+        expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
+        raise ValueError(f"nothing was kept: {report.artifact_refusal or expected}")
     if out is not None and kept_in != str(out):
-        raise ValueError(f"{report.warnings[0]}; choose another directory, or add --force to replace what it holds")
-    missing = [bucket.bucket for bucket in report.buckets if bucket.failure is None and not bucket.kept]
+        raise ValueError(f"{report.artifact_refusal}; choose another directory, or add --force to replace what it holds")
+    missing = [bucket.unkept or bucket.bucket for bucket in report.buckets if bucket.failure is None and not bucket.kept]
     if missing:
-        raise ValueError(f"{', '.join(missing)} could not be kept: {'; '.join(report.warnings)}")
+        raise ValueError(f"{len(missing)} buckets could not be kept: {'; '.join(missing)}")
 
 
 @app.command()

@@ -37,9 +37,12 @@ def new_report() -> Report:
 
 
 def start(
-    model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None
-) -> Runtime:
+    model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None,
+    just_loaded: bool = False,
+) -> Runtime:  # fmt: skip
     """Route the model's attention here and compile it, one engine at a time; `resources` gives the model back as it was.
+
+    With `just_loaded`, nobody has had the model since transformers loaded it, so its source tells what it computes.
 
     Raises:
         UnsupportedModelError: a ValueError that names the feature of the model which is not served.
@@ -55,7 +58,7 @@ def start(
             check_tokens_meet_in_attention(served, limits.max_model_len)
             wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
             resources.enter_context(merged(model, groups if wanted else []))
-        runtime = Runtime(served, layers, config, report, progress=progress, pool=pool)
+        runtime = Runtime(served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded)
     report.facts.update(_facts(runtime, model))
     return runtime
 

@@ -14,13 +14,14 @@ import yaml
 from typer.testing import CliRunner
 
 import bench.cli
-from compiled_llm import CompiledLLM, QueueFullError, cli
+from compiled_llm import CompiledLLM, QueueFullError, api, cli
 from compiled_llm.cli import app
 from compiled_llm.exit_status import run_command
 from compiled_llm.jobs import RequestFailedError
 from compiled_llm.runtime import verify
 from compiled_llm.runtime.artifact_key import Key
 from compiled_llm.runtime.artifacts import Artifact, Kept
+from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.traffic import Traffic
 from compiled_llm.runtime.warmup import StrictError
 from tests.tiny import tiny_model
@@ -70,6 +71,23 @@ def test_compile_then_explain(config: Path, tmp_path: Path, monkeypatch: pytest.
     assert done.exit_code == 0, done.output
     assert "artifact" in done.stdout
     assert run.invoke(app, ["explain", str(out), str(config), *other]).exit_code == 0
+
+
+def test_compile_says_why_a_directory_was_not_used(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else there was to warn of before."""
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(api, "new_report", lambda: Report(warnings=["prompts share no pages"]))
+    Artifact(tmp_path / "a", Key({"model": "b"})).save("decode-4-greedy", Kept(step=b"", passes=[]))
+    nothing = ["--set", "buckets.prefill=[]"]
+    with pytest.warns(UserWarning, match="the artifact was not used"):
+        done = CliRunner().invoke(app, ["compile", str(config), "-o", str(tmp_path / "a"), *nothing])
+    assert str(done.exception).startswith(f"the artifact was not used: {tmp_path / 'a'} was compiled for something else: model: b;")
+    assert "pages" not in str(done.exception).partition("KV cache")[0]
+
+    (tmp_path / "a").chmod(0o770)
+    with pytest.warns(UserWarning, match="others may write to"):
+        done = CliRunner().invoke(app, ["compile", str(config), "-o", str(tmp_path / "a"), "--force", *nothing])
+    assert str(done.exception).startswith(f"the artifact was not used: others may write to {tmp_path / 'a'}")
 
 
 def test_verify(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

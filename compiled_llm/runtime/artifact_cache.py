@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +23,36 @@ class _Found:
     bytes: int
 
 
-def open_artifact(config: Config, make_key: Callable[[], Key], report: Report) -> Artifact | None:
-    """The one that is named, if it fits or is empty; else the one in the cache directory; None where nothing can be kept."""
-    if not keeps(config):
-        return None
-    wanted, notice, key = config.compile.artifact, report.warnings.append, make_key()
-    if isinstance(wanted, Path):
-        named = Artifact(wanted, key, notice, _digest(config))
-        misfit = named.misfit()
+def open_artifact(config: Config, key: Key, report: Report, *, by_graph: bool) -> Artifact | None:
+    """Open the artifact that the config names, if it fits or is empty, else the one in the cache directory.
+
+    Args:
+        key: of the engine.
+        report: gets the reason where one of them is not used, which is also a warning on standard error.
+        by_graph: see `Artifact`.
+
+    Returns:
+        None where nothing can be kept.
+    """
+    wanted, notice = config.compile.artifact, report.warnings.append
+    named = [wanted] if isinstance(wanted, Path) else []
+    for directory in [*named, cached_artifacts() / key.digest[:16]]:
+        artifact = Artifact(directory, key, notice, _digest(config), by_graph)
+        misfit = artifact.misfit()  # which also says so where it is damaged
+        if directory is not wanted:
+            misfit = artifact.refusal()
         if misfit is None:
-            report.facts["artifact"] = str(wanted)
-            return named
-        notice(f"the artifact was not used: {misfit}")
-    kept = Artifact(cached_artifacts() / key.digest[:16], key, notice, _digest(config))
-    kept.misfit()  # says so where it is damaged
-    report.facts["artifact"] = str(kept.directory)
-    return kept
+            report.facts["artifact"] = str(directory)
+            return artifact
+        refuse_artifact(report, f"the artifact was not used: {misfit}")
+    return None
+
+
+def refuse_artifact(report: Report, reason: str) -> None:
+    """Say that an artifact is not used, in the report and on standard error."""
+    report.warnings.append(reason)
+    report.artifact_refusal = report.artifact_refusal or reason
+    warnings.warn(reason, stacklevel=2)
 
 
 def keeps(config: Config) -> bool:
@@ -97,8 +111,11 @@ def make_room(limit: int, *, used: Path) -> list[str]:
 
 
 def _directories(used: Path) -> list[Path]:
+    """The cached artifacts; symbolic links lead to what is not the cache's own."""
     root = cached_artifacts()
-    return [path for path in root.iterdir() if path.is_dir()] if used.parent == root and root.exists() else []
+    if used.parent != root or not root.exists():
+        return []
+    return [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def _look_at(directory: Path) -> _Found:

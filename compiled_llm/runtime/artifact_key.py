@@ -1,7 +1,6 @@
 """For what a compilation is: all that a compiled step depends on besides its bucket, in words."""
 
 import hashlib
-import inspect
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from compiled_llm.config import Config
 from compiled_llm.models.traced import ServedModel, model_itself
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
+from compiled_llm.runtime.processor import instruction_set
 from passes.pipeline import source_digest
 
 _ROOT = Path(__file__).parents[2]
@@ -46,8 +46,10 @@ class Key:
         return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
 
 
-def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits) -> Key:
-    """The key of an engine whose buffers and caches are allocated."""
+def make_key(
+    model: ServedModel, code: str, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits
+) -> Key:
+    """The key of an engine whose buffers and caches are allocated; `code` identifies what the model runs."""
     seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
     pages = " + ".join(str(group.num_pages) for group in groups)
     options = {"passes": config.pass_order(), **config.compile.options}
@@ -57,7 +59,9 @@ def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[
             "python": platform.python_version(),
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
+            "torch's state": _torch_state(model.device),
             "model": _model(model_itself(model)),
+            "code": code,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",
             "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
@@ -69,10 +73,8 @@ def make_key(model: ServedModel, buffers: Sequence[nn.Module], groups: Sequence[
 
 
 def _model(model: PreTrainedModel) -> str:
-    path = inspect.getsourcefile(type(model))
-    code = f"source {_short(Path(path).read_text())}" if path and Path(path).exists() else "no source"
     config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_place)
-    return f"{type(model).__name__}, config {_short(json.dumps(config, sort_keys=True))}, {code}"
+    return f"{type(model).__name__}, config {_short(json.dumps(config, sort_keys=True))}"
 
 
 def _without_place(values: dict[str, object]) -> dict[str, object]:
@@ -84,8 +86,20 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, CUDA {torch.version.cuda}"
+    units = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, instruction set {instruction_set()}"
     # Inductor's C++ has the number of threads in it.
-    return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"CPU, {units}, {torch.get_num_threads()} threads"
+
+
+def _torch_state(device: torch.device) -> str:
+    """What callers may have set in torch that is compiled into a step."""
+    parts = {
+        "default": f"{torch.get_default_dtype()} on {torch.get_default_device()}",
+        "autocast": torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+    return ", ".join(f"{name} {value}" for name, value in parts.items())
 
 
 def compiler_settings() -> dict[str, str]:

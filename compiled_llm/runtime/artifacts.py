@@ -4,11 +4,12 @@ A bucket's file holds the step as torch compiled it ahead of time (no weights, n
 On a CPU, the libraries that the C++ compiler made lie beside them; on a GPU, the kernels are inside. Files are checked by hash and
 written under another name first, so that what is there is whole; what is not, or was made for something else, is compiled anew.
 
-An artifact is code: use only what you would run.
+An artifact is code, and loading it runs that code: files and directories that another user owns or may write are refused.
 """
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,23 +17,30 @@ from typing import Any
 
 import torch
 
+from compiled_llm.file_trust import UntrustedFileError, read_trusted, refusal
 from compiled_llm.runtime.artifact_key import Key, hash_of
 from compiled_llm.runtime.traffic import Traffic
 from compiled_llm.runtime.whole_files import locked, remove_unfinished, write_whole
 from passes import PassReport
 from passes.ops.ahead import KernelFiles, restore_kernels
 
-FORMAT = 2
+FORMAT = 3
+_DIGEST_LENGTH = 64  # of SHA-256, in hexadecimal digits
 MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """One bucket: the compiled step, serialised, what the passes reported when it was compiled, and our own kernels."""
+    """One bucket: the compiled step, serialised, what the passes reported when it was compiled, and our own kernels.
+
+    Attributes:
+        graph_digest: of the graph that the step was compiled from; "" where that is not determined (see `graph_digest`).
+    """
 
     step: bytes
     passes: list[PassReport]
     kernels: KernelFiles = field(default_factory=dict)
+    graph_digest: str = ""
 
 
 def _ignore(words: str) -> None:
@@ -48,16 +56,22 @@ class Artifact:
         key: what its buckets must have been compiled for.
         notice: told, in words, of what was found damaged, which is then made anew.
         config: the digest of a config that asks for it, by which a later start may guess that it is there.
+        by_graph: whether a bucket may only be used if the model's step still has the graph that it was compiled from; the key
+            then identifies the model by the graph of another step.
     """
 
     directory: Path
     key: Key
     notice: Callable[[str], None] = _ignore
     config: str = ""
+    by_graph: bool = False
     _damaged: set[Path] = field(default_factory=set, repr=False)  # libraries, relative to where they are
 
     def misfit(self) -> str | None:
         """Why what is there cannot be used; None where it can, or where nothing is there, or nothing but what is damaged."""
+        untrusted = self.refusal()
+        if untrusted is not None:
+            return untrusted
         manifest = self.directory / MANIFEST
         if not manifest.exists():
             return None
@@ -70,14 +84,17 @@ class Artifact:
         different = found.differences(self.key)
         return f"{self.directory} was compiled for something else: {', '.join(different)}" if different else None
 
+    def refusal(self) -> str | None:
+        """Why the directory is not to be trusted: other users own or may write it, its manifest or a directory above it."""
+        return refusal(self.directory) or refusal(self.directory / MANIFEST)
+
     def load(self, bucket: str) -> Kept | None:
-        """The bucket as it was saved for this key, or None; a damaged file is as good as none."""
+        """The bucket as it was saved for this key, or None; a damaged or untrusted file is as good as none."""
         path = self._path(bucket)
         if read_key(self.directory) != self.key or not path.exists():
             return None
-        content = _read(path)
+        content = self._read(path, "the bucket is compiled anew")
         if content is None:
-            self.notice(f"{path} is damaged: the bucket is compiled anew")
             return None
         self._restore_libraries()
         kept: Kept = pickle.loads(content)
@@ -129,17 +146,34 @@ class Artifact:
         """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
         for path in self._libraries.rglob("*.so"):
             name = path.relative_to(self._libraries)
-            content = None if (_cache_dir() / name).exists() else _read(path)
+            if (_cache_dir() / name).exists() or name in self._damaged:
+                continue
+            content = self._read(path, "the library is compiled anew")
             if content is not None:
                 write_whole(_cache_dir() / name, content)
-            elif not (_cache_dir() / name).exists() and name not in self._damaged:
-                self.notice(f"{path} is damaged: the library is compiled anew")
+            else:
                 self._damaged.add(name)
+
+    def _read(self, path: Path, then: str) -> bytes | None:
+        """What `_write` wrote; None, and a notice, where it is not whole or another user could have written it."""
+        try:
+            digest, _, content = read_trusted(path).partition(b"\n")
+        except UntrustedFileError as error:
+            self.notice(f"{error}: {then}")
+            return None
+        except OSError:
+            digest = content = b""
+        if digest.decode(errors="replace") == hash_of(content):
+            return content
+        self.notice(f"{path} is damaged: {then}")
+        return None
 
     def _begin(self) -> None:
         """An empty artifact of this key."""
-        for path in [self.directory / MANIFEST, *self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
-            path.unlink(missing_ok=True)
+        (self.directory / MANIFEST).unlink(missing_ok=True)
+        for path in [*self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
+            if _begins_with_digest(path):  # other files than an artifact's stay
+                path.unlink(missing_ok=True)
         key = {"key": self.key.parts, "settings": self.key.settings}
         manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, **key}
         write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -184,13 +218,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _read(path: Path) -> bytes | None:
-    """What `_write` wrote, or None where it is not whole."""
+def _begins_with_digest(path: Path) -> bool:
+    """Whether `_write` may have written it."""
     try:
-        digest, _, content = path.read_bytes().partition(b"\n")
+        with path.open("rb") as file:
+            begin = file.read(_DIGEST_LENGTH + 1)
     except OSError:
-        return None
-    return content if digest.decode(errors="replace") == hash_of(content) else None
+        return False
+    return re.fullmatch(rb"[0-9a-f]{64}\n", begin) is not None
 
 
 def _write(path: Path, content: bytes) -> None:

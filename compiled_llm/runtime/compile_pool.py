@@ -168,7 +168,7 @@ def _make_work(buckets: list[Bucket], engine: Engine, config: Config, artifact: 
         engine=hollow.dumps(engine),
         buckets=buckets,
         config=config,
-        artifact=Artifact(artifact.directory, artifact.key, config=artifact.config),
+        artifact=Artifact(artifact.directory, artifact.key, config=artifact.config, by_graph=artifact.by_graph),
         processes=count,
         threads=max(1, _num_cores() // count),
         num_threads=torch.get_num_threads(),

@@ -30,6 +30,7 @@ with importing():
     from compiled_llm.runtime.artifacts import Kept
     from compiled_llm.runtime.buckets import Bucket
     from compiled_llm.runtime.compile_pool import Work
+    from compiled_llm.runtime.compiler_cache import private_compiler_cache
     from compiled_llm.runtime.dispatch import compile_only
     from compiled_llm.runtime.warmup import make_pipeline
     from passes.ops.ahead import compile_kernels
@@ -98,9 +99,10 @@ def _compile(bucket: Bucket, engine: Any, work: Work) -> None:
     model, layers, memory = engine
     pipeline = make_pipeline(work.config, bucket, model, layers)
     options = {"compile_threads": work.threads, **work.config.compile.options}
-    step = compile_only(memory.step(model, bucket), pipeline, options)
-    kernels = compile_kernels(pipeline.kernel_calls)
-    work.artifact.save(str(bucket), Kept(step=step, passes=pipeline.reports, kernels=kernels))
+    with private_compiler_cache():
+        step, digest = compile_only(memory.step(model, bucket), pipeline, options)
+        kernels = compile_kernels(pipeline.kernel_calls)
+        work.artifact.save(str(bucket), Kept(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest))
 
 
 if __name__ == "__main__":

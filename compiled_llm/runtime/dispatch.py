@@ -18,7 +18,7 @@ import torch.compiler.config as compiler_config
 from torch._dynamo.aot_compile import AOTCompiledFunction
 
 from compiled_llm.compiler_lock import COMPILER_LOCK
-from compiled_llm.runtime import vector_units
+from compiled_llm.runtime import graph_digest, vector_units
 from compiled_llm.runtime.compile_clock import Durations, Moment, durations
 from compiled_llm.runtime.graph_trees import drop, recording_of, recovery
 from compiled_llm.runtime.step import Step
@@ -58,6 +58,7 @@ class CompiledStep:
         owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
             with them the memory that their recordings work in.
         seconds: what it took; where the step was saved before, compiling is reading it.
+        graph_digest: of the graph that it was compiled from; "" where that is not known.
     """
 
     launch: Launch
@@ -66,6 +67,7 @@ class CompiledStep:
     recording: object
     owner: object
     seconds: Durations
+    graph_digest: str = ""
 
 
 class Dispatch(Protocol):
@@ -82,7 +84,7 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
     device = step.state.tokens.device
     began = Moment.now()
     with _settings(device, pipeline, options):
-        compiled = _compile_ahead(step) if saved is None else AOTCompiledFunction.deserialize(saved, {})
+        compiled, digest = _compile_ahead(step) if saved is None else (AOTCompiledFunction.deserialize(saved, {}), "")
         compiled.disable_guard_check()
         compiled_at = Moment.now()
         for _ in range(2):
@@ -95,13 +97,22 @@ def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes
         recording=recording,
         owner=compiled,
         seconds=durations(began, compiled_at, Moment.now()),
+        graph_digest=digest,
     )
 
 
-def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> bytes:
-    """What `direct` takes as `saved`; nothing of the step runs, so its tensors need no memory."""
+def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> tuple[bytes, str]:
+    """What `direct` takes as `saved`, and the digest of its graph; nothing of the step runs, so its tensors need no memory."""
     with _settings(step.state.tokens.device, pipeline, options):
-        return AOTCompiledFunction.serialize(_compile_ahead(step)).serialized_data
+        compiled, digest = _compile_ahead(step)
+        return AOTCompiledFunction.serialize(compiled).serialized_data, digest
+
+
+@torch.no_grad()
+def trace(step: Step) -> str:
+    """Digest of the graph that `direct` would compile of a step; raises what `graph_digest.trace` raises."""
+    with dynamo_config.patch(_DYNAMO):
+        return graph_digest.trace(lambda: _ahead(step))
 
 
 def serialize(compiled: CompiledStep) -> bytes:
@@ -110,7 +121,13 @@ def serialize(compiled: CompiledStep) -> bytes:
     return AOTCompiledFunction.serialize(compiled.owner).serialized_data
 
 
-def _compile_ahead(step: Step) -> AOTCompiledFunction:
+def _compile_ahead(step: Step) -> tuple[AOTCompiledFunction, str]:
+    """The step, compiled, and the digest of its graph."""
+    with graph_digest.noted() as digests:
+        return _ahead(step), digests[-1]
+
+
+def _ahead(step: Step) -> AOTCompiledFunction:
     jitted: Any = torch.compile(
         step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     )

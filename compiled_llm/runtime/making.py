@@ -5,15 +5,16 @@ from collections.abc import Sequence
 
 from compiled_llm.config import Config
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.models.traced import ServedModel
+from compiled_llm.models.traced import ServedModel, model_itself
 from compiled_llm.runtime.allocation import Memory
-from compiled_llm.runtime.artifact_cache import tidy
+from compiled_llm.runtime.artifact_cache import refuse_artifact, tidy
 from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_clock import phases_of
 from compiled_llm.runtime.compile_pool import CompilePool
 from compiled_llm.runtime.lazy import pending
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.model_code import snapshot
 from compiled_llm.runtime.report import BucketReport, Report
 from compiled_llm.runtime.verify import check_entry
 from compiled_llm.runtime.warmup import Entry, compile_buckets, graph_budget
@@ -39,6 +40,8 @@ class BucketMaker:
         self._model, self._layers, self._memory, self._limits = model, layers, memory, limits
         self._config, self._artifact, self._report = config, artifact, report
         self._budget = graph_budget(config, model.device)
+        by_source = artifact is not None and not artifact.by_graph
+        self._snapshot = snapshot(model_itself(model)) if by_source else None
 
     def make_all(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None) -> list[Entry]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
@@ -56,6 +59,9 @@ class BucketMaker:
 
     def make_one(self, bucket: Bucket) -> Entry:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
+        if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
+            self._snapshot = self._artifact = None
+            refuse_artifact(self._report, "the model was changed since it was loaded: what is compiled from now on is not kept")
         try:
             entries = self._compile([bucket], progress=False)
             if self._config.verify:

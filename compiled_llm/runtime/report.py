@@ -57,7 +57,7 @@ class BucketReport:
         size: tokens of a step.
         mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, `left out` had no room,
             and `pending` no step has asked for, see `failure`.
-        kept: whether an artifact has it now.
+        kept: whether an artifact has it now; unkept: why it could not be kept there, if it could not.
         loaded: whether it had it before; `compile_seconds` is then what loading took.
         trace_seconds, compile_seconds, autotune_seconds, capture_seconds: one after another; capture is two warm calls.
         bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
@@ -72,6 +72,7 @@ class BucketReport:
     mode: str = "eager"
     loaded: bool = False
     kept: bool = False
+    unkept: str | None = None
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
     autotune_seconds: float = 0.0
@@ -116,6 +117,7 @@ class Report:
     Attributes:
         facts: what was built, in words and numbers.
         warnings: what the start did otherwise than it was told, and why.
+        artifact_refusal: why an artifact was not used, the named one's reason first; None where none was refused.
         graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
         fallbacks: steps that ran eagerly, by reason.
         stand_ins: steps that ran in a larger or dearer bucket than the one that fits, by reason.
@@ -125,6 +127,7 @@ class Report:
 
     facts: dict[str, str | int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    artifact_refusal: str | None = None
     phases: list[PhaseReport] = field(default_factory=list)
     buckets: list[BucketReport] = field(default_factory=list)
     graphs: int = 0

@@ -20,16 +20,18 @@ from compiled_llm.models.discovery import AttentionLayer, continues_from_states
 from compiled_llm.models.traced import ServedModel, model_itself
 from compiled_llm.models.unchanged import Unchanged
 from compiled_llm.runtime.allocation import allocate
-from compiled_llm.runtime.artifact_cache import open_artifact
+from compiled_llm.runtime.artifact_cache import keeps, open_artifact, refuse_artifact
 from compiled_llm.runtime.artifact_key import Key, make_key
+from compiled_llm.runtime.artifacts import Artifact
 from compiled_llm.runtime.batches import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.compile_pool import CompilePool
-from compiled_llm.runtime.dispatch import Launch
+from compiled_llm.runtime.dispatch import Launch, trace
 from compiled_llm.runtime.graph_trees import graph_events, graph_pool, prepare_thread
 from compiled_llm.runtime.lazy import LazyBuckets, between_steps
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.making import BucketMaker
+from compiled_llm.runtime.model_code import ModelCode, identify
 from compiled_llm.runtime.readback import Readback, Ticket
 from compiled_llm.runtime.report import Report
 from compiled_llm.runtime.row_extras import RowExtras
@@ -66,8 +68,9 @@ class Runtime:
         *,
         progress: bool,
         pool: CompilePool | None = None,
+        just_loaded: bool = False,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self._just_loaded = model, config, just_loaded
         self._owner = os.getpid(), threading.get_ident()
         self._unchanged = Unchanged(model_itself(model), compiled=config.compile.dispatch != "eager")
         prepare_thread()
@@ -93,7 +96,7 @@ class Runtime:
             self.memory = allocate(model, layers, config, self.limits, report)
             if self.has_states and config.cache.prefix_caching:
                 report.warnings.append(f"{model.config.model_type} keeps states of its sequences, so prompts share no pages")
-            self._artifact = open_artifact(config, self.key, report)
+            self._artifact = self._open_artifact() if keeps(config) else None
             maker = BucketMaker(model, layers, self.memory, config, self.limits, self._artifact, report)
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
             entries = maker.make_all(buckets, progress=progress, pool=pool) if config.compile.dispatch != "eager" else None
@@ -248,10 +251,27 @@ class Runtime:
         return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
 
     def key(self) -> Key:
-        """What a compiled step of this engine depends on."""
+        """What a compiled step of this engine depends on. Raises ValueError where that cannot be told."""
+        return self._key(self._identify())
+
+    def _key(self, code: ModelCode) -> Key:
         memory = self.memory
         buffers = [memory.state, memory.caches, *([memory.states] if memory.states else [])]
-        return make_key(self.model, buffers, memory.groups, self.config, self.limits)
+        return make_key(self.model, code.words, buffers, memory.groups, self.config, self.limits)
+
+    def _identify(self) -> ModelCode:
+        bucket = Bucket("decode", self.limits.max_num_seqs, "greedy")  # which need not be one of the config's
+        step = self.memory.step(self.model, bucket)
+        return identify(model_itself(self.model), lambda: trace(step), just_loaded=self._just_loaded)
+
+    def _open_artifact(self) -> Artifact | None:
+        with self.report.phase("identify the model", self.model.device):
+            try:
+                code = self._identify()
+            except ValueError as error:
+                refuse_artifact(self.report, f"what is compiled is not kept: {error}")
+                return None
+        return open_artifact(self.config, self._key(code), self.report, by_graph=code.by_graph)
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets

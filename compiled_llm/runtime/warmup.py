@@ -4,6 +4,7 @@ first (see `allocation`), and each bucket, large to small, is compiled and recor
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from compiled_llm.runtime.allocation import Memory, stage_padding
 from compiled_llm.runtime.artifacts import Artifact, Kept, read_traffic
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compile_pool import CompilePool, at_work
-from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, release, serialize
+from compiled_llm.runtime.compiler_cache import private_compiler_cache
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep, check_options, release, serialize, trace
 from compiled_llm.runtime.graph_trees import graph_bytes
 from compiled_llm.runtime.memory import free_bytes
 from compiled_llm.runtime.memory_plan import GraphBudget, by_usefulness
@@ -70,7 +72,7 @@ def compile_buckets(
         ordered = by_usefulness(ordered, read_traffic(artifact.directory) if artifact is not None else {})
     by_bucket = {entry.bucket: entry for entry in entries}
     working = at_work(pool, ordered, (model, layers, memory), config, artifact, report)
-    with _progress(len(entries), enabled=progress) as show, working as others:
+    with _progress(len(entries), enabled=progress) as show, private_compiler_cache(), working as others:
         for entry in (by_bucket[bucket] for bucket in ordered):
             refusal = budget.refusal(entry.bucket)
             if refusal is not None:
@@ -82,7 +84,8 @@ def compile_buckets(
             waited = time.perf_counter() - began
             stage_padding(memory.state, entry.bucket)
             pipeline = make_pipeline(config, entry.bucket, model, layers)
-            _compile(entry, memory.step(model, entry.bucket), pipeline, config, artifact, report.warnings)
+            step = memory.step(model, entry.bucket)
+            _compile(entry, step, pipeline, config, artifact, report.warnings, compiled_now=by_others)
             if by_others and entry.report.loaded:
                 entry.report.loaded, entry.report.compile_seconds = False, waited + entry.report.compile_seconds
             _keep_within(budget, entry, model.device)
@@ -90,7 +93,14 @@ def compile_buckets(
     left_out = [str(entry.bucket) for entry in entries if entry.report.mode == "left out"]
     if left_out:
         report.warnings.append(f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead")
+    _warn_of_unkept(entries)
     return entries
+
+
+def _warn_of_unkept(entries: list[Entry]) -> None:
+    reasons = [entry.report.unkept for entry in entries if entry.report.unkept is not None]
+    if reasons:
+        warnings.warn(f"{len(reasons)} of {len(entries)} buckets were compiled and not kept: {reasons[0]}", stacklevel=2)
 
 
 def graph_budget(config: Config, device: torch.device) -> GraphBudget:
@@ -131,12 +141,16 @@ def make_pipeline(config: Config, bucket: Bucket, model: ServedModel, layers: li
     )
 
 
-def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, warnings: list[str]) -> None:
+def _compile(
+    entry: Entry, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, notices: list[str], *,
+    compiled_now: bool,
+) -> None:  # fmt: skip
     report, device = entry.report, step.state.tokens.device
     held = graph_bytes(device)
     compile_or_load = partial(DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options))
     try:
-        loaded = _load(artifact, entry.bucket, compile_or_load, warnings) if artifact is not None else None
+        checked = None if compiled_now or artifact is None or not artifact.by_graph else step
+        loaded = _load(artifact, entry.bucket, compile_or_load, checked, notices) if artifact is not None else None
         compiled, passes = loaded or (compile_or_load(), pipeline.reports)
     except Exception as error:
         _raise_pass_error(error)
@@ -152,35 +166,41 @@ def _compile(entry: Entry, step: Step, pipeline: Pipeline, config: Config, artif
         setattr(report, name, seconds)
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
-    report.kept = loaded is not None or (artifact is not None and _save(artifact, entry.bucket, compiled, pipeline, warnings))
+    if loaded is None and artifact is not None:
+        report.unkept = _save(artifact, entry.bucket, compiled, pipeline, notices)
+    report.kept = artifact is not None and report.unkept is None
 
 
 def _load(
-    artifact: Artifact, bucket: Bucket, load: Callable[..., CompiledStep], warnings: list[str]
+    artifact: Artifact, bucket: Bucket, load: Callable[..., CompiledStep], step: Step | None, notices: list[str]
 ) -> tuple[CompiledStep, list[PassReport]] | None:
-    """The bucket as the artifact has it; None where that has none, or none that works."""
+    """The bucket as the artifact has it; None where that has none, or none that works, or that of another graph than the step's."""
     try:
         kept = artifact.load(str(bucket))
         if kept is None:
+            return None
+        if step is not None and trace(step) != kept.graph_digest:
+            notices.append(f"{bucket} in {artifact.directory} was compiled from another graph: it is compiled anew")
             return None
         loaded = load(saved=kept.step), kept.passes
         with suppress(OSError):  # what is damaged then stays so, and the next start says it again
             artifact.mend()
         return loaded
     except Exception as error:  # whatever unpickling and capturing may raise
-        warnings.append(f"{bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
+        notices.append(f"{bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
         return None
 
 
-def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, pipeline: Pipeline, warnings: list[str]) -> bool:
-    """Whether the bucket is kept; if not, a warning says why."""
+def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, pipeline: Pipeline, notices: list[str]) -> str | None:
+    """Keep the bucket; why it could not be kept, if it could not."""
+    digest = compiled.graph_digest
     try:
-        kept = Kept(step=serialize(compiled), passes=pipeline.reports, kernels=compile_kernels(pipeline.kernel_calls))
-        artifact.save(str(bucket), kept)
+        kernels = compile_kernels(pipeline.kernel_calls)
+        artifact.save(str(bucket), Kept(step=serialize(compiled), passes=pipeline.reports, kernels=kernels, graph_digest=digest))
     except Exception as error:  # a full disk, or whatever pickling raises
-        warnings.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
-        return False
-    return True
+        notices.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
+        return notices[-1]
+    return None
 
 
 def _raise_pass_error(error: BaseException | None) -> None:

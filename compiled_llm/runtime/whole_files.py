@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from compiled_llm.file_trust import make_private
+
 _UNFINISHED, _LOCK = ".unfinished-", ".lock"
 _PATIENCE = 60.0  # seconds
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, in directories made for it, in place of one that is there; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file, in directories made for it and for this user alone, in place of one that is there; raises OSError."""
+    make_private(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -33,17 +35,20 @@ def locked(directory: Path, *, patience: float | None = None) -> Iterator[None]:
     """One process at a time; the lock goes with the process that holds it.
 
     Args:
-        directory: made where it is missing.
+        directory: made where it is missing, for this user alone.
         patience: seconds to wait for another process that has the lock, which may be stopped; a minute by default.
 
     Raises:
         TimeoutError: an OSError; another process still has the lock.
         OSError: the directory cannot be written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as file:
-        _wait_for(file.fileno(), directory, _PATIENCE if patience is None else patience)
+    make_private(directory)
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        _wait_for(descriptor, directory, _PATIENCE if patience is None else patience)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_unfinished(paths: Iterable[Path]) -> None:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
@@ -62,24 +65,26 @@ def test_of_another_key_nothing_is_loaded_and_the_parts_are_named(tmp_path: Path
 
 def test_what_is_not_the_artifacts_own_stays(tmp_path: Path) -> None:
     """Whatever directory is named."""
-    others = [tmp_path / name for name in ("a.so", "venv/b.so", "venv/c.bucket")]
-    (tmp_path / "venv").mkdir()
+    others = [tmp_path / name for name in ("a.so", "venv/b.so", "venv/c.bucket", "libraries/d.so", "e.bucket")]
+    for name in ("venv", "libraries"):
+        (tmp_path / name).mkdir()
     for path in others:
         path.write_bytes(b"not ours")
     Artifact(tmp_path, KEY).save("decode-1-greedy", kept(b"one"))
     Artifact(tmp_path, OTHER).save("decode-2-greedy", kept(b"two"))
     assert all(path.read_bytes() == b"not ours" for path in others)
-    assert [path.name for path in tmp_path.glob("*.bucket")] == ["decode-2-greedy.bucket"]
+    assert sorted(path.name for path in tmp_path.glob("*.bucket")) == ["decode-2-greedy.bucket", "e.bucket"]
 
 
 def test_what_cannot_be_serialised_is_not_kept_and_runs(
-    expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    expected: list[list[int]], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(compiled: object) -> bytes:
         raise TypeError("cannot pickle this")
 
     monkeypatch.setattr(warmup, "serialize", refuse)
-    report = _run(tmp_path, expected, buckets={"decode": [], "prefill": [48]})
+    with pytest.warns(UserWarning, match="1 of 1 buckets were compiled and not kept: .* cannot pickle this"):
+        report = _run(tmp_path, expected, checkpoint, buckets={"decode": [], "prefill": [48]})
     (warning,) = report.warnings
     assert "could not be kept" in warning
     assert "cannot pickle this" in warning
@@ -174,6 +179,72 @@ def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not old.exists()
 
 
+def test_tidying_leaves_alone_what_a_link_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(artifacts, "_loaded_libraries", list)
+    used, link = _cached("used", size=1000, age=0), artifact_cache.cached_artifacts() / "link"
+    elsewhere = Artifact(tmp_path / "elsewhere", KEY)
+    elsewhere.save("decode-1-greedy", kept(b"x" * 1000))
+    link.symlink_to(elsewhere.directory)
+    before = {path: path.read_bytes() for path in elsewhere.directory.iterdir()}
+    os.utime(elsewhere.directory / "manifest.json", (0, 0))
+    assert artifact_cache.make_room(1, used=used) == []
+    assert link.is_symlink()
+    assert {path: path.read_bytes() for path in elsewhere.directory.iterdir()} == before
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("dear")
+    (tmp_path / "a").mkdir(mode=0o700)
+    (tmp_path / "a" / ".lock").symlink_to(tmp_path / "letter")
+    with pytest.raises(OSError, match="symbolic links"):
+        Artifact(tmp_path / "a", KEY).save("decode-1-greedy", kept(b"one"))
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+def test_what_is_made_is_for_this_user_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        Artifact(tmp_path / "a" / "b", KEY).save("decode-1-greedy", kept(b"one"))
+    finally:
+        os.umask(umask)
+    made = [tmp_path / "a", *(tmp_path / "a").rglob("*")]
+    assert {path.name: path.stat().st_mode & 0o077 for path in made} == dict.fromkeys((path.name for path in made), 0)
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("place", [".", "manifest.json", "decode-1-greedy.bucket"])
+def test_what_others_may_write_is_not_loaded(tmp_path: Path, place: str) -> None:
+    noticed: list[str] = []
+    artifact = Artifact(tmp_path / "a", KEY, noticed.append)
+    artifact.save("decode-1-greedy", kept(b"one"))
+    os.chmod(artifact.directory / place, 0o770)
+    found = [str(artifact.misfit()), *noticed]
+    assert artifact.load("decode-1-greedy") is None or place != "decode-1-greedy.bucket"
+    (said,) = [line for line in [*found, *noticed] if "others may write to" in line][:1]
+    assert f"others may write to {(artifact.directory / place).resolve()} (mode 770)" in said
+    os.chmod(artifact.directory / place, 0o700)
+    assert artifact.misfit() is None
+    assert artifact.load("decode-1-greedy") == kept(b"one")
+
+
+def test_an_artifact_that_others_may_write_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "shared").mkdir()
+    os.chmod(tmp_path / "shared", 0o777)
+    config, report = small_config(compile={"artifact": str(tmp_path / "shared" / "new")}), Report()
+    with pytest.warns(UserWarning, match=f"not used: others may write to {tmp_path}/shared .mode 777"):
+        opened = artifact_cache.open_artifact(config, KEY, report, by_graph=False)
+    assert opened is not None
+    assert opened.directory.parent == tmp_path / "cache" / "artifacts"
+    assert [report.artifact_refusal] == report.warnings
+
+    (tmp_path / "cache").mkdir()
+    os.chmod(tmp_path / "cache", 0o777)
+    with pytest.warns(UserWarning, match=f"not used: others may write to {tmp_path}/cache"):
+        assert artifact_cache.open_artifact(small_config(compile={"artifact": "auto"}), KEY, Report(), by_graph=False) is None
+
+
 def test_libraries_that_the_process_has_loaded_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     library = here / "ab" / "cd.so"
@@ -244,11 +315,9 @@ _WARM = """
 import sys
 from torch._dynamo.utils import counters
 from compiled_llm import CompiledLLM
-from tests.tiny import greedy, small_config, tiny_model
-config = small_config(compile={"artifact": sys.argv[1]})
-model = tiny_model("llama")
-model.config._name_or_path = "/another/place"
-with CompiledLLM(model, None, config, progress=False) as llm:
+from tests.tiny import greedy, small_config
+config = small_config(compile={"artifact": sys.argv[1]}, model={"name": sys.argv[3], "dtype": "float32"})
+with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
     print(greedy(llm, eval(sys.argv[2]), 10), all(b.loaded for b in llm.report().buckets), llm.report().warnings)
 print(dict(counters["stats"]), dict(counters["aot_autograd"]), counters["inductor"]["fxgraph_cache_miss"])
 """
@@ -261,91 +330,103 @@ def expected() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory, expected: list[list[int]]) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny llama, as `from_pretrained` loads it: without tracing, it is known by its source."""
+    tiny_model("llama").save_pretrained(directory := tmp_path_factory.mktemp("checkpoint"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, expected: list[list[int]], checkpoint: Path) -> Path:
     """An artifact of tiny llama, from a start with nothing cached."""
     directory = tmp_path_factory.mktemp("artifact")
-    report = _run(directory, expected)
+    report = _run(directory, expected, checkpoint)
     assert not any(bucket.loaded for bucket in report.buckets)
     assert report.facts["artifact"] == str(directory)
     assert not report.warnings
     return directory
 
 
-def _run(artifact: Path, expected: list[list[int]], **changes: object) -> Report:
+def _run(artifact: Path, expected: list[list[int]], checkpoint: Path, **changes: object) -> Report:
     """Start on the artifact, with no other cache, and generate."""
-    config = small_config(compile={"artifact": str(artifact)}, **changes)
-    with fresh_cache(), CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+    config = small_config(compile={"artifact": str(artifact)}, model={"name": str(checkpoint), "dtype": "float32"}, **changes)
+    with fresh_cache(), CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         assert greedy(llm, PROMPTS, 10) == expected
         report = llm.report()
         assert not report.fallbacks
         return report
 
 
-def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+def test_a_new_process_compiles_nothing(compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path) -> None:
     """From a copy elsewhere, as another user, with another number of cores and the checkpoint in another place."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
     environment = {
         **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "LOGNAME": "someone", "TMPDIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "3",
     }  # fmt: skip
-    command = [sys.executable, "-c", _WARM, str(copy), repr(PROMPTS)]
+    command = [sys.executable, "-c", _WARM, str(copy), repr(PROMPTS), str(tmp_path / "checkpoint")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [f"{expected} True []", "{} {} 0"]
 
 
-def test_traffic_is_kept_and_added_up(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+def test_traffic_is_kept_and_added_up(compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     (copy / "traffic.json").unlink()
     assert read_traffic(copy) == {}
-    _run(copy, expected)
+    _run(copy, expected, checkpoint)
     once = read_traffic(copy)
     assert {kind: traffic.limit for kind, traffic in once.items()} == {"decode": 4, "prefill": 48}
     assert once["prefill"].seen == Counter({16: 1, 10: 1}), "25 tokens of prompts, and the row that decodes meanwhile"
     assert once["decode"].buckets == [2, 4]
     assert once["decode"].seen[2] >= 8
-    _run(copy, expected)
+    _run(copy, expected, checkpoint)
     assert read_traffic(copy)["decode"].seen == once["decode"].seen + once["decode"].seen
     (copy / "traffic.json").write_text("{")
     assert read_traffic(copy) == {}
 
 
-def test_the_passes_reports_are_kept(compiled: Path, expected: list[list[int]]) -> None:
+def test_the_passes_reports_are_kept(compiled: Path, expected: list[list[int]], checkpoint: Path) -> None:
     graphs = counters["stats"]["unique_graphs"]
-    report = _run(compiled, expected)
+    report = _run(compiled, expected, checkpoint)
     assert counters["stats"]["unique_graphs"] == graphs
     for bucket in report.buckets:
         assert bucket.loaded
         assert [each.matches for each in bucket.passes if each.name == "paged_attention"] == [2]
 
 
-def test_a_bucket_that_is_damaged_or_new_is_compiled(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+def test_a_bucket_that_is_damaged_or_new_is_compiled(
+    compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     damaged = copy / "decode-2-greedy.bucket"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:500] + b"?" + content[501:])
-    report = _run(copy, expected, buckets={"decode": [1, 2]})
+    report = _run(copy, expected, checkpoint, buckets={"decode": [1, 2]})
     assert {bucket.bucket: bucket.loaded for bucket in report.buckets} == {
         "prefill-16-greedy": True, "prefill-48-greedy": True,
         "decode-1-greedy": False, "decode-2-greedy": False, "decode-4-greedy": True,
     }  # fmt: skip
     assert [damaged.name in warning for warning in report.warnings] == [True]
-    again = _run(copy, expected, buckets={"decode": [1, 2]})
+    again = _run(copy, expected, checkpoint, buckets={"decode": [1, 2]})
     assert all(bucket.loaded for bucket in again.buckets), "it was put in order"
     assert not again.warnings
 
 
-def test_what_cannot_be_loaded_is_compiled_and_named(compiled: Path, expected: list[list[int]], tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_compiled_and_named(
+    compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path
+) -> None:
     """Whole, and for this key, and yet not what torch can read."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     key = read_key(copy)
     assert key is not None
     Artifact(copy, key).save("decode-2-greedy", kept(b"nonsense"))
-    report = _run(copy, expected)
+    report = _run(copy, expected, checkpoint)
     assert [bucket.bucket for bucket in report.buckets if not bucket.loaded] == ["decode-2-greedy"]
     (warning,) = report.warnings
     assert "decode-2-greedy" in warning
@@ -365,6 +446,7 @@ def test_another_config_leaves_a_named_artifact_alone(
     changes: dict[str, object],
     compiled: Path,
     expected: list[list[int]],
+    checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -372,21 +454,86 @@ def test_another_config_leaves_a_named_artifact_alone(
     before = {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
     assert before
     small = {"decode": [], "prefill": []}  # nothing to compile: it is about the choice alone
-    config = small_config(compile={"artifact": str(compiled)}, buckets=small, **changes)
-    with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
+    model = {"name": str(checkpoint), "dtype": "float32"}
+    config = small_config(compile={"artifact": str(compiled)}, buckets=small, model=model, **changes)
+    with pytest.warns(UserWarning, match="the artifact was not used"):
+        llm = CompiledLLM.from_pretrained(config=config, progress=False)
+    with llm:
         assert greedy(llm, PROMPTS, 10) == expected
         (warning,) = llm.report().warnings
+        assert llm.report().artifact_refusal == warning
         assert part in warning
         assert str(llm.report().facts["artifact"]).startswith(str(tmp_path))
     assert before == {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_costs_the_artifact_alone(expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _held(artifact: Path, change: Callable[[PreTrainedModel], None] | None, **buckets: object) -> tuple[Report, bool]:
+    """Start on a model that the caller made, and changed; whether its tokens are right."""
+    model = tiny_model("llama")
+    if change is not None:
+        change(model)
+    right = [Reference(model)(prompt, 10) for prompt in PROMPTS]
+    config = small_config(compile={"artifact": str(artifact)}, buckets={"decode": [], "prefill": [48], **buckets})
+    with fresh_cache(), CompiledLLM(model, None, config, progress=False) as llm:
+        return llm.report(), greedy(llm, PROMPTS, 10) == right
+
+
+def _negate_steps_of_48(model: PreTrainedModel) -> None:
+    """Which is not done in the step that the key tells of."""
+    model.model.norm.register_forward_hook(lambda module, inputs, output: -output if output.shape[1] == 48 else output)
+
+
+def _gelu(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
+def test_an_artifact_of_another_model_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same config, classes and weights, but another function."""
+    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
+    report, right = _held(tmp_path / "a", None)
+    assert (right, report.warnings) == (True, [])
+
+    with pytest.warns(UserWarning, match="code: graph [0-9a-f]{16}; here: graph [0-9a-f]{16}"):
+        report, right = _held(tmp_path / "a", _gelu, prefill=[])
+    assert right
+    assert "code: graph" in str(report.artifact_refusal)
+
+    report, right = _held(tmp_path / "a", None)
+    assert [bucket.loaded for bucket in report.buckets] == [True]
+    assert right
+
+    report, right = _held(tmp_path / "a", _negate_steps_of_48)
+    assert [bucket.loaded for bucket in report.buckets] == [False]
+    assert right
+    (warning,) = report.warnings
+    assert "prefill-48-greedy" in warning
+    assert "was compiled from another graph" in warning
+
+
+def test_a_loaded_model_that_is_changed_is_not_kept(tmp_path: Path, checkpoint: Path) -> None:
+    """The artifact is of what the checkpoint's source says."""
+    model, lazy = {"name": str(checkpoint), "dtype": "float32"}, {"artifact": str(tmp_path / "a"), "capture": "lazy"}
+    config = small_config(compile=lazy, model=model, buckets={"decode": [], "prefill": [48]})
+    with fresh_cache(), CompiledLLM.from_pretrained(config=config, progress=False) as llm:
+        _gelu(llm.model)
+        greedy(llm, PROMPTS, 2)
+        assert llm.runtime.capture_wanted
+        with pytest.warns(UserWarning, match="the model was changed since it was loaded"):
+            llm.runtime.capture_next()
+    assert not list(tmp_path.rglob("*.bucket"))
+
+
+def test_a_full_disk_costs_the_artifact_alone(
+    expected: list[list[int]], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(whole_files.os, "fsync", full)
-    report = _run(tmp_path / "full", expected, buckets={"decode": [], "prefill": [48]})
+    with pytest.warns(UserWarning, match="1 of 1 buckets were compiled and not kept: .* No space left on device"):
+        report = _run(tmp_path / "full", expected, checkpoint, buckets={"decode": [], "prefill": [48]})
+    assert [bucket.unkept for bucket in report.buckets] == report.warnings
     (warning,) = report.warnings
     assert "could not be kept" in warning
     assert "No space left" in warning

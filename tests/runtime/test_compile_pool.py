@@ -74,13 +74,13 @@ def test_two_processes_compile_and_the_engine_does_not(tmp_path: Path, expected:
     tokens, report, traced = tokens_and_report(config)
     assert tokens == expected
     assert report.warnings == []
-    assert traced == 0
+    assert traced == 1, "of one step, to identify the model"
     assert report.facts["compiled by"] == "2 processes"
     assert all(bucket.mode != "eager" and not bucket.loaded for bucket in report.buckets)
     assert not report.fallbacks
     tokens, report, traced = tokens_and_report(config)
-    assert (tokens, traced) == (expected, 0)
-    assert all(bucket.loaded for bucket in report.buckets)
+    assert (tokens, traced) == (expected, 1 + len(report.buckets))
+    assert all(bucket.loaded for bucket in report.buckets), "the other processes traced the same graphs"
     assert "compiled by" not in report.facts
 
 
@@ -88,7 +88,7 @@ def test_a_compiler_that_is_set_up_otherwise_compiles_here(tmp_path: Path, expec
     with inductor_config.patch(max_fusion_size=3):
         tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
-    assert traced == len(report.buckets) == len(report.warnings)
+    assert traced - 1 == len(report.buckets) == len(report.warnings)
     assert all("torch._inductor.config.max_fusion_size: 3; here: 64" in warning for warning in report.warnings)
 
 
@@ -98,7 +98,7 @@ def test_processes_that_end_are_not_waited_for(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(compile_pool.subprocess, "Popen", lambda command, **kwargs: start(dying, **kwargs))
     tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
-    assert traced == len(report.buckets) == len(report.warnings)
+    assert traced - 1 == len(report.buckets) == len(report.warnings)
     assert all("ended too soon: no memory" in warning for warning in report.warnings)
 
 
@@ -108,7 +108,7 @@ def test_what_does_not_pickle_is_compiled_here(tmp_path: Path, monkeypatch: pyte
         hollow.dumps(MODEL)
     tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
-    assert traced == len(report.buckets)
+    assert traced == 1 + len(report.buckets)
     (warning,) = report.warnings
     assert "could not be handed on" in warning
 
