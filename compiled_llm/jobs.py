@@ -168,6 +168,8 @@ class Jobs:
         if not isinstance(prompt, str):
             if prompt and isinstance(prompt[0], dict):
                 return self._chat_prompt(cast(Sequence[Message], prompt))
+            if set(map(type, prompt)) <= {int}:  # at C speed: a prompt may have a hundred thousand
+                return list(cast(Sequence[int], prompt))
             return [_token_id(token) for token in prompt]
         if self._tokenizer is None:
             raise ValueError("this model has no tokenizer: give token ids, or pass a tokenizer")

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -24,9 +25,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, QueueFullError, RequestOutput, SamplingParams
 from compiled_llm.async_api import RequestStream
 from compiled_llm.engine.recovery import EngineBrokenError
+from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import LogitsProcessor
 from compiled_llm.engine_thread import EngineThread
-from compiled_llm.jobs import Jobs
+from compiled_llm.jobs import Job, Jobs
 from tests.tiny import VOCAB_SIZE, Reference, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -316,7 +318,7 @@ def test_a_full_queue_refuses_before_anything_runs(reference: Reference) -> None
                 running.append(await llm.add(prompt_of(9, number), LONG))
                 await anext(running[-1])
             waiting = [await llm.add(prompt_of(9, 2), SHORT)]
-            with pytest.raises(QueueFullError, match=r"requests are waiting, as many as limits\.max_waiting allows"):
+            with pytest.raises(QueueFullError, match=r"1 requests are waiting, 2 more exceed limits\.max_waiting=2"):
                 await llm.add(prompt_of(9), SamplingParams(n=2, max_tokens=5))  # all of it or nothing
             waiting.append(await llm.add(prompt_of(9, 3), SHORT))
             with pytest.raises(QueueFullError, match="2 requests are waiting"):
@@ -378,6 +380,204 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
         llm.close()
         gc.collect()
         assert runtime() is None  # its caches and graphs are free for the next engine
+
+    asyncio.run(main())
+
+
+class Letters:
+    """A tokenizer of 26 tokens, which raises what sentencepiece does for others."""
+
+    chat_template, eos_token_id, num_texts = None, None, 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        self.num_texts += 1
+        return {"input_ids": [ord(character) % 26 for character in text]}
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        if any(token >= 26 for token in ids):
+            raise IndexError("piece id is out of range.")
+        return "".join(chr(97 + token) for token in ids)
+
+
+class NoLetters(Letters):
+    """Fails at some of the tokens that it knows."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        if 7 in ids:
+            raise ValueError("no text for 7")
+        return super().decode(ids)
+
+
+def spelling(tokenizer: Letters, **changes: Any) -> AsyncCompiledLLM:
+    config = small_config(**{"compile": EAGER, **changes})
+    return AsyncCompiledLLM(lambda: CompiledLLM(tiny_model("llama"), tokenizer, config, progress=False))  # type: ignore[arg-type]
+
+
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text(reference: Reference) -> None:
+    async def main() -> None:
+        async with spelling(Letters()) as llm:
+            outputs = await asyncio.gather(
+                last(llm.generate(prompt_of(20), LONG)),
+                last(llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=3))),
+                last(llm.generate(prompt_of(30), SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=3, ignore_eos=True))),
+            )
+            for output, (length, count) in zip(outputs, [(20, 100), (9, 9), (30, 9)], strict=True):
+                expected = reference(prompt_of(length), count)
+                assert (output.outputs[0].token_ids, output.outputs[0].error) == (expected, None)
+                assert output.text == "".join(chr(97 + token) for token in expected if token < 26)
+            for entry in [*(outputs[1].outputs[0].logprobs or []), *(outputs[2].prompt_logprobs or [])[1:]]:
+                assert entry is not None
+                assert all(one.decoded_token == (chr(97 + token) if token < 26 else "") for token, one in entry.items())
+
+    asyncio.run(main())
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(reference: Reference) -> None:
+    prompt = [*prompt_of(20), 7, 5, 6, 8, 4, 3, 9, 10, 11]  # none of the last tokens fails
+
+    async def main() -> None:
+        async with spelling(NoLetters()) as llm:
+            before = await free_pages(llm)
+            other = await llm.add(prompt_of(9), LONG, streaming=False)
+            failing = SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=0)
+            output = await last(await llm.add(prompt, failing))
+            assert (output.outputs[0].finish_reason, output.outputs[0].error) == ("error", "ValueError: no text for 7")
+            assert (await last(other)).outputs[0].token_ids == reference(prompt_of(9), 100)
+            assert await free_pages(llm) == before
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SystemExit(3), KeyboardInterrupt(), StopIteration(1), asyncio.CancelledError(), FutureCancelledError(), GeneratorExit()],
+)
+def test_whatever_a_call_raises_its_caller_is_told_and_the_thread_goes_on(
+    llm: AsyncCompiledLLM, reference: Reference, error: BaseException
+) -> None:
+    def fail(_: CompiledLLM) -> None:
+        raise error
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match=f"{type(error).__name__} was raised in the engine's thread") as caught:
+            await llm.call(fail)
+        assert caught.value.__cause__ is error
+        assert await tokens(llm, prompt_of(9), SHORT) == reference(prompt_of(9), 5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [KeyError("lost"), SystemExit(3), MemoryError()])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_output_that_cannot_be_made_ends_its_request_alone(
+    llm: AsyncCompiledLLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException, streaming: bool
+) -> None:
+    make = Jobs.output
+
+    def output(self: Jobs, job: Job) -> RequestOutput:
+        if job.request_id == "bad" and len(job.requests[0].token_ids) >= 5:
+            raise error
+        return make(self, job)
+
+    async def main() -> None:
+        monkeypatch.setattr(Jobs, "output", output)
+        before = await free_pages(llm)
+        bad = await llm.add(
+            prompt_of(30), SamplingParams(n=2, max_tokens=9, ignore_eos=True), request_id="bad", streaming=streaming
+        )
+        good = await llm.add(prompt_of(20), LONG)
+        with pytest.raises(type(error) if isinstance(error, Exception) else RuntimeError):
+            await last(bad)
+        again = await llm.add(prompt_of(9), SHORT, request_id="bad2")
+        assert (await last(good)).outputs[0].token_ids == reference(prompt_of(20), 100)
+        assert (await last(again)).outputs[0].token_ids == reference(prompt_of(9), 5)
+        assert await free_pages(llm) == before
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_that_fails_hurts_no_other(llm: AsyncCompiledLLM, reference: Reference) -> None:
+    class Failing:
+        def is_closed(self) -> bool:
+            return False
+
+        def call_soon_threadsafe(self, *_: Any) -> None:
+            raise OSError("its pipe is broken")
+
+    async def main() -> None:
+        before = await free_pages(llm)
+        lost, good = await llm.add(prompt_of(30), LONG), await llm.add(prompt_of(20), LONG)
+        lost._channel.notified, lost._channel.loop = False, Failing()  # type: ignore[assignment]
+        assert (await last(good)).outputs[0].token_ids == reference(prompt_of(20), 100)
+        assert lost._channel.job.requests[0].finish_reason == "abort"
+        assert await free_pages(llm) == before
+
+    asyncio.run(main())
+
+
+def test_a_stream_is_refused_in_another_event_loop(llm: AsyncCompiledLLM) -> None:
+    stream = asyncio.run(llm.add(prompt_of(60), LONG, streaming=False))
+    with pytest.raises(RuntimeError, match="this stream belongs to another event loop"):
+        asyncio.run(last(stream))
+
+
+def test_a_fork_is_refused_instead_of_waiting_for_a_thread_that_it_has_not(llm: AsyncCompiledLLM) -> None:
+    async def use(method: Callable[[], Any]) -> bool:
+        try:
+            await asyncio.wait_for(method(), 5)
+        except RuntimeError as error:
+            return "its thread is not in this fork of it" in str(error)
+        return False
+
+    methods = [
+        lambda: llm.add([5]),
+        llm.report,
+        lambda: llm.abort("mine"),
+        lambda: anext(llm.generate([5])),
+        llm.reset_prefix_cache,
+    ]
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if all(asyncio.run(use(method)) for method in methods) else 2
+            llm.close()  # the parent's thread is not this process's to end
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    asyncio.run(llm.report())
+
+
+def test_nothing_is_made_of_what_the_queue_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 3}
+    tokenizer, made = Letters(), list[int]()
+
+    class Counted(Request):
+        def __init__(self, **options: Any) -> None:
+            made.append(1)
+            super().__init__(**options)
+
+    async def main() -> None:
+        async with spelling(tokenizer, limits=limits) as llm:
+            monkeypatch.setattr("compiled_llm.jobs.Request", Counted)
+            with pytest.raises(ValueError, match=r"n must be at most 5 here, got 16384: limits.max_num_seqs=2 may run"):
+                await llm.add("hello", SamplingParams(n=16_384))
+            running = [await llm.add(prompt_of(9), LONG) for _ in range(2)]
+            for stream in running:
+                await anext(stream)
+            with pytest.raises(QueueFullError, match=r"0 requests are waiting, 4 more exceed limits\.max_waiting=3"):
+                await llm.add("hello", SamplingParams(n=4))
+            waiting = [await llm.add("hello", SHORT) for _ in range(3)]
+            assert (len(made), tokenizer.num_texts) == (5, 3)
+            with pytest.raises(QueueFullError, match="3 requests are waiting, as many as"):
+                await llm.add("hello", SHORT)
+            assert (len(made), tokenizer.num_texts) == (5, 3)
+            await asyncio.gather(*map(last, [*running, *waiting]))
 
     asyncio.run(main())
 

@@ -3,8 +3,6 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from compiled_llm import SamplingParams
 from compiled_llm.engine.outputs import Beginning, CompletionOutput, Logprob
@@ -142,22 +140,3 @@ def test_outputs_compare_and_print_as_what_they_hold() -> None:
     plain = CompletionOutput(index=0, text="a", token_ids=[1, 2], logprobs=logprobs, finish_reason=None)
     assert repr(lazy) == repr(plain)
     assert lazy == plain
-
-
-def test_streaming_takes_no_longer_the_more_has_come() -> None:
-    """The text of a step's output is cut at C speed; nothing else is in proportion to it."""
-    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(alphabet, []))
-    backend.decoder = decoders.ByteLevel()
-    jobs = jobs_of(PreTrainedTokenizerFast(tokenizer_object=backend), max_model_len=10_000)
-    job = jobs.make([5] * 2000, SamplingParams(stop=["stop", "\n\nUser:"], max_tokens=6000), streaming=True)
-    detokenizer = job.requests[0].detokenizer
-    assert detokenizer is not None
-    for _ in range(5000):
-        detokenizer.push([alphabet["s"]])
-    assert detokenizer._num_held() == 1
-    detokenizer.push([alphabet["t"]])
-    assert detokenizer._num_held() == 2
-    assert detokenizer.take() == "s" * 4999
-    detokenizer.push([alphabet["a"]])
-    assert detokenizer.take() == "sta"

@@ -41,7 +41,8 @@ class Detokenizer:
         self._longest_held = max(map(len, self._stops), default=1) - 1
         self._firsts = {stop[0] for stop in self._stops}
         self._include_stop = params.include_stop_str_in_output
-        self._stream, self._stale = _open_stream(tokenizer, params.skip_special_tokens, list(prompt_token_ids))
+        last = list(prompt_token_ids[-_NUM_PRIMING_TOKENS:])
+        self._stream, self._stale = _open_stream(tokenizer, params.skip_special_tokens, last)
         self._text, self._taken, self._stopped = "", 0, False
         self.num_tokens = 0
 
@@ -155,7 +156,7 @@ class _SlowStream:
 
 
 def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, prompt: list[int]) -> tuple[_Stream, int]:
-    """A stream that goes on from the prompt, and how many replacement characters stand for the prompt's last bytes."""
+    """A stream that goes on from the end of a prompt, and how many replacement characters stand for the prompt's last bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
 
     def decode(ids: list[int]) -> str:
@@ -170,7 +171,7 @@ def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, 
             return not is_unknown(tokenizer, token, error)
         return True
 
-    last = [token for token in prompt[-_NUM_PRIMING_TOKENS:] if backend is not None or knows(token)]
+    last = [token for token in prompt if backend is not None or knows(token)]
     context, incomplete = _whole_characters(last, decode)
     stream = _SlowStream(decode, knows, context) if backend is None else _FastStream(backend, skip_special_tokens, context)
     for token in incomplete:

@@ -119,9 +119,8 @@ class Engine:
                 f"and limits.max_waiting={limit} may wait"
             )
         if not self._has_room_for(count):
-            raise QueueFullError(
-                f"{self.num_waiting} requests are waiting, as many as limits.max_waiting allows: retry later or raise it"
-            )
+            reason = "as many as limits.max_waiting allows" if count == 1 else f"{count} more exceed limits.max_waiting={limit}"
+            raise QueueFullError(f"{self.num_waiting} requests are waiting, {reason}: retry later or raise it")
 
     @property
     def broken(self) -> str | None:
