@@ -274,7 +274,7 @@ class EngineThread:
 
 
 def _ordinary(error: BaseException) -> Exception:
-    """The error as one that a task can wait for: neither one that ends its event loop nor one that means something to asyncio."""
+    """Return the error, or a RuntimeError for one that would end an event loop or that asyncio takes for something else."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration | CancelledError):
         return error
     wrapped = RuntimeError(f"{type(error).__name__} was raised in the engine's thread: {error}")
