@@ -150,7 +150,7 @@ def _compile(
     compile_or_load = partial(DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options))
     try:
         checked = None if compiled_now or artifact is None or not artifact.by_graph else step
-        loaded = _load(artifact, entry.bucket, compile_or_load, checked, notices) if artifact is not None else None
+        loaded = _load(artifact, report, compile_or_load, checked, notices) if artifact is not None else None
         compiled, passes = loaded or (compile_or_load(), pipeline.reports)
     except Exception as error:
         _raise_pass_error(error)
@@ -163,7 +163,7 @@ def _compile(
     entry.compiled = compiled
     report.mode = "graph" if compiled.graph else "compiled"
     for name, seconds in compiled.seconds.items():
-        setattr(report, name, seconds)
+        setattr(report, name, getattr(report, name) + seconds)
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
     if loaded is None and artifact is not None:
@@ -172,23 +172,30 @@ def _compile(
 
 
 def _load(
-    artifact: Artifact, bucket: Bucket, load: Callable[..., CompiledStep], step: Step | None, notices: list[str]
+    artifact: Artifact, report: BucketReport, load: Callable[..., CompiledStep], step: Step | None, notices: list[str]
 ) -> tuple[CompiledStep, list[PassReport]] | None:
-    """The bucket as the artifact has it; None where that has none, or none that works, or that of another graph than the step's."""
+    """The bucket as the artifact has it; None where that has none, or none that works, or one of another graph than the step's."""
     try:
-        kept = artifact.load(str(bucket))
+        kept = artifact.load(report.bucket)
         if kept is None:
             return None
-        if step is not None and trace(step) != kept.graph_digest:
-            notices.append(f"{bucket} in {artifact.directory} was compiled from another graph: it is compiled anew")
+        if step is not None and not _has_graph(step, kept, report):
+            notices.append(f"{report.bucket} in {artifact.directory} was compiled from another graph: it is compiled anew")
             return None
         loaded = load(saved=kept.step), kept.passes
         with suppress(OSError):  # what is damaged then stays so, and the next start says it again
             artifact.mend()
         return loaded
     except Exception as error:  # whatever unpickling and capturing may raise
-        notices.append(f"{bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
+        notices.append(f"{report.bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
         return None
+
+
+def _has_graph(step: Step, kept: Kept, report: BucketReport) -> bool:
+    began = time.perf_counter()
+    digest = trace(step)
+    report.trace_seconds += time.perf_counter() - began
+    return digest == kept.graph_digest
 
 
 def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, pipeline: Pipeline, notices: list[str]) -> str | None:

@@ -505,7 +505,7 @@ def test_an_artifact_of_another_model_is_not_used(tmp_path: Path, monkeypatch: p
 
     report, right = _held(tmp_path / "a", _negate_steps_of_48)
     assert [bucket.loaded for bucket in report.buckets] == [False]
-    assert right
+    assert not right, "the hook ran, which transformers' own steps, of other sizes, do not meet"
     (warning,) = report.warnings
     assert "prefill-48-greedy" in warning
     assert "was compiled from another graph" in warning
