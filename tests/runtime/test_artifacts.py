@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,11 @@ from compiled_llm import CompiledLLM
 from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
 from compiled_llm.runtime.artifact_key import Key
 from compiled_llm.runtime.artifacts import Artifact, Kept, discard, read_key, read_traffic
+from compiled_llm.runtime.compile_clock import Moment, durations
+from compiled_llm.runtime.dispatch import DISPATCHES, CompiledStep
 from compiled_llm.runtime.report import Report
+from compiled_llm.runtime.step import Step
+from passes import Pipeline
 from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 KEY = Key({"torch": "2.11.0", "model": "a"})
@@ -511,17 +516,28 @@ def test_an_artifact_of_another_model_is_not_used(tmp_path: Path, monkeypatch: p
     assert "was compiled from another graph" in warning
 
 
-def test_a_loaded_model_that_is_changed_is_not_kept(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_loaded_model_that_is_changed_is_not_kept(
+    changed: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The artifact is of what the checkpoint's source says."""
+
+    def uncompiled(step: Step, pipeline: Pipeline, options: dict[str, object]) -> CompiledStep:
+        now = Moment.now()
+        return CompiledStep(launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now))
+
+    monkeypatch.setitem(DISPATCHES, "direct", uncompiled)
+    monkeypatch.setattr(warmup, "serialize", lambda compiled: b"compiled")
     model, lazy = {"name": str(checkpoint), "dtype": "float32"}, {"artifact": str(tmp_path / "a"), "capture": "lazy"}
     config = small_config(compile=lazy, model=model, buckets={"decode": [], "prefill": [48]})
-    with fresh_cache(), CompiledLLM.from_pretrained(config=config, progress=False) as llm:
-        _gelu(llm.model)
+    with CompiledLLM.from_pretrained(config=config, progress=False) as llm, warnings.catch_warnings(record=True) as warned:
+        if changed:
+            _gelu(llm.model)
         greedy(llm, PROMPTS, 2)
-        assert llm.runtime.capture_wanted
-        with pytest.warns(UserWarning, match="the model was changed since it was loaded"):
-            llm.runtime.capture_next()
-    assert not list(tmp_path.rglob("*.bucket"))
+        assert [bucket.mode for bucket in llm.report().buckets] == ["compiled"]
+    assert len(list((tmp_path / "a").glob("*.bucket"))) == (0 if changed else 1)
+    said = ["the model was changed since it was loaded" in str(warning.message) for warning in warned]
+    assert said == ([True] if changed else [])
 
 
 def test_a_full_disk_costs_the_artifact_alone(
