@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from compiled_llm.compiler_lock import compiler_soon
 from compiled_llm.config_file import parse_config
 from compiled_llm.display import feeder, progress_bar
 from compiled_llm.engine.engine import CHANGING, Engine
@@ -245,7 +246,9 @@ class CompiledLLM:
         self._give_back()
         if self.model.device.type == "cuda":
             gc.collect()  # compiled functions and their graphs refer to each other
-            torch.cuda.empty_cache()
+            with compiler_soon() as free:
+                if free:  # it raises during another engine's capture
+                    torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self
