@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
 from compiled_llm.models.discovery import _examined
 from compiled_llm.models.loading import load
 from compiled_llm.runtime.dispatch import _settings
+from compiled_llm.runtime.fx_patches import other_threads_unpatched
 from passes import PassContext, Pipeline
 from passes.ops.ahead import _launching_nothing
 from tests.tiny import FAMILIES, tiny_model
@@ -177,6 +178,22 @@ def test_a_model_is_built_while_no_eager_step_runs(tmp_path: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
     assert COMPILER_LOCK.acquire(timeout=30)
     COMPILER_LOCK.release()
+
+
+def test_a_trace_leaves_other_threads_modules_alone() -> None:
+    """A compilation traces often; a step that runs eagerly meanwhile calls modules that the trace does not know."""
+    calls: list[Tensor] = []
+    known, unknown = nn.Sequential(nn.ReLU()), nn.ReLU()
+
+    class Tracer(torch.fx.Tracer):
+        def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            calls.append(_elsewhere(lambda: unknown(torch.ones(1))).result(30))
+            return super().call_module(module, forward, args, kwargs)
+
+    with other_threads_unpatched():
+        graph = Tracer().trace(known)
+    assert [float(call) for call in calls] == [1.0]
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_kernels_compiled_ahead_leave_other_threads_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from torch._dynamo.aot_compile import AOTCompiledFunction
 from compiled_llm.compiler_lock import COMPILER_LOCK
 from compiled_llm.runtime import graph_digest, vector_units
 from compiled_llm.runtime.compile_clock import Durations, Moment, durations
+from compiled_llm.runtime.fx_patches import other_threads_unpatched
 from compiled_llm.runtime.graph_trees import drop, recording_of, recovery
 from compiled_llm.runtime.step import Step
 from passes import Pipeline
@@ -180,6 +181,7 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())
         settings.enter_context(vector_units.sums_stay_in_bounds())
+        settings.enter_context(other_threads_unpatched())
         tag = f"{compiler_config.cache_key_tag}{vector_units.TAG}"
         settings.enter_context(compiler_config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]  # torch adds it
         settings.enter_context(recovery(device))
