@@ -21,8 +21,9 @@ from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.recovery import count_on_stack
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
-from compiled_llm.jobs import Job, Jobs, Message, Prompt, list_prompts, raise_failure
+from compiled_llm.jobs import Job, Jobs, raise_failure
 from compiled_llm.models.loading import load, resolve_device
+from compiled_llm.prompts import Message, Prompt, list_conversations, list_for_each, list_prompts
 from compiled_llm.running import run
 from compiled_llm.runtime.compile_pool import CompilePool, begin_early
 from compiled_llm.runtime.report import Report
@@ -62,6 +63,7 @@ class CompiledLLM:
         _report: Report | None = None,
         _pool: CompilePool | None = None,
         _just_loaded: bool = False,
+        _tokenizer_failure: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, resolve_config(config)
         with ExitStack() as resources:
@@ -69,7 +71,8 @@ class CompiledLLM:
             self._runtime: Runtime | None = start(
                 model, self.config, report, resources, progress=progress, pool=_pool, just_loaded=_just_loaded
             )
-            self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=self._runtime.limits.max_model_len)
+            max_model_len = self._runtime.limits.max_model_len
+            self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=max_model_len, tokenizer_failure=_tokenizer_failure)
             self._engine = Engine(
                 self._runtime,
                 vocab_size=vocab_size(model),
@@ -109,7 +112,19 @@ class CompiledLLM:
         with begin_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):
                 loaded = load(resolved.model)
-            return cls(loaded.model, loaded.tokenizer, resolved, progress=progress, _report=report, _pool=pool, _just_loaded=True)
+            failure = loaded.tokenizer_failure
+            if failure is not None:
+                report.warnings.append(f"the tokenizer cannot be loaded, so prompts must be token ids: {failure}")
+            return cls(
+                loaded.model,
+                loaded.tokenizer,
+                resolved,
+                progress=progress,
+                _report=report,
+                _pool=pool,
+                _just_loaded=True,
+                _tokenizer_failure=failure,
+            )
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -161,8 +176,7 @@ class CompiledLLM:
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the tokenizer's chat template; options as in `generate`."""
-        one = bool(messages) and isinstance(messages[0], dict)
-        return self.generate(cast(Sequence[Prompt], [messages] if one else messages), params, **options)
+        return self.generate(cast(Sequence[Prompt], list_conversations(messages)), params, **options)
 
     def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
         """Complete one prompt, or answer one conversation, and yield its text as it comes, never splitting a character.
@@ -279,11 +293,8 @@ class CompiledLLM:
     ) -> list[Job]:
         """Checked jobs, or a ValueError that says which prompt is at fault."""
         count = len(prompts)
-        listed = [params] * count if isinstance(params, SamplingParams | None) else list(params)
-        priorities = [0] * count if priority is None else list(priority)
-        for name, given in (("sampling params", listed), ("priorities", priorities)):
-            if len(given) != count:
-                raise ValueError(f"{count} prompts were given {len(given)} {name}: expected one for all or one for each")
+        listed = [params] * count if isinstance(params, SamplingParams | None) else list_for_each(params, count, "sampling params")
+        priorities = [0] * count if priority is None else list_for_each(priority, count, "priorities")
         jobs = []
         for number, (prompt, wanted, urgency) in enumerate(zip(prompts, listed, priorities, strict=True)):
             try:

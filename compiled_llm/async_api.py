@@ -15,7 +15,8 @@ from compiled_llm.api import CompiledLLM, LoadOptions
 from compiled_llm.engine.outputs import RequestOutput
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine_thread import Channel, EngineThread
-from compiled_llm.jobs import Job, Message, Prompt, raise_failure
+from compiled_llm.jobs import Job, raise_failure
+from compiled_llm.prompts import Message, Prompt
 from compiled_llm.runtime.report import Report
 
 T = TypeVar("T")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from compiled_llm.engine.detokenizer import Detokenizer
@@ -13,9 +12,7 @@ from compiled_llm.engine.outputs import Beginning, CompletionOutput, RequestMetr
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine.unknown_tokens import is_unknown, raise_panic
-
-Message = dict[str, str]
-Prompt = str | Sequence[int]
+from compiled_llm.prompts import Message, Prompt, check_message, is_conversation, token_ids_of
 
 _MAX_SEED = 2**63 - 1
 _CHARACTERS_PER_TOKEN = 16  # texts of more than these for each token that fits are looked at before they are tokenised
@@ -42,13 +39,6 @@ class Job:
         return all(request.finish_reason is not None for request in self.requests)
 
 
-def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many -> many."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
 class Jobs:
     """Makes jobs for one model, and their outputs.
 
@@ -56,12 +46,21 @@ class Jobs:
         tokenizer: the model's, if it has one.
         generation_config: the checkpoint's; it says what sampling parameters are the default, and which tokens end a text.
         max_model_len: the most tokens of a prompt and its completion.
+        tokenizer_failure: why the model's tokenizer could not be loaded, for errors that miss it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, generation_config: GenerationConfig | None, *, max_model_len: int
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        generation_config: GenerationConfig | None,
+        *,
+        max_model_len: int,
+        tokenizer_failure: str | None = None,
     ) -> None:
         self._tokenizer, self._max_model_len = tokenizer, max_model_len
+        self._missing = "this model has no tokenizer"
+        if tokenizer_failure is not None:
+            self._missing += f" ({tokenizer_failure})"
         self.default_params = SamplingParams.from_generation_config(generation_config)
         self._eos = _eos_token_ids(tokenizer, generation_config)
 
@@ -78,8 +77,10 @@ class Jobs:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
-        if not isinstance(priority, int):
+        if not isinstance(priority, int) or isinstance(priority, bool):
             raise ValueError(f"priority must be a whole number, got {priority!r}")
+        if not isinstance(request_id, str | None):
+            raise ValueError(f"request_id must be text or None, got {request_id!r}")
         text = prompt if isinstance(prompt, str) else None
         ids, bad_words = self._encode(prompt), self._bad_words(params)
         seed = secrets.randbits(62) if params.seed is None else params.seed
@@ -102,7 +103,7 @@ class Jobs:
     def check_stream(self, params: SamplingParams | None) -> None:
         """Raise a ValueError unless a request with these params can be streamed as text."""
         if self._tokenizer is None:
-            raise ValueError("stream() yields text, and this model has no tokenizer: pass one, or use generate()")
+            raise ValueError(f"stream() yields text, and {self._missing}: pass one, or use generate()")
         if params is not None and params.n > 1:
             raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
 
@@ -158,25 +159,24 @@ class Jobs:
     def _detokenizer(self, params: SamplingParams, prompt: Sequence[int]) -> Detokenizer | None:
         if self._tokenizer is None:
             if params.stop:
-                raise ValueError("stop strings need a tokenizer, which this model has not: pass one, or use stop_token_ids")
+                raise ValueError(f"stop strings need a tokenizer, and {self._missing}: pass one, or use stop_token_ids")
             return None
         return Detokenizer(self._tokenizer, params, prompt)
 
     def _encode(self, prompt: Prompt | Sequence[Message]) -> list[int]:
-        if not isinstance(prompt, str | Sequence):
-            raise ValueError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if is_conversation(prompt):
+            return self._chat_prompt(cast(Sequence[Message], prompt))
         if not isinstance(prompt, str):
-            if prompt and isinstance(prompt[0], dict):
-                return self._chat_prompt(cast(Sequence[Message], prompt))
-            if set(map(type, prompt)) <= {int}:  # at C speed: a prompt may have a hundred thousand
-                return list(cast(Sequence[int], prompt))
-            return [_token_id(token) for token in prompt]
+            return token_ids_of(prompt)
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer: give token ids, or pass a tokenizer")
+            raise ValueError(f"{self._missing}: give token ids, or pass a tokenizer")
         if not prompt:
             raise ValueError("the prompt is empty: expected at least one character")
         self._check_length(prompt)
-        ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        try:
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        except Exception as error:  # the tokenizer's own, such as of half a surrogate pair
+            raise ValueError(f"the tokenizer refuses the prompt: {type(error).__name__}: {error}") from error
         return ids
 
     def _check_length(self, text: str) -> None:
@@ -197,25 +197,30 @@ class Jobs:
             size *= 4
 
     def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+        if self._tokenizer is None:
+            raise ValueError(f"chat needs a tokenizer, and {self._missing}: pass one, or use generate() with token ids")
+        if not self._tokenizer.chat_template:
             raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
         for message in conversation:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise ValueError(f"a message must be a dict with role and content, got {message!r}")
-        try:
-            if sum(len(str(message["content"])) for message in conversation) > _CHARACTERS_PER_TOKEN * self._max_model_len:
-                rendered = self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, tokenize=False)
-                self._check_length(str(rendered))
-            templated: Any = self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:  # what a template refuses, such as two messages of one role in a row
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+            check_message(message)
+        if sum(len(str(message["content"])) for message in conversation) > _CHARACTERS_PER_TOKEN * self._max_model_len:
+            self._check_length(str(self._apply_template(conversation, tokenize=False)))
+        templated = self._apply_template(conversation, return_dict=True)
         ids: list[int] = templated["input_ids"]
         return ids
+
+    def _apply_template(self, conversation: Sequence[Message], **options: Any) -> Any:
+        """What the chat template makes of a conversation; raises ValueError."""
+        assert self._tokenizer is not None
+        try:
+            return self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, **options)
+        except Exception as error:  # what a template refuses, such as two messages of one role in a row
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each word as it stands at the beginning of a text, and as it follows a space."""
         if params.bad_words and self._tokenizer is None:
-            raise ValueError("bad_words need a tokenizer, which this model has not: pass one, or use logit_bias")
+            raise ValueError(f"bad_words need a tokenizer, and {self._missing}: pass one, or use logit_bias")
         words: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             for text in (word, " " + word.lstrip()):
@@ -249,12 +254,6 @@ def _metrics(request: Request) -> RequestMetrics:
         time_per_output_token=between,
         total=since(times.last_token),
     )
-
-
-def _token_id(token: object) -> int:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise ValueError(f"token ids must be whole numbers, got {token!r}")
-    return token
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, config: GenerationConfig | None) -> frozenset[int]:

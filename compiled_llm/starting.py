@@ -28,6 +28,8 @@ def resolve_config(config: ConfigLike) -> Config:
     """What the user gave, as a `Config`; raises ValueError."""
     if isinstance(config, Config):
         return config
+    if not isinstance(config, str | Path | dict | None):
+        raise ValueError(f"config must be a Config, a dict, the path of a YAML file or None, got {type(config).__name__}")
     return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 

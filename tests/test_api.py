@@ -2,14 +2,18 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import CompiledLLM, QueueFullError, SamplingParams
+from compiled_llm.prompts import check_message
 from compiled_llm.running import run
 from tests.tiny import VOCAB_SIZE, Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -75,7 +79,31 @@ def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
         ([[1.5]], "prompt 0: token ids must be whole numbers, got 1.5"),
         ("text", "prompt 0: this model has no tokenizer"),
         ([None], "prompt 0: a prompt must be text or a list of token ids, got NoneType"),
+        (None, "prompts must be text, token ids, or a list of these, got NoneType"),
+        (5, "prompts must be text, token ids, or a list of these, got 5"),
+        (b"abc", "prompt 0: a prompt must be text or a list of token ids, got bytes: decode it to text"),
+        (bytearray(b"abc"), "prompt 0: a prompt must be text or a list of token ids, got bytearray: decode it to text"),
+        (memoryview(b"abc"), "prompt 0: a prompt must be text or a list of token ids, got memoryview: decode it to text"),
+        ([[5], b"abc"], "prompt 1: a prompt must be text or a list of token ids, got bytes: decode it to text"),
+        ({"role": "user", "content": "a"}, "prompts must be text, token ids, or a list of these, got dict"),
+        (
+            [{"role": "user", "content": "a"}],
+            "prompt 0: a prompt must be text or a list of token ids, got dict: pass messages as a list",
+        ),
+        ((prompt for prompt in [[5], [6]]), "prompts must be text, token ids, or a list of these, got generator"),
+        ({5, 6}, "prompts must be text, token ids, or a list of these, got set"),
+        ([[5], (token for token in [6])], "prompt 1: a prompt must be text or a list of token ids, got generator"),
+        ([5, "a"], "prompt 0: token ids must be whole numbers, got 'a'"),
+        ([[5], 6], "prompt 1: a prompt must be text or a list of token ids, got int"),
+        ([True, False], "prompt 0: a prompt must be text or a list of token ids, got bool"),
+        ([[5, True]], "prompt 0: token ids must be whole numbers, got True"),
+        ([[[5, 6]]], "prompt 0: token ids must be whole numbers, got [5, 6]"),
+        (np.array([5.0, 6.0]), "prompt 0: token ids must be whole numbers, got 5.0"),
+        (torch.tensor([True, False]), "prompt 0: token ids must be whole numbers, got True"),
+        (torch.tensor([[5, 6], [7, 0]]), "prompt 0: an array of token ids must have one dimension, got shape (2, 2): pass a list"),
+        ([np.array(5), np.array([6])], "prompt 0: token ids must be whole numbers, got array([6])"),
     ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
 def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, reference: Reference, prompts, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
@@ -85,9 +113,75 @@ def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, refere
     assert greedy(llm, [prompt_of(9)], 5) == [reference(prompt_of(9), 5)]
 
 
+def _scalars(ids: list[int]) -> list[Any]:
+    return [np.int64(ids[0]), torch.tensor(ids[1]), *ids[2:]]
+
+
+def _range(ids: list[int]) -> range:
+    return range(ids[0], ids[-1] + 1)
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, np.uint8, tuple, _range, _scalars, partial(array, "q")])
+def test_token_ids_come_in_any_sequence_or_array(llm: CompiledLLM, form: Callable[[list[int]], Any]) -> None:
+    ids = [5, 6, 7]
+    expected = greedy(llm, [ids, ids], 4)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    (alone,) = llm.generate(form(ids), params)
+    assert [alone.outputs[0].token_ids] == expected[:1]
+    assert alone.prompt_token_ids == ids
+    assert {type(token) for token in alone.prompt_token_ids} == {int}
+    assert [output.outputs[0].token_ids for output in llm.generate([form(ids), form(ids)], params)] == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("x", "got 'x'"),
+        (["x", "y"], "got 'x' as conversation 0: use generate() for other prompts"),
+        ([5, 6], "got 5 as conversation 0: use generate() for other prompts"),
+        ([[5, 6]], "got [5, 6] as conversation 0: use generate() for other prompts"),
+        (b"x", "got bytes"),
+        (None, "got NoneType"),
+        ({"role": "user", "content": "a"}, "got dict"),
+        ((entry for entry in [{"role": "user", "content": "a"}]), "got generator"),
+        ([[]], "got [] as conversation 0: use generate() for other prompts"),
+        ([[{"role": "user", "content": "a"}], "x"], "got 'x' as conversation 1: use generate() for other prompts"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_conversation_is_refused(llm: CompiledLLM, messages: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
+        llm.chat(messages)
+    assert str(caught.value) == f"chat() takes a list of messages, or a list of such lists, {message}"
+    assert llm.chat([]) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("x", "a message must be a dict with role and content, got 'x'"),
+        ({"role": "user"}, "a message must be a dict with role and content, got {'role': 'user'}"),
+        ({"role": 1, "content": "a"}, "a message's role must be text, and its content text or a list of parts, got {'role': 1"),
+        ({"role": "user", "content": b"a"}, "a message's role must be text, and its content text or a list of parts, got"),
+    ],
+)
+def test_what_is_no_message_is_refused(message: Any, expected: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
+        check_message(message)
+    assert str(caught.value).startswith(expected)
+    for content in ("a", None, [{"type": "text", "text": "a"}]):
+        check_message({"role": "user", "content": content})
+
+
 def test_params_must_fit_the_prompts(llm: CompiledLLM) -> None:
     with pytest.raises(ValueError, match="2 prompts were given 3 sampling params"):
         llm.generate([[5], [6]], [SamplingParams()] * 3)
+    with pytest.raises(ValueError, match="sampling params must be a list with one for each prompt, got dict"):
+        llm.generate([[5], [6]], {"max_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="priorities must be a list with one for each prompt, got 3"):
+        llm.generate([[5], [6]], priority=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompt 0: priority must be a whole number, got True"):
+        llm.generate([[5]], priority=[True])
     with pytest.raises(ValueError, match="this model has no tokenizer"):
         llm.stream("text")
     with pytest.raises(ValueError, match="chat needs a tokenizer"):

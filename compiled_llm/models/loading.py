@@ -1,6 +1,7 @@
 """Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,13 +28,21 @@ from compiled_llm.models.default import default_model
 from compiled_llm.models.gguf_file import read_once
 from compiled_llm.models.preflight import code_arguments, refuse_unsupported
 
+_TOKENIZER_FILE = re.compile(r"token|vocab|spiece|sentencepiece|merges|tekken|\.(model|spm|bpe)$")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model in eval mode; `tokenizer` is None when the checkpoint has none, and prompts are then token ids."""
+    """A model in eval mode, and its tokenizer.
+
+    Attributes:
+        tokenizer: None when the checkpoint has none that can be loaded, and prompts are then token ids.
+        tokenizer_failure: why the checkpoint's tokenizer could not be loaded; None where it could, or where there is none.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    tokenizer_failure: str | None = None
 
 
 def load(config: ModelConfig) -> LoadedModel:
@@ -74,7 +83,8 @@ def _load(config: ModelConfig) -> LoadedModel:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
-        return LoadedModel(model=model.eval(), tokenizer=_load_tokenizer(path, files))
+        tokenizer, failure = _load_tokenizer(path, files)
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, tokenizer_failure=failure)
 
 
 def read_config(config: ModelConfig) -> PretrainedConfig:
@@ -165,19 +175,20 @@ def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     return LoadedModel(model=model.eval(), tokenizer=None)
 
 
-def _load_tokenizer(path: str, files: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(path: str, files: dict[str, Any]) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """Return the checkpoint's tokenizer, or None and the reason; a checkpoint without one needs no reason."""
     names = [entry.name for entry in Path(path).iterdir()] if Path(path).is_dir() else None
-    if (
-        names is not None
-        and "gguf_file" not in files
-        and not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", name) for name in names)
-    ):
-        return None  # where there is none, transformers makes an empty one up
+    if names is not None and "gguf_file" not in files and not any(map(_TOKENIZER_FILE.search, names)):
+        return None, None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)
-    except (OSError, ValueError):
-        return None
-    return tokenizer
+        if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
+            raise ValueError("its files hold no vocabulary")  # transformers makes an empty one up
+    except Exception as error:  # whatever the libraries raise for files that they do not understand
+        failure = f"{type(error).__name__}: {_first_line(error)}"
+        warnings.warn(f"the tokenizer in {path} cannot be loaded, so prompts must be token ids: {failure}", stacklevel=4)
+        return None, failure
+    return tokenizer, None
 
 
 def _first_line(error: Exception) -> str:

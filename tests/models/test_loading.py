@@ -6,29 +6,85 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from compiled_llm import UnsupportedModelError
+from compiled_llm import CompiledLLM, SamplingParams, UnsupportedModelError
 from compiled_llm.config import ModelConfig
 from compiled_llm.models import default, loading
 from compiled_llm.models.loading import load
 from compiled_llm.models.preflight import code_arguments
-from tests.tiny import tiny_model
+from tests.tiny import small_config, tiny_model
 
 
 def test_a_directory_with_safetensors(tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path)
     loaded = load(ModelConfig(name=str(tmp_path), dtype="float32"))
-    assert loaded.tokenizer is None
+    assert loaded.tokenizer is loaded.tokenizer_failure is None
     assert not loaded.model.training
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"tokenizer.json": "{broken"}, "JSONDecodeError: Expecting property name"),
+        ({"tokenizer.json": "{}"}, "KeyError: 'added_tokens'"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "ValueError: its files hold no vocabulary"),
+        ({"tekken.json": "{}"}, ""),
+    ],
+    ids=["broken", "empty", "without a vocabulary", "of another library"],
+)
+def test_a_tokenizer_that_cannot_be_loaded_says_why(tmp_path: Path, files: dict[str, str], reason: str) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.warns(UserWarning, match=f"the tokenizer in {tmp_path} cannot be loaded, so prompts must be token ids: ") as caught:
+        loaded = load(ModelConfig(name=str(tmp_path)))
+    assert loaded.tokenizer is None
+    assert loaded.tokenizer_failure is not None
+    assert loaded.tokenizer_failure.startswith(reason)
+    assert any(str(warning.message).endswith(loaded.tokenizer_failure) for warning in caught)
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer in")
+def test_the_reason_is_in_the_report_and_in_later_errors(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    config = small_config(compile={"dispatch": "eager"}, model={"name": str(tmp_path)})
+    with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
+        (warning,) = [text for text in llm.report().warnings if "tokenizer" in text]
+        assert warning.startswith("the tokenizer cannot be loaded, so prompts must be token ids: JSONDecodeError: ")
+        for call in (
+            lambda: llm.generate("a"),
+            lambda: llm.stream("a"),
+            lambda: llm.chat([{"role": "user", "content": "a"}]),
+            lambda: llm.generate([5], SamplingParams(stop="a")),
+            lambda: llm.generate([5], SamplingParams(bad_words=["a"])),
+        ):
+            with pytest.raises(ValueError, match=r"this model has no tokenizer \(JSONDecodeError: .*\): "):
+                call()
+
+
+def test_a_tokenizer_that_loads_is_there_without_a_warning(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load(ModelConfig(name=str(tmp_path)))
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer("a")["input_ids"] == [1]
+    assert loaded.tokenizer_failure is None
 
 
 def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tmp_path: Path) -> None:
