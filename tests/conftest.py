@@ -15,6 +15,14 @@ if not torch.cuda.is_available():
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def pytest_report_header() -> str:
+    """Return what of this machine the results on a CPU depend on."""
+    from passes.ops.cpu.vector_isa import vector_isa  # with the Triton kernels, so after the setting above
+
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"vector units: torch's {capability}, C++ kernels for {vector_isa()}; {threads} threads"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in tests/gpu need a GPU; the others run anywhere, and on a GPU too when they are marked `gpu`."""
     for item in items:

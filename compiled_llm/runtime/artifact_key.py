@@ -17,6 +17,7 @@ from compiled_llm.models.traced import ServedModel, model_itself
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import PageGroup
 from compiled_llm.runtime.processor import instruction_set
+from passes.ops.cpu.vector_isa import vector_isa
 from passes.pipeline import source_digest
 
 _ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def _device(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}, CUDA {torch.version.cuda}"
     units = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, instruction set {instruction_set()}"
     # Inductor's C++ has the number of threads in it.
-    return f"CPU, {units}, {torch.get_num_threads()} threads"
+    return f"CPU, {units}, {torch.get_num_threads()} threads, kernels of {vector_isa()}"
 
 
 def _torch_state(device: torch.device) -> str:

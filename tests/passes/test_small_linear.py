@@ -40,9 +40,12 @@ def test_kernel_is_the_reference(num_tokens, num_out, num_in, gated, residual, n
     torch.testing.assert_close(small_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("vector_isa")
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("gated", "residual"), [PLAIN, GATED, RESIDUAL])
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (8, (64, 100)), (9, (65, 64)), (32, (40, 64))])
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (7, (6, 50)), (8, (64, 100)), (9, (65, 64)), (32, (40, 64))]
+)
 def test_cpp_is_the_reference(num_tokens, size, gated, residual, norm) -> None:  # type: ignore[no-untyped-def]
     """Sizes that leave tiles of features, of tokens and of sums unfinished."""
     torch.manual_seed(0)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from passes.ops.cpu.vector_isa import VectorISA, vector_isa
+
 _SOURCES = ("vectors.cpp", "small_linear.cpp", "decode_attention.cpp", "prefill_attention.cpp")
 
 
@@ -15,7 +17,7 @@ def decode_attention(
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.decode_attention`."""
-    kernel, options = _library().decode_attention, (sinks_H, slopes_H, scale, window, softcap)
+    kernel, options = _library(vector_isa()).decode_attention, (sinks_H, slopes_H, scale, window, softcap)
     return _attend(kernel, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (seq_lens_S,), *options)
 
 
@@ -24,7 +26,7 @@ def prefill_attention(
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.prefill_attention`."""
-    kernel, options = _library().prefill_attention, (sinks_H, slopes_H, scale, window, softcap)
+    kernel, options = _library(vector_isa()).prefill_attention, (sinks_H, slopes_H, scale, window, softcap)
     return _attend(kernel, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (query_start, seq_lens_S), *options)
 
 
@@ -67,18 +69,18 @@ def small_linear(
     T, K = x_TK.shape
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out_TN = x_TK.new_empty(T, N)
-    _library().small_linear(
+    _library(vector_isa()).small_linear(
         x_TK.data_ptr(), x_stride, weight.data_ptr(), norm, eps, residual, residual_stride, gated, out_TN.data_ptr(), T, N, K
     )
     return out_TN
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library(isa: VectorISA) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # with the compiler, which takes seconds to import
 
-    source = "\n".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
-    library = CppCodeCache.load(source, extra_flags=["-ffp-contract=fast"])
+    source = isa.source_prefix + "\n".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
+    library = CppCodeCache.load(source)
     assert isinstance(library, ctypes.CDLL)
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_bool
     library.decode_attention.argtypes = [

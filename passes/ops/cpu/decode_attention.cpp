@@ -8,11 +8,12 @@ inline void add_weighted(const float* weights, long count, const float* values, 
         Vector sums[4];
         for (long part = 0; part < 4; ++part) sums[part] = load(out + e + part * WIDTH);
         for (long i = 0; i < count; ++i)
-            for (long part = 0; part < 4; ++part) sums[part] += weights[i] * load(values + i * stride + e + part * WIDTH);
+            for (long part = 0; part < 4; ++part)
+                sums[part] = fmadd(splat(weights[i]), load(values + i * stride + e + part * WIDTH), sums[part]);
         for (long part = 0; part < 4; ++part) store(out + e + part * WIDTH, sums[part]);
     }
     for (long i = 0; i < count; ++i)
-        for (long rest = e; rest < E; ++rest) out[rest] += weights[i] * values[i * stride + rest];
+        for (long rest = e; rest < E; ++rest) out[rest] = fmadd(weights[i], values[i * stride + rest], out[rest]);
 }
 
 }  // namespace

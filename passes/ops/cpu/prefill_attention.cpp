@@ -14,7 +14,7 @@ inline void multiply_block(const float* a, const float* b, long columns, long de
         Vector loaded[PARTS];
         for (int part = 0; part < PARTS; ++part) loaded[part] = load(b + i * columns + part * WIDTH);
         for (int row = 0; row < BLOCK_ROWS; ++row)
-            for (int part = 0; part < PARTS; ++part) sums[row][part] += a[row * depth + i] * loaded[part];
+            for (int part = 0; part < PARTS; ++part) sums[row][part] = fmadd(splat(a[row * depth + i]), loaded[part], sums[row][part]);
     }
     for (int row = 0; row < BLOCK_ROWS; ++row)
         for (int part = 0; part < PARTS; ++part) store(c + row * columns + part * WIDTH, sums[row][part]);

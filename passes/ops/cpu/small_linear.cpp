@@ -11,26 +11,26 @@ inline void tile(const float* x, long x_stride, const float* weight, bool fetch,
         for (int row = 0; row < ROWS; ++row) {
             const Vector loaded = load(weight + row * K + k);
             if (fetch) __builtin_prefetch(weight + (row + AHEAD) * K + k, 0, 2);
-            for (int token = 0; token < TOKENS; ++token) sums[row][token] += loaded * load(x + token * x_stride + k);
+            for (int token = 0; token < TOKENS; ++token)
+                sums[row][token] = fmadd(loaded, load(x + token * x_stride + k), sums[row][token]);
         }
     for (int token = 0; token < TOKENS; ++token)
         for (int row = 0; row < ROWS; ++row) {
             float total = sum(sums[row][token]);
-            for (long rest = k; rest < K; ++rest) total += weight[row * K + rest] * x[token * x_stride + rest];
+            for (long rest = k; rest < K; ++rest) total = fmadd(weight[row * K + rest], x[token * x_stride + rest], total);
             out[token * N + row] = total;
         }
 }
 
-// Some features for all tokens, as many at a time as registers hold; the first tile fetches.
-template <int ROWS>
-inline void rows(const float* x, long x_stride, const float* weight, long T, long K, float* out, long N) {
+// ROWS features for all tokens, TOKENS at a time and the rest in smaller tiles; only the first tile prefetches.
+template <int ROWS, int TOKENS>
+inline void rows(const float* x, long x_stride, const float* weight, bool fetch, long T, long K, float* out, long N) {
     long token = 0;
-    for (; token + 8 <= T; token += 8) tile<ROWS, 8>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
-    if (token + 4 <= T) {
-        tile<ROWS, 4>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
-        token += 4;
-    }
-    for (; token < T; ++token) tile<ROWS, 1>(x + token * x_stride, x_stride, weight, token == 0, K, out + token * N, N);
+    for (; token + TOKENS <= T; token += TOKENS)
+        tile<ROWS, TOKENS>(x + token * x_stride, x_stride, weight, fetch && token == 0, K, out + token * N, N);
+    if constexpr (TOKENS > 1)
+        if (token < T)
+            rows<ROWS, TOKENS / 2>(x + token * x_stride, x_stride, weight, fetch && token == 0, T - token, K, out + token * N, N);
 }
 
 }  // namespace
@@ -57,9 +57,9 @@ extern "C" void small_linear(
             const long count = std::min(ROWS, N - n);
             const auto features = [&](long first, float* to, long stride) {
                 if (count == ROWS)
-                    rows<ROWS>(x, x_stride, weight + first * K, T, K, to, stride);
+                    rows<ROWS, LINEAR_TOKENS>(x, x_stride, weight + first * K, true, T, K, to, stride);
                 else
-                    rows<1>(x, x_stride, weight + first * K, T, K, to, stride);
+                    rows<1, LINEAR_TOKENS>(x, x_stride, weight + first * K, true, T, K, to, stride);
             };
             if (gated) {
                 features(n, gates.data(), count);
