@@ -18,6 +18,7 @@ values, which their bits put in order, ends at the exact threshold. To read the 
 at a lower bound of the threshold, found by the same bisection over the maxima of each lane, which are some of the
 scores and thus never exceed t in greater number or mass than all of them; and it goes on over a shortlist, a copy of
 the scores not below that bound. Only where these are too many does it first bisect over the row until they are not.
+The cutoff of a row that holds a NaN is NaN.
 Sums run in a fixed order: a row's cutoff depends on that row alone. Mass is in float32, so which side of top-p a token
 falls on is open where the mass above it is within about 1e-6 of p.
 """
@@ -152,9 +153,13 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
         lane = tl.arange(0, BLOCK)
         peaks = tl.full([BLOCK], float("-inf"), tl.float32)
         for base in range(0, V, BLOCK):
-            peaks = tl.maximum(peaks, tl.load(row + base + lane, mask=base + lane < V, other=float("-inf")))
+            score = tl.load(row + base + lane, mask=base + lane < V, other=float("-inf"))
+            peaks = tl.maximum(peaks, score, propagate_nan=tl.PropagateNan.ALL)
+        has_nan = tl.max((peaks != peaks).to(tl.int32)) > 0
         peak = tl.max(peaks)
-        if by_count | by_mass:
+        if has_nan:
+            result = float("nan")
+        elif by_count | by_mass:
             shortlist = shortlists + s * SHORTLIST
             tl.store(shortlist + lane, peaks)
             tl.debug_barrier()
@@ -188,7 +193,7 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
             if by_mass:
                 low = _search(source, n, low, high, peak, limit, 0, True, BLOCK)[0]
             result = _value(low)
-        if ratio > 0.0:
+        if (ratio > 0.0) & (has_nan == 0):
             result = tl.maximum(result, peak + tl.log(ratio))
     tl.store(cutoff + s, result)
 

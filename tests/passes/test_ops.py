@@ -119,6 +119,7 @@ def test_kernel_is_the_reference(batch, shape, options, dtype) -> None:  # type:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("vector_isa")
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
 @pytest.mark.parametrize("lens", [DECODE[0], [1300, 64, 65, 700]], ids=["short", "long"])
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
@@ -128,6 +129,7 @@ def test_cpp_decode_is_the_reference(lens, shape, options) -> None:  # type: ign
     torch.testing.assert_close(actual, case.plain(**options).float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("vector_isa")
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
 @pytest.mark.parametrize("batch", [MIXED, ([300, 64, 65, 200], [300, 64, 3, 130])], ids=["short", "long"])
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
@@ -139,6 +141,7 @@ def test_cpp_prefill_is_the_reference(batch, shape, options) -> None:  # type: i
     assert (actual - expected).abs().max() <= 1.5 * (reference - expected).abs().max() + 1e-6
 
 
+@pytest.mark.usefixtures("vector_isa")
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
 @pytest.mark.parametrize("window", [0, 90, -90])
 def test_cpp_prefill_does_not_depend_on_what_shares_the_step(window: int) -> None:
@@ -146,6 +149,44 @@ def test_cpp_prefill_does_not_depend_on_what_shares_the_step(window: int) -> Non
     whole, end = (Case([300], [new], heads=6) for new in (300, 40))
     end.q = whole.q[-40:]
     assert torch.equal(whole.run(paged_attention_cpu, window=window)[-40:], end.run(paged_attention_cpu, window=window))
+
+
+SPOILED = [pytest.param(what, id=what) for what in ("query", "key", "value")]
+NAN_SHAPES = [pytest.param({}, {}, id="plain"), pytest.param({"sinks": True, "slopes": True}, {"softcap": 2.0}, id="all")]
+
+
+def _check_nan(operation, batch, shape, options, spoiled: str) -> None:  # type: ignore[no-untyped-def]
+    """NaN in a query, or in the key or value of one of the last sequence's first tokens, reaches what reads it and nothing else."""
+    case = Case(*batch, **shape)
+    token, group, feature = 3, 1, 7
+    page = case.table[-1, 0]
+    if spoiled == "query":
+        case.q[-1, 1, feature] = float("nan")
+    elif spoiled == "key":
+        case.k_cache[page, token, group, feature] = case.keys[-1][token, group, feature] = float("nan")
+    else:
+        case.v_cache[page, token, group, feature] = case.values[-1][token, group, feature] = float("nan")
+    expected = case.plain(**options).float()
+    assert 0 < expected.isnan().sum() < expected.numel() / 2
+    torch.testing.assert_close(case.run(operation, **options), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(("shape", "options"), NAN_SHAPES)
+@pytest.mark.parametrize("operation", [paged_attention_reference, paged_attention_kernel])
+def test_nan_reaches_what_reads_it(operation, batch, shape, options, spoiled) -> None:  # type: ignore[no-untyped-def]
+    _check_nan(operation, batch, shape, options, spoiled)
+
+
+@pytest.mark.usefixtures("vector_isa")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors are made on the GPU here")
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(("shape", "options"), NAN_SHAPES)
+def test_nan_reaches_what_reads_it_in_cpp(batch, shape, options, spoiled) -> None:  # type: ignore[no-untyped-def]
+    _check_nan(paged_attention_cpu, batch, shape, options, spoiled)
 
 
 @pytest.mark.gpu

@@ -118,6 +118,17 @@ def test_cutoff_is_minus_infinity_where_nothing_is_cut(operation) -> None:  # ty
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", CUTOFFS)
+def test_cutoff_of_a_row_with_a_nan_is_nan(operation) -> None:  # type: ignore[no-untyped-def]
+    """As scores are compared with it, no token is kept."""
+    mixes = [(5, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.5), (5, 0.5, 0.5)]
+    scores_SV = rand(8, 5000)
+    expected_S = operation(scores_SV, *parameters(2 * mixes))
+    scores_SV[:4, 4321] = expected_S[:4] = float("nan")
+    torch.testing.assert_close(operation(scores_SV, *parameters(2 * mixes)), expected_S, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", CUTOFFS)
 def test_cutoff_is_that_of_the_row_alone(operation) -> None:  # type: ignore[no-untyped-def]
     """In any batch and with any strides."""
     mixes = MIXES[2::5]
@@ -184,6 +195,17 @@ def test_top_logprobs_of_banned_tokens_and_unread_rows(operation) -> None:  # ty
     assert ids_SC[1].tolist() == [2, 20, 10, 0, 1, 2]
     assert not values_SC[::2].any()
     assert not ids_SC[::2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", LOGPROBS)
+def test_top_logprobs_of_a_row_with_a_nan_are_nan(operation) -> None:  # type: ignore[no-untyped-def]
+    logits_SV = rand(2, 300)
+    logits_SV[1, 7] = float("nan")
+    chosen_S, count_S = torch.tensor([3, 3], device=DEVICE), torch.tensor([2, 2], device=DEVICE)
+    values_SC, ids_SC = operation(logits_SV, chosen_S, count_S, 2)
+    assert values_SC.isnan().tolist() == [[False] * 3, [True] * 3]
+    assert 0 <= int(ids_SC.min()) <= int(ids_SC.max()) <= 300
 
 
 def test_references_by_blocks_of_rows_are_those_of_all_rows() -> None:
