@@ -112,7 +112,7 @@ def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> tup
 @torch.no_grad()
 def trace(step: Step) -> str:
     """Digest of the graph that `direct` would compile of a step; raises what `graph_digest.trace` raises."""
-    with COMPILER_LOCK, dynamo_config.patch(_DYNAMO):
+    with COMPILER_LOCK, other_threads_unpatched(), dynamo_config.patch(_DYNAMO):
         return graph_digest.trace(lambda: _ahead(step))
 
 

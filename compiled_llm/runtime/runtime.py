@@ -176,7 +176,7 @@ class Runtime:
             RuntimeError: the device itself has failed.
         """
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+            torch.cuda.current_stream(self.model.device).synchronize()  # the whole device may be in another engine's capture
         self.memory.state.arrivals.zero_()
         self._readback.resynchronize()
 
