@@ -98,7 +98,9 @@ def make_card(config: Config) -> Card:
         kv_bytes=_kv_bytes(model),
         copy_bandwidth=copied,
         read_bandwidth=read,
-        **asdict(limits),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
     )
 
 
