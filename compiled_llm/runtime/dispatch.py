@@ -180,6 +180,7 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(inductor_waits() if device.type == "cuda" else vector_units.remembered())
+        settings.enter_context(vector_units.narrow_vectors_alone())
         settings.enter_context(vector_units.sums_stay_in_bounds())
         settings.enter_context(other_threads_unpatched())
         tag = f"{compiler_config.cache_key_tag}{vector_units.TAG}"

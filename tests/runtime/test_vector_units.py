@@ -7,8 +7,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.utils import run_and_get_cpp_code
 
-from compiled_llm.runtime.vector_units import remembered, sums_stay_in_bounds
+from compiled_llm import CompiledLLM
+from compiled_llm.runtime.vector_units import TAG, remembered, sums_stay_in_bounds
 from tests.conftest import DEVICE
+from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="of C++")
 
@@ -32,3 +34,21 @@ def test_sums_of_any_number_of_heads_are_right(num_heads: int, bits: int) -> Non
             actual, code = run_and_get_cpp_code(torch.compile(_sums), heads, features)
     torch.testing.assert_close(actual, _sums(heads, features))
     assert ("Vectorized" in code) == (num_heads % (bits // 32) == 0)
+
+
+def test_generated_code_is_cached_by_the_size_of_vectors() -> None:
+    """Its key leaves the size out: what was generated for AVX-512 would be compiled for AVX2, and the other way round."""
+    assert TAG.endswith(torch.backends.cpu.get_cpu_capability())
+
+
+def test_tokens_are_right_with_vectors_of_another_size() -> None:
+    """On a processor with AVX-512 as well, whose instructions the compiler would mix in."""
+    if not torch.cpu._is_avx2_supported():
+        pytest.skip("no AVX2")
+    model, prompt = tiny_model("llama"), prompt_of(30)
+    config = small_config(
+        compile={"options": {"cpp.simdlen": 256, "fx_graph_cache": False}},
+    )
+    with CompiledLLM(model, None, config, progress=False) as llm:
+        assert greedy(llm, [prompt], 20) == [Reference(model)(prompt, 20)]
+        assert not llm.report().fallbacks
