@@ -179,7 +179,7 @@ async def leave_by_dropping_the_stream(llm: AsyncCompiledLLM) -> None:
 async def leave_by_timeout(llm: AsyncCompiledLLM) -> None:
     stream = await llm.add(prompt_of(60), LONG, streaming=False)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(anext(stream), 0.02)
+        await asyncio.wait_for(anext(stream), 0.005)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
