@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 # An artifact's key holds the versions of all of these.
 _PACKAGES = tuple(f"{Path(package.__path__[0]).resolve()}/" for package in (torch, transformers))
 _STDLIB = f"{Path(sysconfig.get_path('stdlib')).resolve()}/"
+# By functions of its own, in any process in which torch.compile has checked guards (torch/_dynamo/mutation_guard.py).
+_REPLACED_BY_DYNAMO = {f"torch.nn.modules.module.Module.{name}" for name in ("__init__", "__setstate__")}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -74,7 +76,8 @@ def library_source(model: PreTrainedModel) -> str | None:
         code = function.__code__
         if not _is_library_file(code.co_filename):
             return None
-        digest.update(f"{place} {Path(code.co_filename).name} {code.co_qualname} {code.co_firstlineno}\n".encode())
+        if place not in _REPLACED_BY_DYNAMO:
+            digest.update(f"{place} {Path(code.co_filename).name} {code.co_qualname} {code.co_firstlineno}\n".encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +214,7 @@ def test_what_is_made_is_for_this_user_alone(tmp_path: Path) -> None:
         os.umask(umask)
     made = [tmp_path / "a", *(tmp_path / "a").rglob("*")]
     assert {path.name: path.stat().st_mode & 0o077 for path in made} == dict.fromkeys((path.name for path in made), 0)
-    assert len(made) == 5
+    assert {"b", "manifest.json", "decode-1-greedy.bucket"} <= {path.name for path in made}
 
 
 @pytest.mark.parametrize("place", [".", "manifest.json", "decode-1-greedy.bucket"])
@@ -530,14 +529,15 @@ def test_a_loaded_model_that_is_changed_is_not_kept(
     monkeypatch.setattr(warmup, "serialize", lambda compiled: b"compiled")
     model, lazy = {"name": str(checkpoint), "dtype": "float32"}, {"artifact": str(tmp_path / "a"), "capture": "lazy"}
     config = small_config(compile=lazy, model=model, buckets={"decode": [], "prefill": [48]})
-    with CompiledLLM.from_pretrained(config=config, progress=False) as llm, warnings.catch_warnings(record=True) as warned:
+    with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         if changed:
             _gelu(llm.model)
-        greedy(llm, PROMPTS, 2)
-        assert [bucket.mode for bucket in llm.report().buckets] == ["compiled"]
+            with pytest.raises(RuntimeError, match="was replaced while an engine works on it"):
+                greedy(llm, PROMPTS, 2)
+        else:
+            greedy(llm, PROMPTS, 2)
+        assert [bucket.mode for bucket in llm.report().buckets] == ["pending" if changed else "compiled"]
     assert len(list((tmp_path / "a").glob("*.bucket"))) == (0 if changed else 1)
-    said = ["the model was changed since it was loaded" in str(warning.message) for warning in warned]
-    assert said == ([True] if changed else [])
 
 
 def test_a_full_disk_costs_the_artifact_alone(

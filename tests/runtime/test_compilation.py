@@ -187,7 +187,7 @@ def test_no_bucket_is_a_counted_fallback() -> None:
         assert greedy(llm, [prompt_of(20)], 8) == [reference(prompt_of(20), 8)]
         assert llm.report().fallbacks == {"no prefill bucket holds 20 with the greedy sampler": 1}
     strict = CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
-    with strict, pytest.raises(StrictError, match="a step would run eagerly: no prefill bucket holds 20 with the greedy sampler"):
+    with strict, pytest.raises(ValueError, match="no prefill bucket serves the greedy sampler"):
         greedy(strict, [prompt_of(20)], 8)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.mutation_guard import GenerationTracker, install_generation_tagging_init
 from transformers import PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama import modeling_llama
@@ -129,6 +130,19 @@ def test_patched_libraries_are_noticed(owner: Any, name: str, other: Any, monkey
     monkeypatch.setattr(owner, name, other)
     assert library_source(tiny_model("llama")) != before
     assert (library_source(tiny_model("llama")) is None) == (other is _doubled)
+
+
+def test_what_dynamo_replaces_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a process that has used torch.compile finds the artifacts that others made."""
+    model = tiny_model("llama")
+    for name in ("__init__", "__setstate__"):  # both are kept for all that follows
+        monkeypatch.setattr(nn.Module, name, getattr(nn.Module, name))
+    before = library_source(model)
+    monkeypatch.setattr(nn.Module, "___needs_generation_tag_patch", True, raising=False)
+    monkeypatch.setattr(GenerationTracker, "generation", 0)
+    install_generation_tagging_init()
+    assert nn.Module.__init__.__code__.co_filename.endswith("mutation_guard.py")
+    assert library_source(model) == before
 
 
 def test_other_peoples_code_is_known_by_its_graph_alone() -> None:
