@@ -89,6 +89,7 @@ def test_an_interrupt_ends_the_wait() -> None:
         with eager_steps_excluded():
             pass
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
     holding = _elsewhere(hold)
     assert began.wait(30)
     try:
@@ -100,6 +101,7 @@ def test_an_interrupt_ends_the_wait() -> None:
                 wait()
     finally:
         end.set()
+        signal.signal(signal.SIGINT, handler)
     holding.result(30)
     assert _elsewhere(lambda: run_eagerly(compiler_is_free)).result(30)
 

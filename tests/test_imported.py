@@ -10,6 +10,7 @@ _AFTER = "import compiled_llm, gc; compiled_llm.CompiledLLM; print(gc.isenabled(
 # Raises KeyboardInterrupt, as Ctrl-C does, where torch is first imported.
 _INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
 from importlib.abc import MetaPathFinder
 class Interrupt(MetaPathFinder):
     def find_spec(self, name, path, target=None):
