@@ -11,7 +11,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 sweep: .venv/ready
-	$(BIN)/python -m sweep
+	$(BIN)/python -m tests.model_sweep
 
 MINUTES ?= 10
 soak: .venv/ready

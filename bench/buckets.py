@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from bench.card import Card
-from bench.samples import figure
-from bench.session import Session
+from bench.roofline import Card
+from bench.stats import figure
+from bench.worker_group import Session
 
 
 def run(session: Session, card: Card, *, context: int, steps: int, rounds: int, largest: int) -> list[dict[str, Any]]:

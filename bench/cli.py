@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.systems import SYSTEMS, check_names
-from compiled_llm.exit_status import run_command
+from compiled_llm.cli.exit_status import run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from bench.commands import Bench
@@ -143,7 +143,7 @@ def _begin(
 ) -> "Bench":
     from bench.commands import Bench
     from bench.record import RESULTS
-    from bench.session import Options
+    from bench.worker_group import Options
     from compiled_llm import load_config
 
     options = Options(limit=limit, vllm_pythonpath=vllm_pythonpath)

@@ -12,10 +12,10 @@ from bench.card import Card
 from bench.display import Column, number, percent, show_card, show_table, times
 from bench.figures import Draw, bars, lines, save_figure, timelines
 from bench.record import make_record, model_name, save
-from bench.session import Options, Session, fitted, measured_card, started
 from bench.trace import idle_between_launches
+from bench.worker_group import Options, Session, fitted, measured_card, started
 from bench.workloads import Workload
-from compiled_llm.config import Config
+from compiled_llm.config.schema import Config
 
 _TEXT: Any = str
 _STEP: list[Column] = [

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.card import Card
+from bench.roofline import Card
 
 # A column: its title, the row's key, and how a value is written.
 Column = tuple[str, str, Callable[[Any], str]]

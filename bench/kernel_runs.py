@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.card import Card
-from bench.remote import ROOT
+from bench.roofline import Card
+from bench.worker_client import ROOT
 
 
 def run(card: Card, *, only: str | None = None) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.card import Card
-from bench.samples import figure, ratio
-from bench.session import Session
+from bench.roofline import Card
+from bench.stats import figure, ratio
 from bench.systems import Generated
+from bench.worker_group import Session
 from bench.workloads import fresh_prompts
 
 _LEAD = 4  # tokens in which a system gets over what only its first steps do

@@ -6,11 +6,11 @@ machine drifted meanwhile can be seen beside what the passes earn.
 
 from typing import Any
 
-from bench.card import Card
-from bench.samples import figure
-from bench.session import Options, Session, setup_of
+from bench.roofline import Card
+from bench.stats import figure
 from bench.systems import SYSTEMS
-from compiled_llm.config import Config
+from bench.worker_group import Options, Session, setup_of
+from compiled_llm.config.schema import Config
 
 ALL, AGAIN = "all on", "all on, again"
 

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.card import Card
-from bench.remote import ROOT
-from compiled_llm.config import Config
+from bench.roofline import Card
+from bench.worker_client import ROOT
+from compiled_llm.config.schema import Config
 
 RESULTS = ROOT / "bench" / "results"
 

@@ -35,7 +35,7 @@ def token_counter(model: str | None) -> tuple[Callable[[str], int], str]:
     """Counts tokens with the tokenizer of a config's `model.name`, or words where it has none; and which of the two, in words."""
     from transformers import AutoTokenizer
 
-    from compiled_llm.models.default import default_model
+    from compiled_llm.models.default_model import default_model
 
     path = Path(default_model() if model is None else model)
     place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})

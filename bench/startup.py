@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.card import Card
-from bench.remote import WorkerError
-from bench.session import Options, open_worker, setup_of
+from bench.roofline import Card
+from bench.worker_client import WorkerError
+from bench.worker_group import Options, open_worker, setup_of
 from bench.workloads import fresh_prompts
-from compiled_llm.config import Config
-from compiled_llm.models.default import default_model
+from compiled_llm.config.schema import Config
+from compiled_llm.models.default_model import default_model
 
 PHASES = ["process", "import", "load", "prepare", "trace", "compile", "capture", "other", "first token"]
 _CACHES = {

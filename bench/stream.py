@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from bench.card import Card
-from bench.samples import figure
-from bench.session import Session
+from bench.roofline import Card
+from bench.stats import figure
 from bench.trace import busy_us
+from bench.worker_group import Session
 
 _KEPT = 4  # steps whose spans are kept for the timeline
 

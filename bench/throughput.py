@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.card import Card
-from bench.samples import figure, ratio
-from bench.session import Session
+from bench.roofline import Card
 from bench.sharegpt import read_lengths, token_counter
+from bench.stats import figure, ratio
 from bench.systems import Generated
+from bench.worker_group import Session
 from bench.workloads import Workload, of_lengths, offline
-from compiled_llm.config import Config
+from compiled_llm.config.schema import Config
 
 _WARM_UP = 16  # tokens of each output when warming up
 

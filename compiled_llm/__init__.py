@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from compiled_llm.imported import importing
 
 if TYPE_CHECKING:
-    from compiled_llm.api import CompiledLLM
-    from compiled_llm.async_api import AsyncCompiledLLM
-    from compiled_llm.config import Config
-    from compiled_llm.config_file import load_config
+    from compiled_llm.async_llm import AsyncCompiledLLM
+    from compiled_llm.config.loader import load_config
+    from compiled_llm.config.schema import Config
     from compiled_llm.engine.engine import QueueFullError
-    from compiled_llm.engine.outputs import CompletionOutput, RequestOutput
-    from compiled_llm.engine.sampling_params import SamplingParams
+    from compiled_llm.llm import CompiledLLM
     from compiled_llm.models.attention import UnsupportedModelError
+    from compiled_llm.outputs import CompletionOutput, RequestOutput
+    from compiled_llm.sampling_params import SamplingParams
 
 __all__ = [
     "AsyncCompiledLLM",
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AsyncCompiledLLM": "async_api",
-    "CompiledLLM": "api",
-    "CompletionOutput": "engine.outputs",
-    "Config": "config",
+    "AsyncCompiledLLM": "async_llm",
+    "CompiledLLM": "llm",
+    "CompletionOutput": "outputs",
+    "Config": "config.schema",
     "QueueFullError": "engine.engine",
-    "RequestOutput": "engine.outputs",
-    "SamplingParams": "engine.sampling_params",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling_params",
     "UnsupportedModelError": "models.attention",
-    "load_config": "config_file",
+    "load_config": "config.loader",
 }
 
 

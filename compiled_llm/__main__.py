@@ -4,7 +4,7 @@
 def main() -> None:
     """Run the command line; Ctrl-C while that is imported ends as it does later."""
     try:
-        from compiled_llm.cli import main as run
+        from compiled_llm.cli.main import main as run
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     run()

@@ -14,12 +14,12 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from compiled_llm.api import CompiledLLM
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.outputs import RequestOutput
+from compiled_llm.engine.processor import Job
 from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
-from compiled_llm.jobs import Job
+from compiled_llm.llm import CompiledLLM
+from compiled_llm.outputs import RequestOutput
 
 T = TypeVar("T")
 

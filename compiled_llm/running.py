@@ -3,8 +3,8 @@
 from collections.abc import Generator, Iterable
 
 from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.processor import Job
 from compiled_llm.engine.request import Request
-from compiled_llm.jobs import Job
 
 
 def run(engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None) -> Generator[Request, None, None]:

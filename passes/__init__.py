@@ -1,11 +1,11 @@
 """The compiler's library: FX passes and the ops they emit. It needs torch and triton alone."""
 
+from passes.fuse_skinny_linear import SMALL_LINEAR
+from passes.hoist_step_invariants import ONCE_A_STEP
+from passes.lower_attention_marker import PAGED_ATTENTION
 from passes.merge_projections import MERGE_PROJECTIONS
-from passes.once_a_step import ONCE_A_STEP
-from passes.paged_attention import PAGED_ATTENTION
 from passes.pipeline import GraphPass, PassContext, PassError, PassReport, Pipeline
 from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT
-from passes.small_linear import SMALL_LINEAR
 
 # In the order in which they run unless a config says otherwise.
 _ORDER = (PAGED_ATTENTION, ROTARY_OUTER_PRODUCT, ONCE_A_STEP, MERGE_PROJECTIONS, SMALL_LINEAR)

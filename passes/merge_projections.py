@@ -1,6 +1,6 @@
 """Matrix products of one input with several weights -> one product with all of them.
 
-Matches: `mm` nodes of the same tokens with transposed weights that together fill one storage, as `compiled_llm.models.merging`
+Matches: `mm` nodes of the same tokens with transposed weights that together fill one storage, as `compiled_llm.models.weight_packing`
 lays them: q, k and v; gate and up.
 Emits: one `mm` with the weights read as one (`as_strided` over the first), and a slice of its result for each.
 Assumes: weights are graph inputs, whose fake tensors share a fake storage where the real ones share one. Inductor's cache does not
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.graph import emit, is_op, reshape_source
+from passes.fx_utils import emit, is_op, reshape_source
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from passes.ops.ahead import KernelCall, kernel_calls
+from passes.ops.precompile import KernelCall, kernel_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ Assumes: nothing. One match for each rotary embedding, but none for a single tok
 import torch
 from torch.fx import Graph, Node
 
-from passes.graph import emit
+from passes.fx_utils import emit
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten

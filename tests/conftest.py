@@ -17,7 +17,9 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def pytest_report_header() -> str:
     """Return what of this machine the results on a CPU depend on."""
-    from passes.ops.cpu.vector_isa import vector_isa  # with the Triton kernels, so after the setting above
+    from passes.ops.cpu.vector_isa import (
+        vector_isa,  # with the Triton kernels, so after the setting above
+    )
 
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"vector units: torch's {capability}, C++ kernels for {vector_isa()}; {threads} threads"

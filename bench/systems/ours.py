@@ -28,7 +28,7 @@ class Ours:
     def start(self) -> float:
         began = time.perf_counter()
         from compiled_llm import CompiledLLM
-        from compiled_llm.config_file import parse_config
+        from compiled_llm.config.loader import parse_config
 
         self._import_seconds = time.perf_counter() - began
         self._llm = CompiledLLM.from_pretrained(config=parse_config(self._values()))

@@ -21,7 +21,7 @@ class TransformersEager:
 
     def start(self) -> float:
         began = time.perf_counter()
-        from compiled_llm.config import ModelConfig
+        from compiled_llm.config.schema import ModelConfig
         from compiled_llm.models.loading import load
 
         values = {**self.setup.config.get("model", {}), "dtype": self.setup.dtype, "device": self.setup.device}

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine.unknown_tokens import is_unknown, raise_panic
+from compiled_llm.sampling_params import SamplingParams
 
 Decode = Callable[[list[int]], str]
 

@@ -17,20 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compiled_llm.engine.checks import check
-from compiled_llm.engine.kv_cache import KVCache
-from compiled_llm.engine.outputs import FinishReason, by_token
-from compiled_llm.engine.plan import Plan
-from compiled_llm.engine.processors import processed
+from compiled_llm.engine.input_batch import Rows
+from compiled_llm.engine.kv_cache_manager import KVCache
+from compiled_llm.engine.logits_processors import processed
 from compiled_llm.engine.recovery import EngineBrokenError, count_on_stack, move_unfinished
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.row_params import bias_of, extras_of
-from compiled_llm.engine.rows import Rows
+from compiled_llm.engine.request_checks import check
+from compiled_llm.engine.sampling_rows import bias_of, extras_of
 from compiled_llm.engine.scheduler import OutOfPagesError, Scheduler, SchedulerLimits
-from compiled_llm.runtime.batches import DecodeBatch, PrefillBatch
-from compiled_llm.runtime.readback import Ticket
-from compiled_llm.runtime.row_extras import RowExtras
-from compiled_llm.runtime.runtime import Logprobs, Runtime
+from compiled_llm.engine.scheduler_output import Plan
+from compiled_llm.outputs import FinishReason, by_token
+from compiled_llm.runtime.model_runner import Logprobs, Runtime
+from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
+from compiled_llm.runtime.step.readback import Ticket
+from compiled_llm.runtime.step.sampler_state import RowExtras
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
 _MAX_FUTILE = 3

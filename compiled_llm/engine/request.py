@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from compiled_llm.engine.detokenizer import Detokenizer
-from compiled_llm.engine.outputs import FinishReason, Logprob
-from compiled_llm.engine.sampling_params import SamplingParams
+from compiled_llm.outputs import FinishReason, Logprob
+from compiled_llm.sampling_params import SamplingParams
 
 
 @dataclass(slots=True, kw_only=True)

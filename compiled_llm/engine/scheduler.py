@@ -12,13 +12,13 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from compiled_llm.engine.kv_cache import Candidate, KVCache
-from compiled_llm.engine.plan import Chunk, Plan, plan_decode, plan_prefill
+from compiled_llm.engine.input_batch import Rows
+from compiled_llm.engine.kv_cache_manager import Candidate, KVCache
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_queue import RequestQueue
-from compiled_llm.engine.rows import Rows
-from compiled_llm.runtime.batches import Int64
-from compiled_llm.runtime.runtime import Runtime
+from compiled_llm.engine.scheduler_output import Chunk, Plan, plan_decode, plan_prefill
+from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.runtime.step.batch_inputs import Int64
 
 
 class OutOfPagesError(Exception):

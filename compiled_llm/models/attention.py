@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-import passes.ops.marker  # noqa: F401  # registers the op
-from compiled_llm.models.masks import EXAMINING_NAME, reach_of
+import passes.ops.attention_marker  # noqa: F401  # registers the op
+from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
 
 ATTENTION_NAME = "compiled_llm"
 

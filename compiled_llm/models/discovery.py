@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.compiler_lock import eager_steps_excluded
-from compiled_llm.models.attaching import route
 from compiled_llm.models.attention import (
     ATTENTION_NAME,
     CURRENT,
@@ -18,10 +16,12 @@ from compiled_llm.models.attention import (
     UndecidedError,
     UnsupportedModelError,
 )
-from compiled_llm.models.forward import Forward, PositionsCache
-from compiled_llm.models.masks import EXAMINING_NAME
-from compiled_llm.models.states import RowStates, State, fresh_cache, states_of
-from compiled_llm.models.traced import ServedModel, trace
+from compiled_llm.models.attention_routing import route
+from compiled_llm.models.exported_model import ServedModel, trace
+from compiled_llm.models.mask_probe import EXAMINING_NAME
+from compiled_llm.models.model_call import Forward, PositionsCache
+from compiled_llm.models.recurrent_state import RowStates, State, fresh_cache, states_of
+from compiled_llm.system.compiler_lock import eager_steps_excluded
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}

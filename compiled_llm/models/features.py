@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.models.traced import ServedModel, TracedModel
+from compiled_llm.models.exported_model import ServedModel, TracedModel
 
 
 def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:

@@ -21,12 +21,12 @@ from transformers import (
     modeling_utils,
 )
 
-from compiled_llm.compiler_lock import COMPILER_LOCK, eager_steps_excluded
-from compiled_llm.config import ModelConfig
+from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.attention import UnsupportedModelError
-from compiled_llm.models.default import default_model
+from compiled_llm.models.default_model import default_model
 from compiled_llm.models.gguf_file import read_once
 from compiled_llm.models.preflight import code_arguments, refuse_unsupported
+from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|spiece|sentencepiece|merges|tekken|\.(model|spm|bpe)$")
 

@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.models.attaching import attached
 from compiled_llm.models.attention import UndecidedError, UnsupportedModelError
-from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings, discover_states, examine
+from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.discovery import (
+    AttentionLayer,
+    count_rotary_embeddings,
+    discover_states,
+    examine,
+)
 from compiled_llm.models.features import features
-from compiled_llm.models.merging import linears_by_input
+from compiled_llm.models.recurrent_state import State
 from compiled_llm.models.rotary import fixed_frequencies
-from compiled_llm.models.states import State
+from compiled_llm.models.weight_packing import linears_by_input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

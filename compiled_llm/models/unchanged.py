@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compiled_llm.models.attaching import ATTENTION_CHOICE, configs_of
-from compiled_llm.models.masks import EXAMINING_NAME
+from compiled_llm.models.attention_routing import ATTENTION_CHOICE, configs_of
+from compiled_llm.models.mask_probe import EXAMINING_NAME
 
 
 class Unchanged:

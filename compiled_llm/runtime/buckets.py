@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from compiled_llm.config import Sampler
+from compiled_llm.config.schema import Sampler
 
 Kind = Literal["decode", "prefill"]
 

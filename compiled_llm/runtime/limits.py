@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from compiled_llm.config import LimitsConfig
+from compiled_llm.config.schema import LimitsConfig
 from compiled_llm.models.rotary import rotary_limit
 
 _DEFAULTS = {"cpu": (4, 256, 2048), "cuda": (64, 2048, 4096)}

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from passes.early_launch import early_launch
+from passes.ops.pdl import early_launch
 
 PROGRAMS = 1024  # enough to fill a GPU several times over, and no more: an empty one costs its launch
 FEW = 64  # programs, before any sequence is split, that leave most of a GPU idle

@@ -5,11 +5,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.card import Card
-from bench.remote import WorkerError
+from bench.roofline import Card
 from bench.systems import Setup
-from compiled_llm.config import Config
-from compiled_llm.config_file import parse_config
+from bench.worker_client import WorkerError
+from compiled_llm.config.loader import parse_config
+from compiled_llm.config.schema import Config
 
 _ARCHITECTURE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96,
@@ -43,7 +43,7 @@ def made_up_card(**changes: Any) -> Card:
 
 
 class Local:
-    """As `bench.remote.Worker`, without a process: values still pass through JSON."""
+    """As `bench.worker_client.Worker`, without a process: values still pass through JSON."""
 
     def __init__(self, system: Any) -> None:
         self.system = system
@@ -65,7 +65,7 @@ class Local:
 
 
 def open_local(name: str, setup: Setup, options: object, **_: object) -> Local:
-    """In place of `bench.session.open_worker`."""
+    """In place of `bench.worker_group.open_worker`."""
     from dataclasses import asdict
 
     from bench.systems.ours_steps import Steps

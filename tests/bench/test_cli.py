@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bench import kernel_runs
 from bench.cli import app
-from compiled_llm.cli import app as main_app
+from compiled_llm.cli.main import app as main_app
 from tests.bench.local import made_up_card, tiny_config
 from tests.conftest import DEVICE
 

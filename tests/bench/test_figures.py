@@ -8,11 +8,11 @@ import pytest
 from bench.figures import bars, lines, save_figure, timelines
 from bench.latency import Plan
 from bench.record import make_record, model_name, save
-from bench.samples import figure, ratio
 from bench.sharegpt import read_lengths
+from bench.stats import figure, ratio
 from bench.trace import busy_us, idle_between_launches, launches
 from bench.workloads import fresh_prompts, offline
-from compiled_llm.config_file import parse_config
+from compiled_llm.config.loader import parse_config
 from tests.bench.local import made_up_card
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from bench import buckets, passes, session, startup, stream
-from bench.session import Options, Session, fitted, setup_of
 from bench.systems import System
 from bench.systems.ours_steps import Steps
 from bench.systems.transformers_batching import TransformersBatching
 from bench.systems.transformers_generate import TransformersEager
+from bench.worker_group import Options, Session, fitted, setup_of
 from bench.workloads import fresh_prompts
-from compiled_llm.config import Config
+from compiled_llm.config.schema import Config
 from tests.bench.local import Local, made_up_card, open_local, tiny_config
 from tests.conftest import DEVICE
 

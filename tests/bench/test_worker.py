@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from bench import latency, throughput
-from bench.remote import Worker, WorkerError
-from bench.session import Options, Session
 from bench.systems import SYSTEMS, Setup
+from bench.worker_client import Worker, WorkerError
+from bench.worker_group import Options, Session
 from bench.workloads import offline
 from tests.bench.local import made_up_card, write_architecture
 

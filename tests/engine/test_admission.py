@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled_llm.engine import kv_cache
-from compiled_llm.engine.kv_cache import KVCache
+from compiled_llm.engine import kv_cache_manager
+from compiled_llm.engine.input_batch import Rows
+from compiled_llm.engine.kv_cache_manager import KVCache
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_queue import RequestQueue
-from compiled_llm.engine.rows import Rows
-from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
-from compiled_llm.runtime.batches import PrefillBatch
-from compiled_llm.runtime.memory import PageGroup
+from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.step.batch_inputs import PrefillBatch
+from compiled_llm.sampling_params import SamplingParams
 
 
 def scheduler_of(num_pages: int, *, max_num_seqs: int = 4, windows: Sequence[int] = (0,), max_model_len: int = 1024) -> Scheduler:
@@ -92,7 +92,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
 
 
 def test_a_prompt_that_waits_for_pages_is_hashed_once_and_tried_when_pages_may_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, tried = count_calls(monkeypatch, kv_cache, "chain"), count_calls(monkeypatch, KVCache, "_num_shared")
+    hashed, tried = count_calls(monkeypatch, kv_cache_manager, "chain"), count_calls(monkeypatch, KVCache, "_num_shared")
     scheduler = scheduler_of(70)
     running = [request_of(150), request_of(150, priority=1)]
     for request in running:
@@ -126,7 +126,7 @@ def test_a_preempted_request_is_hashed_with_what_it_has_generated() -> None:
         scheduler.rows.learn(rows, np.array([9]), 0.0)
     assert scheduler.preempt() is request
     assert served(scheduler) == [request]
-    expected = kv_cache.chain(np.array([*[7] * 100, *[9] * 12], np.int32), 16, [])
+    expected = kv_cache_manager.chain(np.array([*[7] * 100, *[9] * 12], np.int32), 16, [])
     assert scheduler.cache._keys[row] == expected
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from compiled_llm.engine.block_pool import BlockPool
-from compiled_llm.engine.kv_cache import Candidate, Int64, KVCache
-from compiled_llm.runtime.batches import TRASH_PAGE
-from compiled_llm.runtime.memory import PageGroup
+from compiled_llm.engine.kv_cache_manager import Candidate, Int64, KVCache
+from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
 
 NUM_ROWS, BLOCK_SIZE, MAX_BLOCKS = 3, 2, 10
 LONGEST = MAX_BLOCKS * BLOCK_SIZE - 1

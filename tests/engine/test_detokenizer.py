@@ -7,11 +7,16 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from compiled_llm.engine.detokenizer import Detokenizer
-from compiled_llm.engine.sampling_params import SamplingParams
-from compiled_llm.models.default import default_model
+from compiled_llm.models.default_model import default_model
+from compiled_llm.sampling_params import SamplingParams
 
 TEXTS = {
     "ascii": "The quick brown fox jumps over the lazy dog.",

@@ -7,8 +7,8 @@ import pytest
 
 from compiled_llm import CompiledLLM
 from compiled_llm.engine.request import Request
-from tests.arrivals import Case, random_cases, rearranged, run_alone, run_together
-from tests.tiny import Reference, small_config, tiny_model
+from tests.helpers.arrivals import Case, random_cases, rearranged, run_alone, run_together
+from tests.helpers.tiny_models import Reference, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
 

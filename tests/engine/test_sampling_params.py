@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, MinPLogitsWarper
 
-from compiled_llm.engine.checks import check
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from compiled_llm.engine.request_checks import check
+from compiled_llm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, "hot", True, None, 10**400]
 BAD: dict[str, list[Any]] = {

@@ -9,15 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.kv_cache import KVCache
+from compiled_llm.engine.input_batch import Rows
+from compiled_llm.engine.kv_cache_manager import KVCache
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.rows import Rows
-from compiled_llm.engine.sampling_params import SamplingParams
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
-from compiled_llm.runtime.batches import PrefillBatch
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory import PageGroup, _pages_of_a_sequence
-from tests.engine.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
+from compiled_llm.runtime.memory.kv_cache import PageGroup, _pages_of_a_sequence
+from compiled_llm.runtime.step.batch_inputs import PrefillBatch
+from compiled_llm.sampling_params import SamplingParams
+from tests.helpers.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
 
 STOPS = {"none": (), "two": (3, 5), "many": tuple(range(18))}
 SAMPLINGS = {"greedy": {"temperature": 0}, "random": {}, "external": {"logits_processors": (lambda ids, logits: logits,)}}

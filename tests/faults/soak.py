@@ -25,9 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from transformers import PreTrainedModel
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM
-from compiled_llm.config import Config
-from tests.arrivals import Case, random_cases, run_alone
-from tests.tiny import small_config, tiny_model
+from compiled_llm.config.schema import Config
+from tests.helpers.arrivals import Case, random_cases, run_alone
+from tests.helpers.tiny_models import small_config, tiny_model
 
 FAMILIES = ("llama", "qwen3")
 NUM_CASES = 60

@@ -10,14 +10,14 @@ import torch
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.engine.recovery import EngineBrokenError
-from compiled_llm.runtime.allocation import Memory
-from compiled_llm.runtime.readback import Readback
-from compiled_llm.runtime.row_extras import RowExtras
-from compiled_llm.runtime.runtime import Runtime
-from compiled_llm.runtime.state import StepState, _Staging
-from compiled_llm.runtime.step import DecodeStep, PrefillStep
+from compiled_llm.runtime.memory.allocation import Memory
+from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.runtime.step.buffers import StepState, _Staging
+from compiled_llm.runtime.step.readback import Readback
+from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.step import DecodeStep, PrefillStep
 from tests.faults.injection import failing_call
-from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
 

@@ -7,16 +7,16 @@ from contextlib import suppress
 import pytest
 
 from compiled_llm import CompiledLLM, SamplingParams
-from compiled_llm.config import Config
+from compiled_llm.config.schema import Config
 from compiled_llm.engine.engine import Engine
+from compiled_llm.engine.processor import Job
 from compiled_llm.engine.request import Request
-from compiled_llm.jobs import Job
 from compiled_llm.running import run
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory import PageGroup
-from tests.engine.simulated import VOCAB_SIZE, SimulatedRuntime
+from compiled_llm.runtime.memory.kv_cache import PageGroup
 from tests.faults.injection import LineCounter
-from tests.tiny import Reference, greedy, prompt_of, small_config, tiny_model
+from tests.helpers.simulated import VOCAB_SIZE, SimulatedRuntime
+from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
 

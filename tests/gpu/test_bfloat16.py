@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM, SamplingParams
-from tests.arrivals import random_cases, rearranged, run_alone, run_together
-from tests.tiny import prompt_of, small_config, tiny_model
+from tests.helpers.arrivals import random_cases, rearranged, run_alone, run_together
+from tests.helpers.tiny_models import prompt_of, small_config, tiny_model
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 640}
 MARGIN = 0.05

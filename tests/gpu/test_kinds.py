@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM
-from compiled_llm.config import Config
-from compiled_llm.runtime.report import Report
-from sweep.check import CASES, engine_config, generate, prompt_of
-from sweep.shrink import tiny_config
-from sweep.tiny_model import tiny_model
+from compiled_llm.config.schema import Config
+from compiled_llm.report.report import Report
 from tests.conftest import DEVICE
-from tests.tiny import check_matches
+from tests.helpers.tiny_models import check_matches
+from tests.model_sweep.check import CASES, engine_config, generate, prompt_of
+from tests.model_sweep.tiny_configs import tiny_config
+from tests.model_sweep.tiny_model import tiny_model
 
 KINDS = {
     "bloom": "attention of its own, ALiBi",

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.request import Request
-from compiled_llm.runtime import step
-from compiled_llm.runtime.graph_trees import graph_events, graph_pool
-from tests.tiny import Reference, greedy, poison, prompt_of, small_config, tiny_model
+from compiled_llm.runtime.compilation.cuda_graph_trees import graph_events, graph_pool
+from compiled_llm.runtime.step import step
+from tests.helpers.tiny_models import Reference, greedy, poison, prompt_of, small_config, tiny_model
 
 
 def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]

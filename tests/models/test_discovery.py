@@ -5,10 +5,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm import UnsupportedModelError
-from compiled_llm.models.attaching import attached
 from compiled_llm.models.attention import attention_forward
-from compiled_llm.models.discovery import check_tokens_meet_in_attention, count_rotary_embeddings, discover, examine
-from tests.tiny import FAMILIES, tiny_model
+from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.discovery import (
+    check_tokens_meet_in_attention,
+    count_rotary_embeddings,
+    discover,
+    examine,
+)
+from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

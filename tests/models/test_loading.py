@@ -17,11 +17,11 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from compiled_llm import CompiledLLM, SamplingParams, UnsupportedModelError
-from compiled_llm.config import ModelConfig
+from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models import default, loading
 from compiled_llm.models.loading import load
 from compiled_llm.models.preflight import code_arguments
-from tests.tiny import small_config, tiny_model
+from tests.helpers.tiny_models import small_config, tiny_model
 
 
 def test_a_directory_with_safetensors(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_shards_and_tied_weights(tmp_path: Path) -> None:
 _LOAD_IN_LITTLE = """
 import resource, sys, torch
 from compiled_llm import UnsupportedModelError
-from compiled_llm.config import ModelConfig
+from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.loading import load
 import json
 import os

@@ -8,20 +8,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm import UnsupportedModelError
-from compiled_llm.config import ModelConfig
-from compiled_llm.config_file import parse_config
-from compiled_llm.inspection import inspect_model
+from compiled_llm.cli.inspect import inspect_model
+from compiled_llm.config.loader import parse_config
+from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models import loading
-from compiled_llm.models.attaching import attached
 from compiled_llm.models.attention import UndecidedError
+from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import count_rotary_embeddings, discover, discover_states
 from compiled_llm.models.loading import load
-from compiled_llm.models.merging import linears_by_input
 from compiled_llm.models.preflight import preflight, refuse_unsupported
-from sweep.shrink import tiny_config
-from sweep.tiny_model import tiny_model as random_model
+from compiled_llm.models.weight_packing import linears_by_input
 from tests.conftest import DEVICE
-from tests.tiny import tiny_model
+from tests.helpers.tiny_models import tiny_model
+from tests.model_sweep.tiny_configs import tiny_config
+from tests.model_sweep.tiny_model import tiny_model as random_model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"])

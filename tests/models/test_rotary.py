@@ -10,17 +10,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM, UnsupportedModelError
-from compiled_llm.config import LimitsConfig
-from compiled_llm.config_file import parse_config
-from compiled_llm.inspection import inspect_model
-from compiled_llm.models.attaching import attached
+from compiled_llm.cli.inspect import inspect_model
+from compiled_llm.config.loader import parse_config
+from compiled_llm.config.schema import LimitsConfig
+from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import check_tokens_meet_in_attention
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit
 from compiled_llm.runtime.limits import Limits
-from sweep.shrink import tiny_config
-from sweep.tiny_model import tiny_model as random_model
 from tests.conftest import DEVICE
-from tests.tiny import Reference, check_matches, greedy, prompt_of, small_config, tiny_model
+from tests.helpers.tiny_models import (
+    Reference,
+    check_matches,
+    greedy,
+    prompt_of,
+    small_config,
+    tiny_model,
+)
+from tests.model_sweep.tiny_configs import tiny_config
+from tests.model_sweep.tiny_model import tiny_model as random_model
 
 FACTORS = {"short_factor": [1.0 + number / 10 for number in range(8)], "long_factor": [4.0 + number for number in range(8)]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **FACTORS}

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from passes import PassContext
-from passes.graph import emit
+from passes.fx_utils import emit
 from passes.merge_projections import MERGE_PROJECTIONS
 
 aten = torch.ops.aten

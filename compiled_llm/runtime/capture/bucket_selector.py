@@ -1,0 +1,88 @@
+"""Which bucket serves a step: the cheapest that holds it; where that cannot be used, the cheapest that can; else none, and eager.
+
+Nothing of this is silent: steps served by a bucket in another's stead are counted by the reason, and so are eager ones.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from compiled_llm.config.schema import Sampler
+from compiled_llm.report.report import Report
+from compiled_llm.runtime.buckets import Bucket, Kind, match
+from compiled_llm.runtime.capture.warmup import Entry, StrictError
+
+
+class Serving:
+    """Finds the buckets of an engine.
+
+    Args:
+        buckets: of each kind, cheap to dear.
+        entries: of all of them, or None where the config wants nothing compiled.
+        report: where steps are counted.
+        strict: a step that would run eagerly is an error.
+        ask: told of pending buckets that would serve a step best.
+    """
+
+    def __init__(
+        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[Entry] | None, report: Report, *, strict: bool,
+        ask: Callable[[Bucket], None] = lambda bucket: None,
+    ) -> None:  # fmt: skip
+        self._buckets, self._report, self._strict, self._ask = buckets, report, strict, ask
+        self._compiles, self.entries = entries is not None, {entry.bucket: entry for entry in entries or ()}
+        self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
+
+    def find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
+        """The entry that serves a batch, or None; counted, unless it is the one that fits best. Raises StrictError."""
+        entry = self._found.get((kind, size, sampler))
+        if entry is not None:
+            return entry
+        wanted = match(self._buckets[kind], size, sampler) if self._compiles else None
+        if wanted is None:
+            nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
+            self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
+            return None
+        best = match([b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler)
+        if best is not None and self.entries[best].compiled is None:
+            self._ask(best)
+        served = match([b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler)
+        if served is None:
+            self._count_eager(self._why_not(wanted))
+            return None
+        if served == wanted:
+            self._found[kind, size, sampler] = self.entries[served]
+        else:
+            self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
+        return self.entries[served]
+
+    def check(self, kind: Kind, sampler: Sampler) -> None:
+        """Raise a ValueError if no bucket of this kind serves the sampler, so that `strict` would forbid the steps."""
+        usable = [bucket for bucket in self._buckets[kind] if self._is_for_use(bucket)]
+        if match(usable, 1, sampler) is None:
+            raise ValueError(
+                f"strict forbids steps without a bucket, and no {kind} bucket serves the {sampler} sampler, which the request "
+                f"needs: add {sampler} to buckets.samplers, or set strict=false"
+            )
+
+    def sizes(self, kind: Kind) -> list[int]:
+        """Sizes of buckets that can be used, now or once a step has asked, small to large; of all, where nothing is compiled."""
+        return sorted({bucket.size for bucket in self._buckets[kind] if not self._compiles or self._is_for_use(bucket)})
+
+    def replace(self, entry: Entry) -> None:
+        """Take an entry for the one that its bucket had, which served no step; also in the report."""
+        old = self.entries[entry.bucket].report
+        self.entries[entry.bucket] = entry
+        self._report.buckets = [entry.report if report is old else report for report in self._report.buckets]
+        self._found.clear()
+
+    def _is_for_use(self, bucket: Bucket) -> bool:
+        entry = self.entries[bucket]
+        return entry.compiled is not None or entry.report.mode == "pending"
+
+    def _count_eager(self, reason: str) -> None:
+        self._report.fallbacks[reason] += 1
+        if self._strict:
+            raise StrictError(f"a step would run eagerly: {reason}")
+
+    def _why_not(self, bucket: Bucket) -> str:
+        report = self.entries[bucket].report
+        what = {"left out": "was left out", "pending": "is not captured yet"}.get(report.mode, "failed")
+        return f"{bucket} {what}: {report.failure}"

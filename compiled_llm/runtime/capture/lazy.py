@@ -1,0 +1,84 @@
+"""Buckets that are compiled and captured when steps have asked for them, between steps, the busiest first.
+
+Until then the next larger bucket that is ready serves, or eager, counted by reason like any other stand-in. A bucket costs the
+requests that run meanwhile a pause, so at least as much time goes to steps before the next one; an engine that has nothing else
+to do need not wait.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from compiled_llm.report.report import BucketReport
+from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.capture.warmup import Entry
+from compiled_llm.runtime.step.buffers import StepState
+from compiled_llm.system.compiler_lock import compiler_is_free
+
+_PATIENCE = 5.0  # seconds
+# What a step of padding alone writes, besides the trash row's state and what steps already read have sampled.
+_WRITTEN = ("decode", "prefill", "step")
+
+
+class LazyBuckets:
+    """Which bucket comes next, and when.
+
+    Args:
+        make: compiles and captures one bucket; it may take long.
+        clock: seconds.
+    """
+
+    def __init__(self, make: Callable[[Bucket], Entry], *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._make, self._clock = make, clock
+        self._wanted: Counter[Bucket] = Counter()
+        self._not_before = self._asked_at = clock()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a step has asked for a bucket that is not ready."""
+        return bool(self._wanted)
+
+    @property
+    def due(self) -> bool:
+        """Whether one is wanted, steps had as much time as the last one took, and no other engine compiles now."""
+        return bool(self._wanted) and self._clock() >= self._not_before and compiler_is_free()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether one is due and was put off, because prompts came first, for longer than they may ask for."""
+        return self.due and self._clock() >= max(self._not_before, self._asked_at) + _PATIENCE
+
+    def ask(self, bucket: Bucket) -> None:
+        """A step would have liked to have it."""
+        if not self._wanted:
+            self._asked_at = self._clock()
+        self._wanted[bucket] += 1
+
+    def capture_next(self) -> Entry:
+        """Make the one that most steps have asked for; the larger of two alike."""
+        bucket = max(self._wanted, key=lambda bucket: (self._wanted[bucket], bucket.cost))
+        del self._wanted[bucket]  # also if it fails: it is not tried again
+        began = self._clock()
+        entry = self._make(bucket)
+        ended = self._clock()
+        self._not_before = ended + (ended - began)
+        return entry
+
+
+def pending(buckets: Iterable[Bucket]) -> list[Entry]:
+    """Entries of buckets that nobody has asked for yet."""
+    reason = "compile.capture is lazy"
+    reports = ((bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason)) for bucket in buckets)
+    return [Entry(bucket=bucket, report=report) for bucket, report in reports]
+
+
+@contextmanager
+def between_steps(state: StepState) -> Iterator[None]:
+    """Afterwards the next step finds what it would have found; all steps before must have been read."""
+    before = {name: state.get_buffer(name).clone() for name in _WRITTEN}
+    try:
+        yield
+    finally:
+        for name, content in before.items():
+            state.get_buffer(name).copy_(content)

@@ -1,0 +1,111 @@
+"""What every step works on, allocated once the weights are there: the paged cache gets what a step's activations leave."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from compiled_llm.config.schema import Config
+from compiled_llm.models.discovery import AttentionLayer, allocate_states
+from compiled_llm.models.exported_model import ServedModel
+from compiled_llm.models.recurrent_state import RowStates
+from compiled_llm.report.report import Report
+from compiled_llm.runtime.buckets import Bucket, Kind
+from compiled_llm.runtime.capture.graph_budget import set_aside
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory.kv_cache import (
+    PageGroup,
+    allocate_caches,
+    plan_groups,
+    trash_groups,
+)
+from compiled_llm.runtime.step.batch_inputs import DecodeBatch
+from compiled_llm.runtime.step.buffers import StepState
+from compiled_llm.runtime.step.recurrent_step import SequenceStep
+from compiled_llm.runtime.step.step import DecodeStep, PrefillStep, Step
+
+STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
+STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": SequenceStep}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What every step works on; see `StepState`, `LayerCache` and `RowStates`; `states` is None for a model without any."""
+
+    state: StepState
+    states: RowStates | None
+    caches: nn.ModuleList
+    groups: list[PageGroup]
+    block_size: int
+
+    def eager_bucket(self, exact: Bucket, limits: Limits) -> Bucket:
+        """The shape in which a batch of exactly this size runs eagerly: a model with states may compute one token another way
+        than several, and then rounds otherwise.
+        """
+        if exact.kind == "decode" or self.states is None:
+            return exact
+        return replace(exact, size=max(exact.size, min(2, limits.max_num_batched_tokens)))
+
+    def step(self, model: ServedModel, bucket: Bucket) -> Step:
+        """The step of a bucket, not compiled."""
+        groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
+        windows = tuple(self.groups[g].window for g in groups.values())
+        steps = STEPS if self.states is None else STEPS_WITH_STATES
+        return steps[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket)
+
+
+def allocate(model: ServedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
+    """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
+    device, block_size = model.device, config.cache.block_size
+    vocab_size: int = model.get_output_embeddings().weight.shape[0]
+    state = StepState(
+        max_num_seqs=limits.max_num_seqs,
+        max_blocks=-(-limits.max_model_len // block_size),
+        max_tokens=limits.max_num_batched_tokens,
+        num_groups=len({layer.window for layer in layers}),
+        num_kv_heads=max((layer.num_kv_heads for layer in layers), default=1),
+        vocab_size=vocab_size,
+        dtype=model.dtype,
+        device=device,
+    )
+    states = allocate_states(model, limits.max_num_seqs)
+    with report.phase("measure activations", device):
+        reserved = _measure_activations(model, layers, state, states, block_size, limits)
+    with report.phase("allocate KV cache", device):
+        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved + set_aside(config, device))
+        caches = allocate_caches(layers, groups, block_size, device)
+    return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
+
+
+def _measure_activations(
+    model: ServedModel,
+    layers: list[AttentionLayer],
+    state: StepState,
+    states: RowStates | None,
+    block_size: int,
+    limits: Limits,
+) -> int:
+    """Peak bytes of an eager step of the largest prefill bucket, all of it padding, on a cache of the trash page alone."""
+    device = model.device
+    if device.type != "cuda":
+        return 0
+    groups = trash_groups(layers)
+    caches = allocate_caches(layers, groups, block_size, device)
+    bucket = Bucket("prefill", limits.max_num_batched_tokens, "full")
+    stage_padding(state, bucket)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def stage_padding(state: StepState, bucket: Bucket) -> None:
+    """Give the step nothing to do."""
+    if bucket.kind == "prefill":
+        state.stage_prefill(state.padding_batch(), bucket.size)
+    else:
+        state.stage_decode(DecodeBatch(rows=np.empty(0, np.int64)))

@@ -1,0 +1,95 @@
+"""A start: from a config as a user may give it to a runtime that is ready, and the report that tells of it."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from compiled_llm import imported
+from compiled_llm.config.loader import load_config, parse_config
+from compiled_llm.config.schema import Config
+from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
+from compiled_llm.models.rotary import fixed_frequencies
+from compiled_llm.models.weight_packing import linears_by_input, merged
+from compiled_llm.report.report import PhaseReport, Report
+from compiled_llm.runtime.compilation.worker_pool import CompilePool
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
+
+ConfigLike = Config | str | Path | dict[str, Any] | None
+
+
+def resolve_config(config: ConfigLike) -> Config:
+    """What the user gave, as a `Config`; raises ValueError."""
+    if isinstance(config, Config):
+        return config
+    if not isinstance(config, str | Path | dict | None):
+        raise ValueError(f"config must be a Config, a dict, the path of a YAML file or None, got {type(config).__name__}")
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def new_report() -> Report:
+    """A report that begins with what the import took."""
+    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
+
+
+def start(
+    model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None,
+    just_loaded: bool = False,
+) -> Runtime:  # fmt: skip
+    """Route the model's attention here and compile it, one engine at a time; `resources` gives the model back as it was.
+
+    With `just_loaded`, nobody has had the model since transformers loaded it, so its source tells what it computes.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names the feature of the model which is not served.
+        ValueError: the config does not fit the model or the machine.
+    """
+    limits = Limits.resolve(config.limits, model.config, model.device)
+    with COMPILER_LOCK:
+        with eager_steps_excluded(), report.phase("examine model", model.device):
+            resources.enter_context(attached(model))
+            resources.enter_context(fixed_frequencies(model))
+            with linears_by_input(model) as groups:
+                served, layers = examine(model)
+            check_tokens_meet_in_attention(served, limits.max_model_len)
+            wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+            resources.enter_context(merged(model, groups if wanted else []))
+        runtime = Runtime(served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded)
+    report.facts.update(_facts(runtime, model))
+    return runtime
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids a prompt may hold: the rows of the input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids the model may generate: the rows of the output head.
+
+    Some models embed a few more ids than they generate, such as the image token of Mllama.
+    """
+    head: Any = model.get_output_embeddings()
+    return int(head.weight.shape[0])
+
+
+def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
+    memory, limits = runtime.memory, runtime.limits
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    return {
+        "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
+        "KV cache": ", ".join(_describe(group, memory.block_size) for group in memory.groups),
+        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
+    }
+
+
+def _describe(group: PageGroup, block_size: int) -> str:
+    window = f" with a window of {group.window}" if group.window > 0 else f" in chunks of {-group.window}" if group.window else ""
+    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"

@@ -1,0 +1,104 @@
+"""Random requests that arrive, and are withdrawn, at random steps."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.engine.processor import Job
+from compiled_llm.engine.request import Request
+from compiled_llm.running import run
+from tests.helpers.tiny_models import VOCAB_SIZE
+
+
+def prefer_even(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A logits processor that depends on the last token."""
+    bonus = (torch.arange(logits.shape[1], device=logits.device) + ids[0, -1]) % 2
+    return logits + bonus
+
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0},
+    {"temperature": 0.8},
+    {"temperature": 1.2, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2},
+    {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {"temperature": 0.7, "logit_bias": {7: 2.0, 9: -5.0}, "allowed_token_ids": tuple(range(3, 80))},
+    {"temperature": 0.5, "min_tokens": 4, "stop_token_ids": tuple(range(3, 60))},
+    {"temperature": 1.0, "logits_processors": (prefer_even,)},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A prompt and params; the step at which it arrives, and how many steps later it is withdrawn, if ever."""
+
+    prompt: list[int]
+    params: SamplingParams
+    arrival: int
+    abort_after: int | None
+
+
+def random_cases(
+    count: int, *, longest: int, max_tokens: int, seed: int = 0, samplings: Sequence[dict[str, Any]] = SAMPLINGS
+) -> list[Case]:
+    """Prompts of 1 to `longest` tokens, a third of them with a shared beginning, arriving over many steps; a tenth is aborted."""
+    rng = random.Random(seed)
+    beginnings = [[rng.randrange(3, VOCAB_SIZE) for _ in range(longest)] for _ in range(3)]
+    cases = []
+    for number in range(count):
+        length = rng.choice([rng.randint(1, longest), rng.randint(1, 60)])
+        prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+        if rng.random() < 0.34:
+            shared = rng.randint(1, length)
+            prompt[:shared] = rng.choice(beginnings)[:shared]
+        sampling = {
+            "ignore_eos": rng.random() < 0.7,
+            "seed": number,
+            "max_tokens": rng.randint(1, max_tokens),
+            **rng.choice(samplings),
+        }
+        sampling["min_tokens"] = min(sampling.get("min_tokens", 0), sampling["max_tokens"])
+        abort = rng.randint(0, 30) if rng.random() < 0.1 else None
+        cases.append(Case(prompt, SamplingParams(**sampling), rng.randint(0, count), abort))
+    return cases
+
+
+def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
+    """The same requests in another order of arrival, with other ones withdrawn."""
+    rng = random.Random(seed)
+    aborts = [rng.randint(0, 30) if rng.random() < 0.1 else None for _ in cases]
+    return [replace(case, arrival=rng.randint(0, len(cases)), abort_after=abort) for case, abort in zip(cases, aborts, strict=True)]
+
+
+def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
+    """Each case's request after all have ended, in the cases' order."""
+    jobs: dict[int, Job] = {}
+    step = 0
+    while len(jobs) < len(cases) or llm.engine.has_work:
+        for number, case in enumerate(cases):
+            if number not in jobs and case.arrival <= step:
+                jobs[number] = llm._jobs.make(case.prompt, case.params)
+                llm.engine.check(jobs[number].requests[0])
+                llm.engine.add(jobs[number].requests[0])
+            if number in jobs and case.abort_after is not None and step >= case.arrival + case.abort_after:
+                llm.engine.abort(jobs[number].requests[0])
+        llm.engine.step()
+        llm.engine.cache.check()
+        step += 1
+        assert step < 100_000
+    return [jobs[number].requests[0] for number in range(len(cases))]
+
+
+def run_alone(llm: CompiledLLM, case: Case) -> Request:
+    """The case's request when nothing else runs, and nothing is shared with what ran."""
+    llm.reset_prefix_cache()
+    (job,) = llm._make_jobs([case.prompt], case.params, None, streaming=False)
+    for _ in run(llm.engine, [job]):
+        pass
+    return job.requests[0]

@@ -1,0 +1,217 @@
+"""A runtime without a model: each token is a function of those before it, and the caches hold what the steps wrote.
+
+It knows batches and nothing of the engine, keeps the state that the device keeps, and asserts what a step may rely on: above
+all that each query sees, through its row's table, exactly the tokens of its own sequence.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import count
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compiled_llm.config.schema import CacheConfig, Config, LimitsConfig
+from compiled_llm.report.report import Report
+from compiled_llm.runtime.buckets import SAMPLERS
+from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.model_runner import Logprobs
+from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
+from compiled_llm.runtime.step.buffers import RING
+from compiled_llm.runtime.step.readback import Ticket
+from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.sampler_state import RowExtras
+
+VOCAB_SIZE = 24
+_BIASED, _EXTERNAL = 1, 8
+_SEED, _TEMPERATURE, _FLAGS = map(RowParams._fields.index, ("seed", "temperature", "flags"))
+
+
+class Sequences:
+    """All sequences met so far, each with a number; 0 is the empty one."""
+
+    def __init__(self) -> None:
+        self._longer: dict[tuple[int, int], int] = {}
+        self._hashes, self._tokens = [0], [-1]
+        self._paths: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+
+    def extend(self, sequence: int, tokens: Sequence[int]) -> int:
+        for token in tokens:
+            if (sequence, token) not in self._longer:
+                self._hashes.append(hash((self._hashes[sequence], token)))
+                self._tokens.append(token)
+                self._paths.append(np.append(self._paths[sequence], len(self._paths)))
+                self._longer[sequence, token] = len(self._paths) - 1
+            sequence = self._longer[sequence, token]
+        return sequence
+
+    def path(self, sequence: int) -> NDArray[np.int64]:
+        """The numbers of its beginnings: of one token, of two, and so on, up to itself."""
+        return self._paths[sequence]
+
+    def recent(self, sequence: int) -> list[int]:
+        tokens = [self._tokens[number] for number in self.path(sequence)[-RECENT:]]
+        return [-1] * (RECENT - len(tokens)) + tokens
+
+    def draw(self, sequence: int, seed: int, banned: Collection[int] = ()) -> int:
+        """The token that follows."""
+        drawn = ((hash((self._hashes[sequence], seed, number)) >> 7) % VOCAB_SIZE for number in count())
+        return next(token for token in drawn if token not in banned)
+
+
+class SimulatedRuntime:
+    """Stands in for `Runtime`: R rows, G groups of pages, N pages a row at most.
+
+    Attributes:
+        max_blocks: N; memory, state: itself, as far as the engine asks them.
+        num_tokens: computed so far; num_reads: steps whose tokens were read.
+    """
+
+    capture_due = capture_overdue = False
+    is_owner = True
+
+    def __init__(
+        self,
+        groups: Sequence[PageGroup],
+        limits: Limits,
+        *,
+        block_size: int,
+        prefill_sizes: list[int],
+        apart: bool,
+        sharing: bool,
+        states: bool = False,
+    ) -> None:
+        self.groups, self.limits, self.block_size = groups, limits, block_size
+        self.prefill_sizes, self.decodes_apart, self.has_states = prefill_sizes, apart or states, states
+        cache = CacheConfig.model_construct(block_size=block_size, prefix_caching=sharing)
+        self.config, self.report = Config(limits=LimitsConfig(), cache=cache), Report()
+        self.memory = self.state = self
+        self.max_blocks = -(-limits.max_model_len // block_size)
+        self.sequences = Sequences()
+        self.num_tokens = self.num_reads = self._num_steps = 0
+        num_rows = limits.max_num_seqs + 1
+        self._tokens, self._positions, self._last = np.full((3, num_rows), -1, np.int64)
+        self._params = np.zeros((num_rows, len(RowParams._fields)), np.int64)
+        self._banned: list[set[int]] = [set() for _ in range(num_rows)]
+        self._tables = np.zeros((len(groups), num_rows, self.max_blocks), np.int64)
+        self._caches = [np.full((group.num_pages, block_size), -1, np.int64) for group in groups]
+        self._staged = DecodeBatch(rows=np.empty(0, np.int64))
+        self._ring: dict[int, NDArray[np.int64]] = {}
+        self._scored: list[int] = []
+
+    def check_owner(self) -> None:
+        """Tests have one thread."""
+
+    def check_samplers(self, sampler: str, *, scoring: bool) -> None:
+        """All are served."""
+
+    def recover(self) -> None:
+        """Steps are counted once they have run."""
+
+    def check_model(self) -> None:
+        """Nothing can change here."""
+
+    def decode(self, batch: DecodeBatch) -> Ticket:
+        assert self.decodes_apart
+        assert len(batch.rows)
+        if batch.unchanged:
+            assert batch.rows.tolist() == self._staged.rows.tolist()
+            assert not len(batch.patch_index)
+        else:
+            self._staged = batch
+        batch = self._staged
+        self._tables.reshape(-1)[batch.patch_index] = batch.patch_page
+        rows = batch.rows.tolist()
+        ids, ends = self._tokens[batch.rows], self._positions[batch.rows] + 1
+        self._compute(rows, [[token] for token in ids.tolist()], ends.tolist())
+        return self._sample(rows, rows, batch.sampler)
+
+    def prefill(self, batch: PrefillBatch) -> Ticket:
+        rows, fresh = batch.seq_rows, batch.fresh > 0
+        assert 0 < len(batch.ids) == batch.lengths.sum() <= self.limits.max_num_batched_tokens
+        assert fresh.any() or not self.decodes_apart
+        assert (batch.lengths > 0).all()
+        if self.has_states:
+            assert len(rows) == 1, "tokens of other sequences"
+            full = batch.lengths[0] == self.limits.max_num_batched_tokens
+            assert full or batch.starts[0] == 0, "padding would come behind what a state knows"
+        assert (batch.lengths[~fresh] == 1).all()
+        assert (batch.starts[~fresh] == self._positions[rows[~fresh]]).all()
+        assert ((batch.ids < 0) == ~np.repeat(fresh, batch.lengths)).all()
+        self._tables[:, rows], self._params[rows] = batch.tables, batch.params
+        ids = np.where(batch.ids < 0, self._tokens[np.repeat(rows, batch.lengths)], batch.ids)
+        pieces = np.split(ids, np.cumsum(batch.lengths)[:-1])
+        computed = self._compute(rows.tolist(), [piece.tolist() for piece in pieces], (batch.starts + batch.lengths).tolist())
+        for number in np.flatnonzero(fresh & (batch.samples > 0)):
+            assert batch.recent[number].tolist() == self.sequences.recent(int(self._last[rows[number]]))
+        self._scored = computed if batch.sampler == "scoring" else []
+        return self._sample(rows.tolist(), rows[batch.samples > 0].tolist(), batch.sampler)
+
+    def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
+        assert self._num_steps - RING <= ticket.step
+        self.num_reads += 1
+        return self._ring[ticket.step].copy()
+
+    def prompt_logprobs(self, num_tokens: int) -> Logprobs:
+        """The "logprob" of what follows a sequence is the sequence's number."""
+        values = np.zeros((num_tokens, 1 + MAX_LOGPROBS), np.float32)
+        values[:, 0] = self._scored
+        return Logprobs(values, np.ones_like(values, np.int64))
+
+    def set_extras(self, row: int, extras: RowExtras) -> None:
+        if extras.bias is not None:
+            self._banned[row] = set(np.flatnonzero(np.isneginf(extras.bias)).tolist())
+
+    def logits(self, row: int) -> torch.Tensor:
+        return torch.zeros(1, VOCAB_SIZE)
+
+    def choose(self, row: int, logits: torch.Tensor) -> tuple[int, None]:
+        self._tokens[row] = self._draw(row)
+        return int(self._tokens[row]), None
+
+    def _compute(self, rows: list[int], pieces: list[list[int]], ends: list[int]) -> list[int]:
+        """All tokens are written before any is read, as in each layer of a model. Gives each token's sequence."""
+        assert len(set(rows)) == len(rows) <= self.limits.max_num_seqs
+        computed: list[int] = []
+        for row, piece, end in zip(rows, pieces, ends, strict=True):
+            before = int(self._look(0, row, end - len(piece) - 1, end - len(piece)).sum())
+            self._last[row], self._positions[row] = self.sequences.extend(before, piece), end
+            written = self.sequences.path(int(self._last[row]))[end - len(piece) :]
+            for group, cache in enumerate(self._caches):
+                cache[self._slots(group, row, end - len(piece), end)] = written
+            computed.extend(written.tolist())
+        for row, piece, end in zip(rows, pieces, ends, strict=True):
+            path = self.sequences.path(int(self._last[row]))
+            for number, group in enumerate(self.groups):
+                first = max(0, end - len(piece) - group.window + 1) if group.window else 0
+                assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), "a query sees what is not its own"
+        self.num_tokens += len(computed)
+        return computed
+
+    def _sample(self, rows: list[int], wanted: list[int], sampler: str) -> Ticket:
+        """Draw a token in each row; of those that are not wanted, nobody may read it."""
+        ring = np.full(len(self._tokens), -1, np.int64)
+        for row in rows:
+            external = self._params[row, _FLAGS] & _EXTERNAL
+            self._tokens[row] = -1 if external else self._draw(row)
+        for row in wanted:
+            _, temperature, flags = self._params[row, [_SEED, _TEMPERATURE, _FLAGS]].tolist()
+            assert SAMPLERS.index(sampler) >= (2 if flags else 1 if temperature else 0)
+            ring[row] = self._tokens[row]
+        self._ring[self._num_steps] = ring
+        self._num_steps += 1
+        return Ticket(self._num_steps - 1)
+
+    def _draw(self, row: int) -> int:
+        banned = self._banned[row] if self._params[row, _FLAGS] & _BIASED else ()
+        return self.sequences.draw(int(self._last[row]), int(self._params[row, _SEED]), banned)
+
+    def _look(self, group: int, row: int, first: int, end: int) -> NDArray[np.int64]:
+        return self._caches[group][self._slots(group, row, max(first, 0), end)]
+
+    def _slots(self, group: int, row: int, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        positions = np.arange(first, end)
+        pages = self._tables[group, row, positions // self.block_size]
+        assert (pages != TRASH_PAGE).all(), "a live token's page is the trash page"
+        return pages, positions % self.block_size

@@ -1,0 +1,43 @@
+"""Any forward, with a position for each token: those that models take, and those that they count from their cache."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compiled_llm.models.attention import CURRENT
+from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.model_call import Forward
+from tests.conftest import DEVICE
+from tests.helpers.tiny_models import tiny_model
+
+
+def _bart() -> torch.nn.Module:
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 64}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", **sizes)).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize("make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"])
+def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    ids, rows = torch.tensor([11, 12, 13], device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    forward = Forward(model)
+    seen: list[torch.Tensor] = []
+
+    def attend(module, q, k, v, call):  # type: ignore[no-untyped-def]  # a sum of what a token brings, by its place
+        seen.append(k)
+        return (q + k.repeat_interleave(q.shape[1] // k.shape[1], 1)).transpose(1, 2).contiguous()
+
+    with attached(model), torch.no_grad():
+        CURRENT.attention = attend
+        try:
+            row = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows)
+            alone = forward(ids[2:], torch.tensor([30], device=DEVICE), rows[2:])
+            elsewhere = forward(ids[2:], torch.tensor([31], device=DEVICE), rows[2:])
+            last = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows, torch.tensor([2, 0], device=DEVICE))
+        finally:
+            CURRENT.attention = None
+    assert seen
+    torch.testing.assert_close(row[2:], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(elsewhere, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, row[[2, 0]], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,123 @@
+"""Weights side by side: which, where, and for how long."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from compiled_llm import CompiledLLM
+from compiled_llm.models.weight_packing import linears_by_input, merged, merged_groups
+from passes import PassContext, Pipeline
+from passes.merge_projections import MERGE_PROJECTIONS
+from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
+
+CONFIG = {"buckets": {"decode": [4], "prefill": [48], "samplers": ["greedy"]}}
+
+
+class Block(nn.Module):
+    """Three layers of one input, a fourth with a bias, and one whose weight another shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, n, bias=False) for n in (4, 6, 2))
+        self.biased, self.tied = nn.Linear(8, 4), nn.Linear(8, 5, bias=False)
+        self.table = nn.Embedding(5, 8)
+        self.table.weight = self.tied.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in (self.a, self.b, self.biased, self.tied)], -1) + self.c(x + 1).sum()
+
+
+def test_layers_of_one_input_are_found_and_merged() -> None:
+    block, x = Block(), torch.randn(3, 8)
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    with linears_by_input(block) as groups:
+        expected = block(x)
+    assert groups == [[block.a, block.b]], "c has another input, one has a bias, one is tied"
+    assert merged_groups(block) == ()
+    with merged(block, groups):
+        assert merged_groups(block) == (("a", "b"),)
+        assert block.b.weight.data_ptr() == block.a.weight.data_ptr() + block.a.weight.numel() * 4
+        assert torch.equal(block(x), expected)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
+
+
+def _lay_out(storage: torch.Tensor, *layers: nn.Linear) -> None:
+    """Lay the weights of the layers into a storage, one after another from its beginning."""
+    begin = 0
+    for layer in layers:
+        weight = storage[begin : begin + layer.weight.numel()].view_as(layer.weight)
+        layer.weight.data = weight.copy_(layer.weight.data)
+        begin += weight.numel()
+
+
+LAYOUTS = {
+    "another order": lambda block: _lay_out(torch.empty(80), block.b, block.a),
+    "a larger storage": lambda block: _lay_out(torch.empty(81), block.a, block.b),
+    "something between": lambda block: _lay_out(torch.empty(96), block.a, block.c, block.b),
+    "not from the beginning": lambda block: _lay_out(torch.empty(96), block.c, block.a, block.b),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_weights_that_share_a_storage_in_another_way_are_laid_out_anew(layout: str) -> None:
+    block, x = Block(), torch.randn(3, 8)
+    LAYOUTS[layout](block)
+    with linears_by_input(block) as groups:
+        expected = block(x)
+    with merged(block, groups):
+        assert merged_groups(block) == (("a", "b"),)
+        assert [layer.weight.storage_offset() for layer in (block.a, block.b)] == [0, 32]
+        assert torch.equal(block(x), expected)
+        block.b.weight.data = block.b.weight.data.clone()
+        assert merged_groups(block) == (), "it is looked at anew each time"
+
+
+@torch.no_grad()
+def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
+    """Inductor's cache does not look at offsets: what it compiled for one order would read the rows of the other."""
+    block, keys = Block(), []
+    for order in ((block.a, block.b), (block.b, block.a)):
+        _lay_out(torch.empty(80), *order)
+        context = PassContext(layers=(), rotary_embeddings=0, merged_projections=merged_groups(block), num_tokens=1)
+        keys.append(Pipeline([MERGE_PROJECTIONS], context).uuid())
+    assert keys[0] != keys[1]
+
+
+def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> None:
+    one, other = Block(), Block()
+    other.a = one.a
+    with merged(one, []), merged(other, [[other.a, other.b]]):
+        assert merged_groups(other) == ()
+    with merged(other, [[other.a, other.b]]):
+        assert merged_groups(other) == (("a", "b"),)
+
+
+def test_weights_do_not_move_under_another_engine() -> None:
+    model = tiny_model("llama")
+    reference, prompt = Reference(model), prompt_of(20)
+    with CompiledLLM(model, None, small_config(**CONFIG, passes={"merge_projections": False}), progress=False) as first:
+        addresses = [parameter.data_ptr() for parameter in model.parameters()]
+        with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
+            assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+            assert greedy(first, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
+            merges = [p for bucket in second.report().buckets for p in bucket.passes if p.name == "merge_projections"]
+            assert not any(merge.matches for merge in merges)
+    with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as alone:
+        assert len(merged_groups(model)) == 4
+        addresses = [parameter.data_ptr() for parameter in model.parameters()]
+        with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
+            assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+            assert greedy(alone, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_merged_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_model(family)
+    with CompiledLLM(model, None, small_config(**CONFIG), progress=False):
+        assert len(merged_groups(model)) == 4
+        model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.cpu()), name

@@ -1,0 +1,155 @@
+"""What is taken for attention in a graph, what is made of it, and what is not taken for it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from passes.export.recognize_attention import replace_own_attention
+from passes.export.score_mod import Bias, UnlikeAttentionError
+
+HEADS, DIM, ROWS = 2, 8, 40
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Layer(nn.Module):
+    """Attention of its own between two projections; `core` takes q, k and v [1, H, T, D]."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        self.qkv, self.out, self.core = nn.Linear(16, 48), nn.Linear(16, 16), core
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_TK)[None].view(1, -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        return self.out(self.core(q, k, v).transpose(1, 2).reshape(x_TK.shape[0], -1))
+
+
+class Attend(nn.Module):
+    def __init__(self, bias: Bias) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.shape[2]
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        slopes = torch.zeros(HEADS) if self.bias.slopes is None else self.bias.slopes
+        scores = q @ k.transpose(-1, -2) * self.bias.scale - slopes[:, None, None] * distance
+        seen = (distance >= 0) & (distance < (self.bias.window or T))
+        return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def _distance(scores: Tensor) -> Tensor:
+    T = scores.shape[-1]
+    return torch.arange(T)[:, None] - torch.arange(T)
+
+
+def _softmax(scores: Tensor, v: Tensor, window: int = 10**6) -> Tensor:
+    hidden = (_distance(scores) < 0) | (_distance(scores) >= window)
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _softmax(q @ k.transpose(-1, -2) / 3, v)
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _softmax(q @ k.transpose(-1, -2), v, window=7)
+
+
+def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    scores /= 2
+    scores += torch.where(_distance(scores) < 0, -1e4, 0.0)
+    return scores.softmax(-1) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of three dims, with the bias put in by the product, from the first key on."""
+    bias = torch.tensor([0.5, 0.25])[:, None, None] * torch.arange(q.shape[2])
+    q, k, v = (x[0] for x in (q, k, v))
+    return _softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.25), v)[None]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=_distance(q @ q.transpose(-1, -2)) >= 0, scale=0.1)
+
+
+ALIKE: dict[Core, tuple[float, int, list[float]]] = {
+    plain: (1 / 3, 0, []),
+    window: (1.0, 7, []),
+    in_place: (0.5, 0, []),
+    alibi: (0.25, 0, [0.5, 0.25]),
+    sdpa: (DIM**-0.5, 0, []),
+    sdpa_masked: (0.1, 0, []),
+}
+
+
+def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[Bias]]:
+    torch.manual_seed(0)
+    layer = Layer(core).eval()
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(37, 16),), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+    module, found = exported.module(check_guards=False), list[Bias]()
+    assert isinstance(module, torch.fx.GraphModule)
+    replace_own_attention(module, lambda bias: found.append(bias) or Attend(bias), ROWS)  # type: ignore[func-returns-value]
+    return layer, module, found
+
+
+@pytest.mark.parametrize("core", ALIKE, ids=lambda core: core.__name__)
+@torch.no_grad()
+def test_what_attention_does_is_found_and_replaced(core: Core) -> None:
+    layer, module, (bias,) = _replaced(core)
+    scale, reach, slopes = ALIKE[core]
+    assert bias.scale == pytest.approx(scale, rel=1e-6)
+    assert bias.window == reach
+    assert ([] if bias.slopes is None else bias.slopes.tolist()) == slopes
+    assert not any("softmax" in str(node.target) for node in module.graph.nodes)
+    for num_tokens in (1, 2, 50):
+        x = torch.randn(num_tokens, 16)
+        torch.testing.assert_close(module(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _softmax(torch.tanh(q @ k.transpose(-1, -2)), v)
+
+
+def bucketed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    return _softmax(scores + (_distance(scores) > 5) * 2.0, v)
+
+
+def keys_scaled_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    return _softmax(scores * torch.arange(1, scores.shape[-1] + 1), v)
+
+
+UNLIKE: dict[Core, str] = {
+    bidirectional: "its mask is neither causal",
+    capped: "its scores are not scaled alike",
+    bucketed: "a bias to scores that does not grow evenly",
+    keys_scaled_apart: "its scores are not scaled alike",
+}
+
+
+@pytest.mark.parametrize("core", UNLIKE, ids=lambda core: core.__name__)
+def test_what_is_unlike_attention_is_named(core: Core) -> None:
+    with pytest.raises(UnlikeAttentionError, match=UNLIKE[core]):
+        _replaced(core)
+
+
+def test_weights_that_are_changed_are_not_taken_for_attention() -> None:
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2)
+        return (scores.masked_fill(_distance(scores) < 0, float("-inf")).softmax(-1) * 2) @ v
+
+    assert _replaced(gated)[2] == []

@@ -1,0 +1,64 @@
+"""Where there is no GPU, the attention kernels run interpreted; that Triton and ptxas can make them for one is seen here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from passes.ops.decode_attention import _decode_attention_kernel
+from passes.ops.prefill_attention import _prefill_attention_kernel
+
+HOPPER = GPUTarget("cuda", 90, 32)
+HALF, FLOAT, INTS = "*bf16", "*fp32", "*i32"
+TYPES = {
+    **dict.fromkeys(("out", "q", "k_cache", "v_cache", "sinks"), HALF),
+    **dict.fromkeys(("shares", "weights", "slopes"), FLOAT),
+    **dict.fromkeys(("block_table", "query_start", "seq_lens", "arrivals"), INTS),
+    **dict.fromkeys(("scale", "softcap"), "fp32"),
+}  # all others are integers
+HEADS = {"H": 16, "G": 8, "D": 128, "E": 128, "PAGE": 16, "TILE_D": 128, "TILE_E": 128, "TILE_K": 64, "STAGES": 2}
+KERNELS = {
+    "decode": (_decode_attention_kernel, {"TILE_M": 16, "TILE_S": 16, "AT_ONCE": 8, "EARLY": True}),
+    "prefill": (_prefill_attention_kernel, {"TILE_M": 64, "TILE_Q": 32, "SEARCH_STEPS": 4}),
+}
+OPTIONS = {
+    "plain": {"WINDOW": 0, "HAS_SINKS": False, "HAS_SOFTCAP": False, "HAS_SLOPES": False},
+    "slopes": {"WINDOW": 0, "HAS_SINKS": False, "HAS_SOFTCAP": False, "HAS_SLOPES": True},
+    "all": {"WINDOW": 24, "HAS_SINKS": True, "HAS_SOFTCAP": True, "HAS_SLOPES": True},
+    "chunks": {"WINDOW": -64, "HAS_SINKS": True, "HAS_SOFTCAP": False, "HAS_SLOPES": False},
+}
+
+
+def test_all_compile(tmp_path: Path) -> None:
+    """In a process of its own, since here Triton has been told to interpret what it imports."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.passes.ops.test_compiles_for_hopper"]
+    found = subprocess.run(
+        command, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.split() == [f"{name}-{option}" for name in KERNELS for option in OPTIONS]
+
+
+def _compile(name: str, option: str) -> None:
+    kernel, tiles = KERNELS[name]
+    constants: dict[str, Any] = {**HEADS, **tiles, **OPTIONS[option]}
+    for tensor, used in (("sinks", "HAS_SINKS"), ("slopes", "HAS_SLOPES")):
+        if not constants[used]:
+            constants[tensor] = None
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared < 227 * 1024, "what a block may have"
+
+
+if __name__ == "__main__":
+    for each in KERNELS:
+        for way in OPTIONS:
+            _compile(each, way)
+            print(f"{each}-{way}")

@@ -1,0 +1,69 @@
+"""Files that other users own or may write to are told apart, wherever on the way to them that is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from compiled_llm.system import file_trust
+from compiled_llm.system.file_trust import UntrustedFileError, make_private, read_trusted, refusal
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file that is this user's alone, two directories down."""
+    found = tmp_path / "a" / "b" / "code.so"
+    make_private(found.parent)
+    found.write_bytes(b"code")
+    found.chmod(0o600)
+    return found
+
+
+def test_what_is_this_users_alone_is_read(path: Path) -> None:
+    assert refusal(path) is None
+    assert read_trusted(path) == b"code"
+    path.chmod(0o644)
+    path.parent.chmod(0o755)
+    assert refusal(path) is None, "others may read it"
+
+
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_what_others_may_write_is_refused(path: Path, levels: int, mode: int) -> None:
+    place = [path, *path.parents][levels]
+    place.chmod(0o700 | mode)
+    why = refusal(path)
+    assert why is not None
+    assert "\n" not in why
+    assert why == f"others may write to {place} (mode {0o700 | mode:o}): take that away with `chmod go-w {place}`"
+    with pytest.raises(UntrustedFileError, match="others may write"):
+        read_trusted(path)
+
+
+def test_above_a_sticky_directory_others_may_write_beside_it(path: Path) -> None:
+    path.parents[1].chmod(0o1777)
+    assert refusal(path) is None
+    assert refusal(path.parents[1]) is not None, "in it, others may put what they like"
+
+
+def test_what_another_user_owns_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        os.chown(path.parent, 12345, -1)
+        assert refusal(path) == f"{path.parent} belongs to another user (uid 12345): expected this user or root"
+    else:
+        monkeypatch.setattr(file_trust.os, "geteuid", lambda: os.getuid() + 1)
+        assert f"belongs to another user (uid {os.getuid()})" in str(refusal(path))
+
+
+def test_where_a_link_leads_counts(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    assert refusal(link / path.name) is None
+    path.parents[1].chmod(0o770)
+    assert str(path.parents[1]) in str(refusal(link / path.name))
+
+
+def test_what_does_not_exist_is_judged_by_what_is_above(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "new" / "artifact") is None
+    tmp_path.chmod(0o777)
+    assert refusal(tmp_path / "new" / "artifact") is not None
