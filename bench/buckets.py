@@ -7,12 +7,22 @@ from bench.stats import figure
 from bench.worker_group import Session
 
 
-def run(session: Session, card: Card, *, context: int, steps: int, rounds: int, largest: int) -> list[dict[str, Any]]:
+def run(
+    session: Session, card: Card, *, context: int, steps: int, rounds: int, largest: int
+) -> list[dict[str, Any]]:
     """A row for each batch size: the step's time and bucket, its padded share, and its time against the batch one smaller."""
     rows: list[dict[str, Any]] = []
     for batch in range(1, largest + 1):
-        arguments = {"batch": batch, "context": context, "steps": steps, "rounds": rounds, "vocab_size": card.vocab_size}
-        measured = session.call("ours", "decode", **arguments) if "ours" in session.workers else None
+        arguments = {
+            "batch": batch,
+            "context": context,
+            "steps": steps,
+            "rounds": rounds,
+            "vocab_size": card.vocab_size,
+        }
+        measured = (
+            session.call("ours", "decode", **arguments) if "ours" in session.workers else None
+        )
         if measured is None:
             rows.append({"batch": batch, "failure": session.failures["ours"]})
             continue

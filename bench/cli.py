@@ -12,20 +12,44 @@ from compiled_llm.cli.exit_status import run_command
 if TYPE_CHECKING:  # torch takes seconds to import
     from bench.commands import Bench
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Benchmarks, against peers where there are some.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Benchmarks, against peers where there are some.",
+)
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file such as configs/qwen3-0.6b-random.yaml.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")]
-Systems = Annotated[str, typer.Option(help=f"Which, with commas; the first is what ratios refer to. {', '.join(SYSTEMS)}.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="A YAML file such as configs/qwen3-0.6b-random.yaml."),
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+]
+Systems = Annotated[
+    str,
+    typer.Option(
+        help=f"Which, with commas; the first is what ratios refer to. {', '.join(SYSTEMS)}."
+    ),
+]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, with commas.")]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences that decode.")]
 Context = Annotated[int, typer.Option(help="Prompt tokens of each sequence.")]
 Steps = Annotated[int, typer.Option(help="Decode steps of a sample.")]
-Rounds = Annotated[int, typer.Option(help="Samples of each figure; systems take turns. The table shows medians.")]
-Out = Annotated[Path | None, typer.Option(help="Where results are kept; bench/results of the checkout when left out.")]
+Rounds = Annotated[
+    int, typer.Option(help="Samples of each figure; systems take turns. The table shows medians.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where results are kept; bench/results of the checkout when left out."),
+]
 Limit = Annotated[float, typer.Option(help="Seconds that one call of a system may take.")]
 VllmPath = Annotated[
-    str | None, typer.Option("--vllm-pythonpath", envvar="BENCH_VLLM_PYTHONPATH", help="Searched first, in vLLM's process alone.")
+    str | None,
+    typer.Option(
+        "--vllm-pythonpath",
+        envvar="BENCH_VLLM_PYTHONPATH",
+        help="Searched first, in vLLM's process alone.",
+    ),
 ]
 
 
@@ -64,7 +88,13 @@ def throughput(
         output_lengths=_range(output_lengths, "--output-lengths"), temperature=temperature, sharegpt=sharegpt,
     )  # fmt: skip
     names = check_names(_names(systems))
-    run_throughput(_begin(config, overrides, out, limit, vllm_pythonpath), names, mix, rounds=rounds, profile=profile)
+    run_throughput(
+        _begin(config, overrides, out, limit, vllm_pythonpath),
+        names,
+        mix,
+        rounds=rounds,
+        profile=profile,
+    )
 
 
 @app.command()
@@ -76,7 +106,12 @@ def startup(
     from bench.commands import run_startup
 
     names = check_names(_names(systems))
-    run_startup(_begin(config, overrides, out, limit, vllm_pythonpath), names, context=context, rounds=rounds)
+    run_startup(
+        _begin(config, overrides, out, limit, vllm_pythonpath),
+        names,
+        context=context,
+        rounds=rounds,
+    )
 
 
 @app.command()
@@ -88,7 +123,13 @@ def buckets(
     """A decode step at every batch size: its bucket, its padding, and the cliffs."""
     from bench.commands import run_buckets
 
-    run_buckets(_begin(config, overrides, out, limit), context=context, steps=steps, rounds=rounds, largest=largest)
+    run_buckets(
+        _begin(config, overrides, out, limit),
+        context=context,
+        steps=steps,
+        rounds=rounds,
+        largest=largest,
+    )
 
 
 @app.command()
@@ -117,8 +158,17 @@ def stream(
     names = check_names(_names(systems))
     ours = [name for name in SYSTEMS if name.startswith("ours")]
     if any(name not in ours for name in names):
-        raise ValueError(f"--systems {systems}: stream looks into engines of ours, expected some of {', '.join(ours)}")
-    run_stream(_begin(config, overrides, out, limit), names, batch=batch, context=context, steps=steps, rounds=rounds)
+        raise ValueError(
+            f"--systems {systems}: stream looks into engines of ours, expected some of {', '.join(ours)}"
+        )
+    run_stream(
+        _begin(config, overrides, out, limit),
+        names,
+        batch=batch,
+        context=context,
+        steps=steps,
+        rounds=rounds,
+    )
 
 
 @app.command()
@@ -139,7 +189,11 @@ def main() -> None:
 
 
 def _begin(
-    config: Path | None, overrides: list[str], out: Path | None, limit: float, vllm_pythonpath: str | None = None
+    config: Path | None,
+    overrides: list[str],
+    out: Path | None,
+    limit: float,
+    vllm_pythonpath: str | None = None,
 ) -> "Bench":
     from bench.commands import Bench
     from bench.record import RESULTS
@@ -157,12 +211,20 @@ def _names(text: str) -> list[str]:
 def _numbers(text: str, option: str) -> list[int]:
     parts = _names(text)
     if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"{option} {text!r}: expected positive numbers with commas, such as 1,8,32")
+        raise ValueError(
+            f"{option} {text!r}: expected positive numbers with commas, such as 1,8,32"
+        )
     return [int(part) for part in parts]
 
 
 def _range(text: str, option: str) -> tuple[int, int]:
     parts = text.split("-")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
-        raise ValueError(f"{option} {text!r}: expected two numbers, the smaller first, such as 100-1024")
+    if (
+        len(parts) != 2
+        or not all(part.isdecimal() for part in parts)
+        or not 0 < int(parts[0]) <= int(parts[1])
+    ):
+        raise ValueError(
+            f"{option} {text!r}: expected two numbers, the smaller first, such as 100-1024"
+        )
     return int(parts[0]), int(parts[1])

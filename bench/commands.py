@@ -87,15 +87,23 @@ def run_latency(bench: Bench, names: list[str], plan: latency.Plan) -> None:
         *_STEP[3:],
         ("eager steps", "fallbacks", _TEXT),
     ]
-    least = [{**row, "system": "reading it all", "step_ms": row["least_ms"]} for row in rows if row.get("least_ms") is not None]
+    least = [
+        {**row, "system": "reading it all", "step_ms": row["least_ms"]}
+        for row in rows
+        if row.get("least_ms") is not None
+    ]
     draws = [
         lines([*rows, *least], x="batch", y="step_ms", by="system", labels=("batch", "ms a step")),
-        lines(rows, x="batch", y="first_token_ms", by="system", labels=("batch", "ms to first token")),
+        lines(
+            rows, x="batch", y="first_token_ms", by="system", labels=("batch", "ms to first token")
+        ),
     ]
     bench.finish("latency", {"systems": names, **asdict(plan)}, result, columns, draws)
 
 
-def run_throughput(bench: Bench, names: list[str], mix: throughput.Mix, *, rounds: int, profile: int) -> None:
+def run_throughput(
+    bench: Bench, names: list[str], mix: throughput.Mix, *, rounds: int, profile: int
+) -> None:
     workload = mix.workload(bench.config, bench.card)
     bench.fit(workload.longest)
     with started(names, bench.config, bench.card, bench.options) as session:
@@ -105,7 +113,13 @@ def run_throughput(bench: Bench, names: list[str], mix: throughput.Mix, *, round
             row |= _idle(session, row["system"], workload, profile)
         result = {
             "rows": rows,
-            "samples": [{"system": each.system, "rounds": [asdict(g) | {"counts": None} for g in each.rounds]} for each in runs],
+            "samples": [
+                {
+                    "system": each.system,
+                    "rounds": [asdict(g) | {"counts": None} for g in each.rounds],
+                }
+                for each in runs
+            ],
             "prompt_tokens": workload.num_prompt_tokens,
             "output_tokens": workload.num_output_tokens,
             **_of_session(session),
@@ -126,13 +140,20 @@ def run_throughput(bench: Bench, names: list[str], mix: throughput.Mix, *, round
         ("s to ready", "ready_s", number(1)),
     ]
     draws = [bars(rows, x="system", ys=["tokens_per_second"], label="output tokens a second")]
-    arguments = {"systems": names, "rounds": rounds, **asdict(mix), "sharegpt": str(mix.sharegpt) if mix.sharegpt else None}
+    arguments = {
+        "systems": names,
+        "rounds": rounds,
+        **asdict(mix),
+        "sharegpt": str(mix.sharegpt) if mix.sharegpt else None,
+    }
     bench.finish("throughput", arguments, result, columns, draws)
 
 
 def run_startup(bench: Bench, names: list[str], *, context: int, rounds: int) -> None:
     bench.fit(context + 1)
-    rows = startup.run(names, bench.config, bench.card, bench.options, context=context, rounds=rounds)
+    rows = startup.run(
+        names, bench.config, bench.card, bench.options, context=context, rounds=rounds
+    )
     for row in rows:
         row["label"] = f"{row['system']}, {row['caches']}"
     columns: list[Column] = [
@@ -143,32 +164,73 @@ def run_startup(bench: Bench, names: list[str], *, context: int, rounds: int) ->
         *((name, name, number(2)) for name in startup.PHASES),
     ]
     draws = [bars(rows, x="label", ys=startup.PHASES, label="seconds to the first token")]
-    bench.finish("startup", {"systems": names, "context": context, "rounds": rounds}, {"rows": rows}, columns, draws)
+    bench.finish(
+        "startup",
+        {"systems": names, "context": context, "rounds": rounds},
+        {"rows": rows},
+        columns,
+        draws,
+    )
 
 
-def run_buckets(bench: Bench, *, context: int, steps: int, rounds: int, largest: int | None) -> None:
+def run_buckets(
+    bench: Bench, *, context: int, steps: int, rounds: int, largest: int | None
+) -> None:
     last = largest or bench.card.max_num_seqs
     if last > bench.card.max_num_seqs:
-        raise ValueError(f"--largest {last} is above limits.max_num_seqs={bench.card.max_num_seqs}: lower it or raise the limit")
+        raise ValueError(
+            f"--largest {last} is above limits.max_num_seqs={bench.card.max_num_seqs}: lower it or raise the limit"
+        )
     bench.fit(_room(bench, [last], context, steps, rounds))
     with started(["ours"], bench.config, bench.card, bench.options) as session:
-        rows = buckets.run(session, bench.card, context=context, steps=steps, rounds=rounds, largest=last)
+        rows = buckets.run(
+            session, bench.card, context=context, steps=steps, rounds=rounds, largest=last
+        )
         cliff = buckets.worst(rows)
         result = {"rows": rows, "worst": cliff, **_of_session(session)}
-    columns: list[Column] = [("batch", "batch", _TEXT), ("bucket", "bucket", _TEXT), *_STEP, ("x one less", "step_ratio", times)]
+    columns: list[Column] = [
+        ("batch", "batch", _TEXT),
+        ("bucket", "bucket", _TEXT),
+        *_STEP,
+        ("x one less", "step_ratio", times),
+    ]
     for row in rows:
         row["series"] = "ours"
-    least = [{**row, "series": "reading it all", "step_ms": row["least_ms"]} for row in rows if "least_ms" in row]
+    least = [
+        {**row, "series": "reading it all", "step_ms": row["least_ms"]}
+        for row in rows
+        if "least_ms" in row
+    ]
     draws = [
-        lines([*rows, *least], x="batch", y="step_ms", by="series", labels=("batch", "ms a step"), log=False),
-        lines(rows, x="batch", y="padded_share", by="series", labels=("batch", "share of padding"), log=False),
+        lines(
+            [*rows, *least],
+            x="batch",
+            y="step_ms",
+            by="series",
+            labels=("batch", "ms a step"),
+            log=False,
+        ),
+        lines(
+            rows,
+            x="batch",
+            y="padded_share",
+            by="series",
+            labels=("batch", "share of padding"),
+            log=False,
+        ),
     ]
     arguments = {"context": context, "steps": steps, "rounds": rounds, "largest": last}
-    note = f"the steepest step is to batch {cliff['batch']}, {cliff['step_ratio']:.2f}x, in {cliff['bucket']}" if cliff else None
+    note = (
+        f"the steepest step is to batch {cliff['batch']}, {cliff['step_ratio']:.2f}x, in {cliff['bucket']}"
+        if cliff
+        else None
+    )
     bench.finish("buckets", arguments, result, columns, draws, note)
 
 
-def run_passes(bench: Bench, *, only: list[str], batches: list[int], context: int, steps: int, rounds: int) -> None:
+def run_passes(
+    bench: Bench, *, only: list[str], batches: list[int], context: int, steps: int, rounds: int
+) -> None:
     passes.variants(bench.config, only)
     bench.fit(_room(bench, batches, context, steps, rounds))
     sizes = {"batches": batches, "context": context, "steps": steps, "rounds": rounds}
@@ -183,14 +245,25 @@ def run_passes(bench: Bench, *, only: list[str], batches: list[int], context: in
     ]
     for row in rows:
         row["label"] = f"{row['variant']}, {row['batch']}"
-    draws = [bars([row for row in rows if row["variant"] != passes.ALL], x="label", ys=["earned_us"], label="us a step earned")]
+    draws = [
+        bars(
+            [row for row in rows if row["variant"] != passes.ALL],
+            x="label",
+            ys=["earned_us"],
+            label="us a step earned",
+        )
+    ]
     bench.finish("passes", {"only": only, **sizes}, {"rows": rows}, columns, draws)
 
 
-def run_stream(bench: Bench, names: list[str], *, batch: int, context: int, steps: int, rounds: int) -> None:
+def run_stream(
+    bench: Bench, names: list[str], *, batch: int, context: int, steps: int, rounds: int
+) -> None:
     bench.fit(_room(bench, [batch], context, steps, rounds))
     with started(names, bench.config, bench.card, bench.options) as session:
-        rows = stream.run(session, names, bench.card, batch=batch, context=context, steps=steps, rounds=rounds)
+        rows = stream.run(
+            session, names, bench.card, batch=batch, context=context, steps=steps, rounds=rounds
+        )
         result = {"rows": rows, **_of_session(session)}
     columns: list[Column] = [
         ("system", "system", _TEXT),
@@ -202,10 +275,21 @@ def run_stream(bench: Bench, names: list[str], *, batch: int, context: int, step
         ("GPU busy us", "busy_us", number(1)),
         ("GPU idle", "idle_share", percent),
     ]
-    draws = [bars(rows, x="system", ys=["step_ms"], label="ms a step"), *([timelines(rows)] if bench.card.device == "cuda" else [])]
-    arguments = {"systems": names, "batch": batch, "context": context, "steps": steps, "rounds": rounds}
+    draws = [
+        bars(rows, x="system", ys=["step_ms"], label="ms a step"),
+        *([timelines(rows)] if bench.card.device == "cuda" else []),
+    ]
+    arguments = {
+        "systems": names,
+        "batch": batch,
+        "context": context,
+        "steps": steps,
+        "rounds": rounds,
+    }
     note = "a CPU has no launches to count and no device that waits: host time is all of the step"
-    bench.finish("stream", arguments, result, columns, draws, note if bench.card.device == "cpu" else None)
+    bench.finish(
+        "stream", arguments, result, columns, draws, note if bench.card.device == "cpu" else None
+    )
 
 
 def run_kernels(bench: Bench, *, only: str | None) -> None:
@@ -220,14 +304,26 @@ def run_kernels(bench: Bench, *, only: str | None) -> None:
         ("of the read bandwidth", "bandwidth_share", percent),
         ("TFLOP/s", "tflops", number(2)),
     ]
-    decode = [{**row, "label": f"{row['shape']} {row['kernel']}"} for row in rows if row["kind"] == "decode"]
-    draws = [bars(decode, x="label", ys=["gb_per_second"], label="GB/s of keys and values, decode")] if decode else []
+    decode = [
+        {**row, "label": f"{row['shape']} {row['kernel']}"}
+        for row in rows
+        if row["kind"] == "decode"
+    ]
+    draws = (
+        [bars(decode, x="label", ys=["gb_per_second"], label="GB/s of keys and values, decode")]
+        if decode
+        else []
+    )
     bench.finish("kernels", {"only": only}, {"rows": rows}, columns, draws)
 
 
 def _of_session(session: Session) -> dict[str, Any]:
     """What a reader should know of the systems: versions and settings, the start, failures, and our own counters."""
-    reports = {name: session.call(name, "report") for name in list(session.workers) if name.startswith("ours")}
+    reports = {
+        name: session.call(name, "report")
+        for name in list(session.workers)
+        if name.startswith("ours")
+    }
     for name, report in reports.items():
         for reason, steps in (report or {}).get("fallbacks", {}).items():
             print(f"{name}: {steps} steps ran eagerly: {reason}", file=sys.stderr)
@@ -243,11 +339,20 @@ def _idle(session: Session, name: str, workload: Workload, steps: int) -> dict[s
     """How long the GPU waits between two launches, for our own engines."""
     if not name.startswith("ours") or name not in session.workers:
         return {}
-    asked = {"prompts": workload.prompts, "output_lengths": workload.output_lengths, "temperature": workload.temperature}
+    asked = {
+        "prompts": workload.prompts,
+        "output_lengths": workload.output_lengths,
+        "temperature": workload.temperature,
+    }
     spans = session.call(name, "profile_workload", steps=steps, **asked) or {}
     return {f"idle_{kind}": idle_between_launches(found) for kind, found in spans.items()}
 
 
 def _room(bench: Bench, batches: list[int], context: int, steps: int, rounds: int) -> int:
     """Tokens of a sequence that decodes in all rounds, and while others join."""
-    return context + 2 + steps * (rounds + 2) + -(-max(batches) * context // bench.card.max_num_batched_tokens)
+    return (
+        context
+        + 2
+        + steps * (rounds + 2)
+        + -(-max(batches) * context // bench.card.max_num_batched_tokens)
+    )

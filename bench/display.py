@@ -40,16 +40,22 @@ def show_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, A
     for place, (name, _, _) in enumerate(shown):
         table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place == 0)
     for row in rows:
-        table.add_row(*(write(row[key]) if row.get(key) is not None else "-" for _, key, write in shown))
+        table.add_row(
+            *(write(row[key]) if row.get(key) is not None else "-" for _, key, write in shown)
+        )
     console = _console()
     console.print(table)
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.get("failure"):
-            reasons.setdefault(f"{row[columns[0][1]]}: {row['failure']}", []).append(str(row.get(columns[1][1])))
+            reasons.setdefault(f"{row[columns[0][1]]}: {row['failure']}", []).append(
+                str(row.get(columns[1][1]))
+            )
     for reason, which in reasons.items():
         console.print(
-            f"{reason} ({columns[1][0]} {', '.join(which)})" if len(which) < len(rows) and columns[1][1] == "batch" else reason
+            f"{reason} ({columns[1][0]} {', '.join(which)})"
+            if len(which) < len(rows) and columns[1][1] == "batch"
+            else reason
         )
 
 

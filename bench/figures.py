@@ -15,7 +15,10 @@ def save_figure(path: Path, title: str, *draws: Draw) -> Path | None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print('no plot: matplotlib is not installed, pip install "compiled-llm[bench]" brings it', file=sys.stderr)
+        print(
+            'no plot: matplotlib is not installed, pip install "compiled-llm[bench]" brings it',
+            file=sys.stderr,
+        )
         return None
     figure = Figure(figsize=(6.4 * len(draws), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -26,12 +29,22 @@ def save_figure(path: Path, title: str, *draws: Draw) -> Path | None:
     return path
 
 
-def lines(rows: Sequence[dict[str, Any]], *, x: str, y: str, by: str, labels: tuple[str, str], log: bool = True) -> Draw:
+def lines(
+    rows: Sequence[dict[str, Any]],
+    *,
+    x: str,
+    y: str,
+    by: str,
+    labels: tuple[str, str],
+    log: bool = True,
+) -> Draw:
     """`y` over `x`, a line for each value of `by`; rows without `y` are left out."""
 
     def draw(axes: Any) -> None:
         for name in dict.fromkeys(row[by] for row in rows):
-            points = [(row[x], row[y]) for row in rows if row[by] == name and row.get(y) is not None]
+            points = [
+                (row[x], row[y]) for row in rows if row[by] == name and row.get(y) is not None
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
         if log:
@@ -60,7 +73,9 @@ def bars(rows: Sequence[dict[str, Any]], *, x: str, ys: Sequence[str], label: st
             heights = [row.get(y) or 0.0 for row in kept]
             axes.bar(range(len(kept)), heights, bottom=bottoms, label=y.replace("_", " "))
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        axes.set_xticks(range(len(kept)), [str(row[x]) for row in kept], rotation=25, ha="right", fontsize=8)
+        axes.set_xticks(
+            range(len(kept)), [str(row[x]) for row in kept], rotation=25, ha="right", fontsize=8
+        )
         axes.set_ylabel(label)
         if len(ys) > 1:
             axes.legend(fontsize=8)

@@ -22,16 +22,34 @@ def run(card: Card, *, only: str | None = None) -> list[dict[str, Any]]:
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernels.json"
-        command = [sys.executable, "-m", "pytest", "bench/kernels.py", "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "bench/kernels.py",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--benchmark-json={path}",
+        ]
         chosen = ["-k", only] if only else []
-        done = subprocess.run([*command, "--benchmark-disable-gc", *chosen], cwd=ROOT, stdout=sys.stderr)
+        done = subprocess.run(
+            [*command, "--benchmark-disable-gc", *chosen], cwd=ROOT, stdout=sys.stderr
+        )
         if done.returncode or not path.exists():
-            raise ValueError(f"pytest on bench/kernels.py ended with code {done.returncode}: its output is above")
+            raise ValueError(
+                f"pytest on bench/kernels.py ended with code {done.returncode}: its output is above"
+            )
         measured = json.loads(path.read_text())["benchmarks"]
     rows = [_row(each, card) for each in measured]
     for row in rows:
         ours = next(
-            (r["us"] for r in rows if r["kernel"] == "paged" and (r["kind"], r["shape"]) == (row["kind"], row["shape"])), None
+            (
+                r["us"]
+                for r in rows
+                if r["kernel"] == "paged" and (r["kind"], r["shape"]) == (row["kind"], row["shape"])
+            ),
+            None,
         )
         row["ratio"] = row["us"] / ours if ours else None
     return rows
@@ -40,7 +58,12 @@ def run(card: Card, *, only: str | None = None) -> list[dict[str, Any]]:
 def _row(measured: dict[str, Any], card: Card) -> dict[str, Any]:
     info = measured["extra_info"]
     seconds = measured["stats"]["median"] / info["calls"]
-    row = {"kind": info["kind"], "shape": info["shape"], "kernel": info["kernel"], "us": seconds * 1e6}
+    row = {
+        "kind": info["kind"],
+        "shape": info["shape"],
+        "kernel": info["kernel"],
+        "us": seconds * 1e6,
+    }
     if info["kind"] == "prefill":
         return row | {"tflops": info["flops"] / seconds / 1e12}
     rate = info["bytes"] / seconds

@@ -55,14 +55,19 @@ def _shapes() -> tuple[list[Shape], list[Shape]]:
     """For decode, and for prefill."""
     if not _GPU:
         sizes = {"heads": 4, "kv_heads": 2, "dim": 32}
-        return [Shape(sequences=2, queries=1, length=64, **sizes)], [Shape(sequences=1, queries=32, length=32, **sizes)]
+        return [Shape(sequences=2, queries=1, length=64, **sizes)], [
+            Shape(sequences=1, queries=32, length=32, **sizes)
+        ]
     decode, prefill = [], []
     for heads in (16, 32):  # Qwen3-0.6B, Llama-3.1-8B
         sizes = {"heads": heads, "kv_heads": 8, "dim": 128}
         batches = [(1, 512), (8, 512), (32, 512), (128, 1024), (1, 16384), (8, 16384)]
-        decode += [Shape(sequences=batch, queries=1, length=length, **sizes) for batch, length in batches]
+        decode += [
+            Shape(sequences=batch, queries=1, length=length, **sizes) for batch, length in batches
+        ]
         prefill += [
-            Shape(sequences=batch, queries=length, length=length, **sizes) for batch, length in [(16, 128), (2, 1024), (1, 4096)]
+            Shape(sequences=batch, queries=length, length=length, **sizes)
+            for batch, length in [(16, 128), (2, 1024), (1, 4096)]
         ]
     return decode, prefill
 
@@ -89,10 +94,15 @@ class Inputs:
         generator = torch.Generator(DEVICE).manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "device": DEVICE, "dtype": DTYPE}
         s, pages = shape.sequences, -(-shape.length // _PAGE)
-        k_cache, v_cache = (torch.randn(s * pages, _PAGE, shape.kv_heads, shape.dim, **options) for _ in range(2))
+        k_cache, v_cache = (
+            torch.randn(s * pages, _PAGE, shape.kv_heads, shape.dim, **options) for _ in range(2)
+        )
         order = torch.randperm(s * pages, generator=generator, device=DEVICE).view(s, pages)
         k, v = (
-            cache[order].view(s, pages * _PAGE, shape.kv_heads, shape.dim)[:, : shape.length].transpose(1, 2).contiguous()
+            cache[order]
+            .view(s, pages * _PAGE, shape.kv_heads, shape.dim)[:, : shape.length]
+            .transpose(1, 2)
+            .contiguous()
             for cache in (k_cache, v_cache)
         )
         q = torch.randn(s, shape.heads, shape.queries, shape.dim, **options)
@@ -126,24 +136,32 @@ def _paged(inputs: Inputs) -> Tensor:
 
 def _sdpa(inputs: Inputs) -> Tensor:
     causal = inputs.shape.queries > 1
-    return torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, is_causal=causal, enable_gqa=True)
+    return torch.nn.functional.scaled_dot_product_attention(
+        inputs.q, inputs.k, inputs.v, is_causal=causal, enable_gqa=True
+    )
 
 
 def _flex(inputs: Inputs) -> Tensor:
-    out: Tensor = _flex_function()(inputs.q, inputs.k, inputs.v, block_mask=_causal_mask(inputs.shape), enable_gqa=True)
+    out: Tensor = _flex_function()(
+        inputs.q, inputs.k, inputs.v, block_mask=_causal_mask(inputs.shape), enable_gqa=True
+    )
     return out
 
 
 @functools.cache
 def _flex_function() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False) if _GPU else flex_attention  # a CPU takes half a minute to compile it
+    return (
+        torch.compile(flex_attention, dynamic=False) if _GPU else flex_attention
+    )  # a CPU takes half a minute to compile it
 
 
 @functools.cache
 def _causal_mask(shape: Shape) -> BlockMask | None:
     if shape.queries == 1:
         return None
-    return create_block_mask(lambda b, h, q, k: q >= k, None, None, shape.queries, shape.length, device=DEVICE)
+    return create_block_mask(
+        lambda b, h, q, k: q >= k, None, None, shape.queries, shape.length, device=DEVICE
+    )
 
 
 KERNELS: dict[str, Attend] = {"paged": _paged, "sdpa": _sdpa, "flex": _flex}
@@ -168,7 +186,9 @@ def _measure(benchmark: Any, shape: Shape, kernel: str) -> None:
     inputs = [Inputs.make(shape, seed) for seed in range(copies)]
     attend = KERNELS[kernel]
     torch.compiler.reset()  # every shape is compiled for itself, and Dynamo gives up after eight of one function
-    torch.testing.assert_close(attend(inputs[0]), _sdpa(inputs[0]), atol=_TOLERANCE, rtol=_TOLERANCE)
+    torch.testing.assert_close(
+        attend(inputs[0]), _sdpa(inputs[0]), atol=_TOLERANCE, rtol=_TOLERANCE
+    )
     benchmark.extra_info.update(
         kernel=kernel, kind="decode" if shape.queries == 1 else "prefill", shape=str(shape), calls=copies,
         bytes=shape.num_bytes, flops=shape.flops,

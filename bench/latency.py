@@ -74,7 +74,11 @@ def table(cells: list[Cell], plan: Plan, card: Card) -> list[dict[str, Any]]:
     """A row for each cell: medians, spreads, what reading alone would take, and ratios to the first system at the same batch."""
     rows = []
     for cell in cells:
-        base = next(other for other in cells if other.batch == cell.batch and other.system == cells[0].system)
+        base = next(
+            other
+            for other in cells
+            if other.batch == cell.batch and other.system == cells[0].system
+        )
         row: dict[str, Any] = {"system": cell.system, "batch": cell.batch, "failure": cell.failure}
         if cell.failure is None:
             step, first = figure(cell.step_ms), figure(cell.first_ms)
@@ -128,13 +132,19 @@ def _sample(session: Session, cell: Cell, plan: Plan, card: Card, number: int) -
         grown = {name: long.counters[name] - short.counters[name] for name in long.counters}
         cell.host_us.append(grown["host_seconds"] / max(1.0, grown["steps"]) * 1e6)
         cell.padded_share = grown["padded"] / grown["computed"] if grown["computed"] > 0 else None
-        cell.fallbacks = (cell.fallbacks or 0) + int(sum(each.counters["fallbacks"] for each in (first, short, long)))
+        cell.fallbacks = (cell.fallbacks or 0) + int(
+            sum(each.counters["fallbacks"] for each in (first, short, long))
+        )
 
 
-def _generate(session: Session, cell: Cell, plan: Plan, card: Card, length: int, *, seed: int) -> Generated | None:
+def _generate(
+    session: Session, cell: Cell, plan: Plan, card: Card, length: int, *, seed: int
+) -> Generated | None:
     if cell.failure is not None:
         return None
-    prompts = fresh_prompts(cell.batch, plan.context, vocab_size=card.vocab_size, seed=1000 * cell.batch + seed)
+    prompts = fresh_prompts(
+        cell.batch, plan.context, vocab_size=card.vocab_size, seed=1000 * cell.batch + seed
+    )
     generated = session.generate(cell.system, prompts, [length] * cell.batch, 0.0)
     if generated is None:
         cell.failure = session.failures[cell.system]

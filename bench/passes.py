@@ -20,13 +20,26 @@ def variants(config: Config, only: list[str]) -> dict[str, Config]:
     names = [name for name in config.pass_order() if not only or name in only]
     unknown = [name for name in only if name not in names]
     if unknown:
-        raise ValueError(f"--only {', '.join(unknown)}: expected passes that the config has on: {', '.join(config.pass_order())}")
-    without = {f"without {name}": config.model_copy(update={"passes": {**config.passes, name: False}}) for name in names}
+        raise ValueError(
+            f"--only {', '.join(unknown)}: expected passes that the config has on: {', '.join(config.pass_order())}"
+        )
+    without = {
+        f"without {name}": config.model_copy(update={"passes": {**config.passes, name: False}})
+        for name in names
+    }
     return {ALL: config, **without, AGAIN: config}
 
 
 def run(
-    config: Config, card: Card, options: Options, *, only: list[str], batches: list[int], context: int, steps: int, rounds: int
+    config: Config,
+    card: Card,
+    options: Options,
+    *,
+    only: list[str],
+    batches: list[int],
+    context: int,
+    steps: int,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """A row for each variant and batch size; a variant that cannot run says why."""
     rows = []
@@ -43,8 +56,16 @@ def run(
     return rows
 
 
-def _row(session: Session, name: str, batch: int, context: int, steps: int, rounds: int, card: Card) -> dict[str, Any]:
-    arguments = {"batch": batch, "context": context, "steps": steps, "rounds": rounds, "vocab_size": card.vocab_size}
+def _row(
+    session: Session, name: str, batch: int, context: int, steps: int, rounds: int, card: Card
+) -> dict[str, Any]:
+    arguments = {
+        "batch": batch,
+        "context": context,
+        "steps": steps,
+        "rounds": rounds,
+        "vocab_size": card.vocab_size,
+    }
     measured = session.call(name, "decode", **arguments) if name in session.workers else None
     if measured is None:
         return {"variant": name, "batch": batch, "failure": session.failures[name]}
@@ -60,7 +81,9 @@ def _earned(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     base = [
         other["step_ms"]
         for other in rows
-        if other["variant"] in {ALL, AGAIN} and other["batch"] == row["batch"] and "step_ms" in other
+        if other["variant"] in {ALL, AGAIN}
+        and other["batch"] == row["batch"]
+        and "step_ms" in other
     ]
     if not base or "step_ms" not in row or row["variant"] == ALL:
         return {}

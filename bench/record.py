@@ -18,7 +18,9 @@ from compiled_llm.config.schema import Config
 RESULTS = ROOT / "bench" / "results"
 
 
-def make_record(command: str, config: Config, card: Card, arguments: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def make_record(
+    command: str, config: Config, card: Card, arguments: dict[str, Any], result: dict[str, Any]
+) -> dict[str, Any]:
     """All that is needed to read a result later: when, with what, on what, and what came out."""
     return {
         "command": command,
@@ -53,7 +55,11 @@ def model_name(config: Config) -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what a figure depends on; None where it is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "commit": _commit(), "driver": _driver()}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "driver": _driver(),
+    }
     for package in ("torch", "triton", "transformers"):
         try:
             found[package] = version(package)

@@ -56,7 +56,9 @@ class Card:
 
     def least_ms(self, batch: int, context: int) -> float:
         """Milliseconds in which a decode step could read the weights and the cache of `batch` sequences of `context` tokens."""
-        return (self.weight_bytes + batch * context * (self.kv_bytes or 0)) / self.read_bandwidth * 1e3
+        return (
+            (self.weight_bytes + batch * context * (self.kv_bytes or 0)) / self.read_bandwidth * 1e3
+        )
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values to print."""
@@ -64,10 +66,16 @@ class Card:
         return [
             ("model", f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}"),
             ("device", self.device_name),
-            ("copy, read bandwidth", f"{self.copy_bandwidth / 1e9:,.1f}, {self.read_bandwidth / 1e9:,.1f} GB/s, measured"),
+            (
+                "copy, read bandwidth",
+                f"{self.copy_bandwidth / 1e9:,.1f}, {self.read_bandwidth / 1e9:,.1f} GB/s, measured",
+            ),
             ("weights a step, batch 1", f"{self.weight_bytes / 2**20:,.1f} MiB"),
             ("KV cache a token", kv),
-            ("ceiling at batch 1", f"{self.ceiling:,.0f} tokens/s ({self.least_ms(1, 0):.4f} ms a step)"),
+            (
+                "ceiling at batch 1",
+                f"{self.ceiling:,.0f} tokens/s ({self.least_ms(1, 0):.4f} ms a step)",
+            ),
         ]
 
 
@@ -84,7 +92,10 @@ def make_card(config: Config) -> Card:
     device = resolve_device(config.model)
     model_config = _model_config(config.model)
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = _skeleton(model_config, default if config.model.dtype == "auto" else getattr(torch, config.model.dtype))
+    model = _skeleton(
+        model_config,
+        default if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
+    )
     limits = Limits.resolve(config.limits, model_config, device)
     copied, read = measure_bandwidth(device)
     return Card(
@@ -116,9 +127,13 @@ def device_name(device: torch.device) -> str:
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters that a decode step of one sequence reads; of experts, those that one token is sent to."""
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    experts = (
+        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    )
     chosen = getattr(config, "num_experts_per_tok", None) or experts
-    lookups: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    lookups: list[Tensor] = [
+        module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    ]
     head = model.get_output_embeddings().weight
     total = 0
     for parameter in model.parameters():
@@ -130,13 +145,17 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return total
 
 
-def measure_bandwidth(device: torch.device, *, num_bytes: int | None = None, repeats: int = 20) -> tuple[float, float]:
+def measure_bandwidth(
+    device: torch.device, *, num_bytes: int | None = None, repeats: int = 20
+) -> tuple[float, float]:
     """Bytes a second of a copy (what it reads and writes) and of a read, medians of `repeats`; on a GPU of 1 GiB each."""
     size = num_bytes or (2**30 if device.type == "cuda" else 2**27)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copied = _median_seconds(lambda: target.copy_(source), device, repeats)
-    read = _median_seconds(lambda: read_sums(source) if device.type == "cuda" else source.sum(), device, repeats)
+    read = _median_seconds(
+        lambda: read_sums(source) if device.type == "cuda" else source.sum(), device, repeats
+    )
     return 2 * size / copied, size / read
 
 

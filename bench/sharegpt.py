@@ -8,7 +8,9 @@ from typing import Any
 _ASKS, _ANSWERS = {"human", "user"}, {"gpt", "assistant", "chatgpt", "bard"}
 
 
-def read_lengths(path: Path, count_tokens: Callable[[str], int], *, limit: int, longest: int) -> list[tuple[int, int]]:
+def read_lengths(
+    path: Path, count_tokens: Callable[[str], int], *, limit: int, longest: int
+) -> list[tuple[int, int]]:
     """Tokens of the first question and the first answer of each conversation, in the file's order.
 
     Args:
@@ -27,7 +29,9 @@ def read_lengths(path: Path, count_tokens: Callable[[str], int], *, limit: int, 
         if len(lengths) == limit:
             break
     if not lengths:
-        raise ValueError(f"{path} has no conversation with a question and an answer of at most {longest} tokens together")
+        raise ValueError(
+            f"{path} has no conversation with a question and an answer of at most {longest} tokens together"
+        )
     return lengths
 
 
@@ -61,10 +65,21 @@ def _turns(path: Path) -> list[tuple[str, str]]:
     found = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-            raise ValueError(f'{path}: entry {number} is not an object with a list of "conversations"')
-        found.append((_first(entry["conversations"], _ASKS), _first(entry["conversations"], _ANSWERS)))
+            raise ValueError(
+                f'{path}: entry {number} is not an object with a list of "conversations"'
+            )
+        found.append(
+            (_first(entry["conversations"], _ASKS), _first(entry["conversations"], _ANSWERS))
+        )
     return found
 
 
 def _first(turns: list[Any], speakers: set[str]) -> str:
-    return next((str(turn.get("value", "")) for turn in turns if isinstance(turn, dict) and turn.get("from") in speakers), "")
+    return next(
+        (
+            str(turn.get("value", ""))
+            for turn in turns
+            if isinstance(turn, dict) and turn.get("from") in speakers
+        ),
+        "",
+    )

@@ -12,7 +12,17 @@ from bench.workloads import fresh_prompts
 from compiled_llm.config.schema import Config
 from compiled_llm.models.default_model import default_model
 
-PHASES = ["process", "import", "load", "prepare", "trace", "compile", "capture", "other", "first token"]
+PHASES = [
+    "process",
+    "import",
+    "load",
+    "prepare",
+    "trace",
+    "compile",
+    "capture",
+    "other",
+    "first token",
+]
 _CACHES = {
     "COMPILED_LLM_CACHE": "compiled_llm",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -21,15 +31,23 @@ _CACHES = {
 }
 
 
-def run(names: list[str], config: Config, card: Card, options: Options, *, context: int, rounds: int) -> list[dict[str, Any]]:
+def run(
+    names: list[str], config: Config, card: Card, options: Options, *, context: int, rounds: int
+) -> list[dict[str, Any]]:
     """A row for each system, cold and warm, and round; each round begins with caches that are empty."""
-    if config.model.name is None and config.model.weights == "auto":  # downloaded to a cache, but no part of a start
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(default_model())})})
+    if (
+        config.model.name is None and config.model.weights == "auto"
+    ):  # downloaded to a cache, but no part of a start
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"name": str(default_model())})}
+        )
     rows = []
     for number in range(rounds):
         for name in names:
             with tempfile.TemporaryDirectory() as directory:
-                env = {variable: str(Path(directory, folder)) for variable, folder in _CACHES.items()}
+                env = {
+                    variable: str(Path(directory, folder)) for variable, folder in _CACHES.items()
+                }
                 for caches in ("cold", "warm"):
                     row: dict[str, Any] = {"system": name, "caches": caches, "round": number + 1}
                     try:
@@ -40,14 +58,18 @@ def run(names: list[str], config: Config, card: Card, options: Options, *, conte
     return rows
 
 
-def _start(name: str, config: Config, card: Card, options: Options, env: dict[str, str], context: int) -> dict[str, Any]:
+def _start(
+    name: str, config: Config, card: Card, options: Options, env: dict[str, str], context: int
+) -> dict[str, Any]:
     """Seconds of one start; `other` is what no phase accounts for."""
     prompts = fresh_prompts(1, context, vocab_size=card.vocab_size, seed=0)
     began = time.perf_counter()
     with open_worker(name, setup_of(config, card), options, env=env) as worker:
         made = time.perf_counter() - began
         ready = worker.call("start")
-        first = worker.call("generate", prompts=prompts, output_lengths=[1], temperature=0.0)["seconds"]
+        first = worker.call("generate", prompts=prompts, output_lengths=[1], temperature=0.0)[
+            "seconds"
+        ]
         total = time.perf_counter() - began
         phases: dict[str, float] = worker.call("phases") if name.startswith("ours") else {}
     known = {"process": made, **phases, "first token": first}

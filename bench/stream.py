@@ -11,7 +11,14 @@ _KEPT = 4  # steps whose spans are kept for the timeline
 
 
 def run(
-    session: Session, names: list[str], card: Card, *, batch: int, context: int, steps: int, rounds: int
+    session: Session,
+    names: list[str],
+    card: Card,
+    *,
+    batch: int,
+    context: int,
+    steps: int,
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """A row for each system.
 
@@ -21,13 +28,26 @@ def run(
     rows = []
     for name in names:
         row: dict[str, Any] = {"system": name, "batch": batch}
-        arguments = {"batch": batch, "context": context, "steps": steps, "vocab_size": card.vocab_size}
-        timed = session.call(name, "decode", rounds=rounds, **arguments) if name in session.workers else None
+        arguments = {
+            "batch": batch,
+            "context": context,
+            "steps": steps,
+            "vocab_size": card.vocab_size,
+        }
+        timed = (
+            session.call(name, "decode", rounds=rounds, **arguments)
+            if name in session.workers
+            else None
+        )
         profiled = session.call(name, "profile", **arguments) if timed is not None else None
         if timed is None or profiled is None:
             rows.append(row | {"failure": session.failures[name]})
             continue
-        row |= {"step_ms": figure(timed["step_ms"]).median, "host_us": figure(timed["host_us"]).median, "mode": timed["bucket"]}
+        row |= {
+            "step_ms": figure(timed["step_ms"]).median,
+            "host_us": figure(timed["host_us"]).median,
+            "mode": timed["bucket"],
+        }
         rows.append(row | _device(profiled, row["step_ms"] * 1e3))
     return rows
 
@@ -44,5 +64,8 @@ def _device(profiled: dict[str, Any], step_us: float) -> dict[str, Any]:
         "device_spans": len(spans) / steps,
         "busy_us": busy,
         "idle_share": max(0.0, 1 - busy / step_us),
-        "timeline": [(round(begin, 2), round(end, 2)) for begin, end, _ in spans[: _KEPT * len(spans) // steps]],
+        "timeline": [
+            (round(begin, 2), round(end, 2))
+            for begin, end, _ in spans[: _KEPT * len(spans) // steps]
+        ],
     }

@@ -30,7 +30,9 @@ class Mix:
         """Its prompts; raises ValueError where the file cannot be used."""
         if self.sharegpt is None:
             lengths = {"prompt_lengths": self.prompt_lengths, "output_lengths": self.output_lengths}
-            return offline(self.prompts, temperature=self.temperature, vocab_size=card.vocab_size, **lengths)
+            return offline(
+                self.prompts, temperature=self.temperature, vocab_size=card.vocab_size, **lengths
+            )
         count, words = token_counter(config.model.name)
         print(f"lengths of {self.sharegpt} are counted in {words}", file=sys.stderr)
         found = read_lengths(self.sharegpt, count, limit=self.prompts, longest=card.max_model_len)
@@ -70,7 +72,9 @@ def table(session: Session, runs: list[Run], workload: Workload) -> list[dict[st
                 "tokens_per_second": workload.num_output_tokens / seconds.median,
                 "seconds": seconds.median,
                 "spread": seconds.spread,
-                "ratio": ratio([g.seconds for g in runs[0].rounds], [g.seconds for g in each.rounds]),
+                "ratio": ratio(
+                    [g.seconds for g in runs[0].rounds], [g.seconds for g in each.rounds]
+                ),
                 "ready_s": session.ready_seconds.get(each.system),
                 **_rates(each.rounds),
             }
@@ -83,7 +87,9 @@ def _generate(session: Session, each: Run, workload: Workload) -> Generated | No
         each.failure = session.failures.get(each.system, "it did not start")
     if each.failure is not None:
         return None
-    generated = session.generate(each.system, workload.prompts, workload.output_lengths, workload.temperature)
+    generated = session.generate(
+        each.system, workload.prompts, workload.output_lengths, workload.temperature
+    )
     if generated is None:
         each.failure = session.failures[each.system]
     return generated
@@ -93,7 +99,9 @@ def _rates(rounds: list[Generated]) -> dict[str, float]:
     """Of the systems that count: host time of a step, padding, and what went wrong, over all rounds."""
     if not rounds[0].counters:
         return {}
-    total = {name: sum(generated.counters[name] for generated in rounds) for name in rounds[0].counters}
+    total = {
+        name: sum(generated.counters[name] for generated in rounds) for name in rounds[0].counters
+    }
     return {
         "steps": total["steps"] / len(rounds),
         "host_us": total["host_seconds"] / max(1, total["steps"]) * 1e6,

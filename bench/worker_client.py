@@ -49,7 +49,9 @@ class Worker:
     ) -> None:
         self._limit, self._late, self._busy = limit, False, False
         name = target.rpartition(":")[2].lower()
-        with tempfile.NamedTemporaryFile("w", prefix=f"compiled-llm-bench-{name}-", suffix=".log", delete=False) as log:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix=f"compiled-llm-bench-{name}-", suffix=".log", delete=False
+        ) as log:
             self.log = Path(log.name)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bench.worker", target],
@@ -105,7 +107,12 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _kill_late(self) -> None:
@@ -114,7 +121,9 @@ class Worker:
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # a session of its own, so the group's id is the process's
+            os.killpg(
+                self._process.pid, signal.SIGKILL
+            )  # a session of its own, so the group's id is the process's
 
     def _obituary(self) -> str:
         code = self._process.wait()

@@ -39,7 +39,9 @@ class Session:
     described: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def start(self, name: str, setup: Setup, options: Options, *, target: str | None = None) -> None:
+    def start(
+        self, name: str, setup: Setup, options: Options, *, target: str | None = None
+    ) -> None:
         """Start a system; where it cannot, that is noted."""
         print(f"starting {name} ...", file=sys.stderr)
         try:
@@ -65,14 +67,28 @@ class Session:
                 self.drop(name)
             return None
 
-    def generate(self, name: str, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> Generated | None:
+    def generate(
+        self, name: str, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> Generated | None:
         """As `System.generate`; None where it failed or gave other lengths than asked for."""
-        answer = self.call(name, "generate", prompts=prompts, output_lengths=output_lengths, temperature=temperature)
+        answer = self.call(
+            name,
+            "generate",
+            prompts=prompts,
+            output_lengths=output_lengths,
+            temperature=temperature,
+        )
         if answer is None:
             return None
         generated = Generated(**answer)
         if generated.counts != output_lengths:
-            self._lose(name, WorkerError(f"{sum(generated.counts)} tokens came, {sum(output_lengths)} were asked for", alive=True))
+            self._lose(
+                name,
+                WorkerError(
+                    f"{sum(generated.counts)} tokens came, {sum(output_lengths)} were asked for",
+                    alive=True,
+                ),
+            )
             return None
         return generated
 
@@ -100,7 +116,9 @@ def started(names: list[str], config: Config, card: Card, options: Options) -> I
     share = 0.9 / len(names) if shared else None
     try:
         for number, name in enumerate(names):
-            session.start(name, setup_of(config, card, share=share, before=number * (share or 0.0)), options)
+            session.start(
+                name, setup_of(config, card, share=share, before=number * (share or 0.0)), options
+            )
         yield session
     finally:
         session.close()
@@ -110,12 +128,17 @@ def fitted(config: Config, card: Card, longest: int) -> tuple[Config, Card]:
     """Both with room for sequences of `longest` tokens; says so where a limit had to be raised for that."""
     if longest <= card.max_model_len:
         return config, card
-    print(f"limits.max_model_len is {card.max_model_len}, raised to {longest} for this benchmark", file=sys.stderr)
+    print(
+        f"limits.max_model_len is {card.max_model_len}, raised to {longest} for this benchmark",
+        file=sys.stderr,
+    )
     limits = config.limits.model_copy(update={"max_model_len": longest})
     return config.model_copy(update={"limits": limits}), replace(card, max_model_len=longest)
 
 
-def setup_of(config: Config, card: Card, *, share: float | None = None, before: float = 0.0) -> Setup:
+def setup_of(
+    config: Config, card: Card, *, share: float | None = None, before: float = 0.0
+) -> Setup:
     """What a system is told."""
     return Setup(
         config=config.model_dump(mode="json"),
@@ -130,11 +153,18 @@ def setup_of(config: Config, card: Card, *, share: float | None = None, before: 
 
 
 def open_worker(
-    name: str, setup: Setup, options: Options, *, target: str | None = None, env: Mapping[str, str] | None = None
+    name: str,
+    setup: Setup,
+    options: Options,
+    *,
+    target: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Worker:
     """A process with the system, not started; raises WorkerError."""
     pythonpath = options.vllm_pythonpath if name == "vllm" else None
-    return Worker(target or SYSTEMS[name], asdict(setup), pythonpath=pythonpath, env=env, limit=options.limit)
+    return Worker(
+        target or SYSTEMS[name], asdict(setup), pythonpath=pythonpath, env=env, limit=options.limit
+    )
 
 
 def measured_card(config: Config, options: Options) -> Card:

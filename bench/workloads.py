@@ -23,7 +23,9 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and output together."""
-        return max(len(prompt) + n for prompt, n in zip(self.prompts, self.output_lengths, strict=True))
+        return max(
+            len(prompt) + n for prompt, n in zip(self.prompts, self.output_lengths, strict=True)
+        )
 
 
 def offline(
@@ -39,9 +41,14 @@ def offline(
     The defaults are W1, the offline workload of nano-vllm and mini-sglang: 142,827 prompt and 133,966 output tokens.
     """
     rng, last = random.Random(0), min(10000, vocab_size - 1)
-    prompts = [[rng.randint(0, last) for _ in range(rng.randint(*prompt_lengths))] for _ in range(num_prompts)]
+    prompts = [
+        [rng.randint(0, last) for _ in range(rng.randint(*prompt_lengths))]
+        for _ in range(num_prompts)
+    ]
     return Workload(
-        prompts=prompts, output_lengths=[rng.randint(*output_lengths) for _ in range(num_prompts)], temperature=temperature
+        prompts=prompts,
+        output_lengths=[rng.randint(*output_lengths) for _ in range(num_prompts)],
+        temperature=temperature,
     )
 
 
@@ -49,7 +56,9 @@ def of_lengths(lengths: list[tuple[int, int]], *, temperature: float, vocab_size
     """Random prompts of the given (prompt, output) lengths."""
     rng = random.Random(0)
     prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length, _ in lengths]
-    return Workload(prompts=prompts, output_lengths=[length for _, length in lengths], temperature=temperature)
+    return Workload(
+        prompts=prompts, output_lengths=[length for _, length in lengths], temperature=temperature
+    )
 
 
 def fresh_prompts(num_prompts: int, length: int, *, vocab_size: int, seed: int) -> list[list[int]]:

@@ -47,7 +47,10 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with importing():
-        found = {each: getattr(import_module(f"{__name__}.{module}"), each) for each, module in _MODULES.items()}
+        found = {
+            each: getattr(import_module(f"{__name__}.{module}"), each)
+            for each, module in _MODULES.items()
+        }
     globals().update(found)
     return found[name]
 

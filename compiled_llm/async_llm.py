@@ -35,11 +35,15 @@ class AsyncCompiledLLM:
 
     def __init__(self, make: Callable[[], CompiledLLM]) -> None:
         self._thread = EngineThread(make)
-        self._tokenizing = ThreadPoolExecutor(1, "compiled-llm-tokenizing")  # a single thread keeps prompts in their order
+        self._tokenizing = ThreadPoolExecutor(
+            1, "compiled-llm-tokenizing"
+        )  # a single thread keeps prompts in their order
         atexit.register(self.close)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path | None = None, **options: Unpack[LoadOptions]) -> Self:
+    def from_pretrained(
+        cls, model: str | Path | None = None, **options: Unpack[LoadOptions]
+    ) -> Self:
         """Load a model and compile it, as `CompiledLLM.from_pretrained` does; blocks until it is ready."""
         return cls(partial(CompiledLLM.from_pretrained, model, **options))
 
@@ -81,7 +85,9 @@ class AsyncCompiledLLM:
             engine.check(job.requests[0])
             return job
 
-        channel = Channel(job=await loop.run_in_executor(self._tokenizing, make), loop=loop, streaming=streaming)
+        channel = Channel(
+            job=await loop.run_in_executor(self._tokenizing, make), loop=loop, streaming=streaming
+        )
         stream = RequestStream(channel, self._thread.abort_soon)
         try:
             await self._run(partial(self._thread.enter, channel))
@@ -91,20 +97,34 @@ class AsyncCompiledLLM:
         return stream
 
     async def generate(
-        self, prompt: Input, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Input,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """`add` as a generator: its first iteration raises what `add` does, and closing it aborts the request."""
-        async with await self.add(prompt, params, request_id=request_id, priority=priority) as outputs:
+        async with await self.add(
+            prompt, params, request_id=request_id, priority=priority
+        ) as outputs:
             async for output in outputs:
                 yield output
 
     async def stream(
-        self, prompt: Input, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Input,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[str, None]:
         """One completion's text in pieces: no character is split, and nothing is given that a stop string takes back."""
         self._thread.llm.jobs.check_stream(params)
         given = 0
-        async with await self.add(prompt, params, request_id=request_id, priority=priority) as outputs:
+        async with await self.add(
+            prompt, params, request_id=request_id, priority=priority
+        ) as outputs:
             async for output in outputs:
                 if len(output.text) > given:
                     yield output.text[given:]
@@ -141,7 +161,12 @@ class AsyncCompiledLLM:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await asyncio.to_thread(self.close)
 
     async def _run(self, command: Callable[[], T]) -> T:
@@ -198,7 +223,12 @@ class RequestStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -50,7 +50,9 @@ class Channel:
     async def take(self) -> RequestOutput | BaseException:
         while not self.latest:
             if asyncio.get_running_loop() is not self.loop:  # where nothing will wake
-                raise RuntimeError("this stream belongs to another event loop: take its outputs in the one that added it")
+                raise RuntimeError(
+                    "this stream belongs to another event loop: take its outputs in the one that added it"
+                )
             self.arrived.clear()
             await self.arrived.wait()
         return self.latest.popleft()
@@ -59,11 +61,18 @@ class Channel:
         """Without the text that may become a stop string; in the thread, once for each new output."""
         for index, request in enumerate(self.job.requests):
             if request.detokenizer is not None:
-                self.settled[index] += len(request.detokenizer.take(final=request.finish_reason is not None))
+                self.settled[index] += len(
+                    request.detokenizer.take(final=request.finish_reason is not None)
+                )
         texts = [done.text[: self.settled.get(done.index)] for done in output.outputs]
         if texts == [done.text for done in output.outputs]:
             return output
-        return replace(output, outputs=[replace(done, text=text) for done, text in zip(output.outputs, texts, strict=True)])
+        return replace(
+            output,
+            outputs=[
+                replace(done, text=text) for done, text in zip(output.outputs, texts, strict=True)
+            ],
+        )
 
     @staticmethod
     def wake(channels: "list[Channel]") -> None:
@@ -88,11 +97,15 @@ class EngineThread:
         self._channels: dict[str, Channel] = {}
         self._owners: dict[Request, Channel] = {}
         started: Future[None] = Future()
-        self._thread = Thread(target=self._live, args=(make, started), name="compiled-llm-engine", daemon=True)
+        self._thread = Thread(
+            target=self._live, args=(make, started), name="compiled-llm-engine", daemon=True
+        )
         self._thread.start()
         try:
             started.result()
-        except BaseException:  # after an interrupt the thread goes on starting, and shall end when it has
+        except (
+            BaseException
+        ):  # after an interrupt the thread goes on starting, and shall end when it has
             self._commands.put((self._stop, Future()))
             raise
 
@@ -136,7 +149,9 @@ class EngineThread:
         engine, requests = self.llm.engine, channel.job.requests
         engine.check_room(len(requests))
         if channel.request_id in self._channels:
-            raise ValueError(f"request_id {channel.request_id!r} is that of a running request: expected another, or None")
+            raise ValueError(
+                f"request_id {channel.request_id!r} is that of a running request: expected another, or None"
+            )
         try:
             for request in requests:
                 engine.add(request)
@@ -163,8 +178,13 @@ class EngineThread:
         try:
             self._work(llm)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # their variables would keep caches and graphs
-            self._cause, self._llm = error, None  # whoever is told, and asks for more, shall be refused for this cause
+            traceback.clear_frames(
+                error.__traceback__
+            )  # their variables would keep caches and graphs
+            self._cause, self._llm = (
+                error,
+                None,
+            )  # whoever is told, and asks for more, shall be refused for this cause
             self._deliver(dict.fromkeys(self._channels.values(), _ordinary(error)))
         finally:
             self._llm = None
@@ -189,7 +209,10 @@ class EngineThread:
         except EngineBrokenError:
             raise
         except BaseException as error:
-            warnings.warn(f"a step failed, and the requests that ran in it: {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(
+                f"a step failed, and the requests that ran in it: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
             return
         self._tell(news)
 
@@ -215,7 +238,9 @@ class EngineThread:
 
     def _tell(self, news: list[Request]) -> None:
         """Hand out what a step brought."""
-        channels = dict.fromkeys(self._owners[request] for request in news if request in self._owners)
+        channels = dict.fromkeys(
+            self._owners[request] for request in news if request in self._owners
+        )
         ready = [channel for channel in channels if channel.streaming or channel.job.finished]
         self._deliver({channel: self._output(channel) for channel in ready})
 
@@ -268,7 +293,9 @@ class EngineThread:
     def _ended(self) -> RuntimeError:
         if self._cause is None:
             return RuntimeError("this AsyncCompiledLLM is closed: make a new one")
-        error = RuntimeError(f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: make a new one")
+        error = RuntimeError(
+            f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: make a new one"
+        )
         error.__cause__ = self._cause
         return error
 

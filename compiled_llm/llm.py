@@ -82,10 +82,21 @@ class CompiledLLM:
         with ExitStack() as resources:
             report = _report or new_report()
             self._runtime: Runtime | None = start(
-                model, self.config, report, resources, progress=progress, pool=_pool, just_loaded=_just_loaded
+                model,
+                self.config,
+                report,
+                resources,
+                progress=progress,
+                pool=_pool,
+                just_loaded=_just_loaded,
             )
             max_model_len = self._runtime.limits.max_model_len
-            self._jobs = Jobs(tokenizer, model.generation_config, max_model_len=max_model_len, tokenizer_failure=_tokenizer_failure)
+            self._jobs = Jobs(
+                tokenizer,
+                model.generation_config,
+                max_model_len=max_model_len,
+                tokenizer_failure=_tokenizer_failure,
+            )
             self._engine = Engine(
                 self._runtime,
                 vocab_size=vocab_size(model),
@@ -127,7 +138,9 @@ class CompiledLLM:
                 loaded = load(resolved.model)
             failure = loaded.tokenizer_failure
             if failure is not None:
-                report.warnings.append(f"the tokenizer cannot be loaded, so prompts must be token ids: {failure}")
+                report.warnings.append(
+                    f"the tokenizer cannot be loaded, so prompts must be token ids: {failure}"
+                )
             return cls(
                 loaded.model,
                 loaded.tokenizer,
@@ -169,7 +182,9 @@ class CompiledLLM:
         jobs = self._make_jobs(listed, params, priority, streaming=streamer is not None)
         total = sum(len(job.requests) for job in jobs)
         if streamer is not None and total != 1:
-            raise ValueError(f"a streamer takes one completion of one prompt, got {total}: use stream(), or drop it")
+            raise ValueError(
+                f"a streamer takes one completion of one prompt, got {total}: use stream(), or drop it"
+            )
         feed = feeder(streamer)
         # By arrival, a queue that is always long enough is as good as all of them.
         at_once = 2 * self.runtime.limits.max_num_seqs if priority is None else None
@@ -189,9 +204,13 @@ class CompiledLLM:
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the tokenizer's chat template; options as in `generate`."""
-        return self.generate(cast(Sequence[Prompt], list_conversations(messages)), params, **options)
+        return self.generate(
+            cast(Sequence[Prompt], list_conversations(messages)), params, **options
+        )
 
-    def stream(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
         """Complete one prompt, or answer one conversation, and yield its text as it comes, never splitting a character.
 
         Several streams may be open at once: each step serves them all. Closing the iterator ends the request.
@@ -222,14 +241,18 @@ class CompiledLLM:
                 unfinished.update(dict.fromkeys(job.requests, (number, job)))
                 yield job
 
-        with closing(run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs)) as requests:
+        with closing(
+            run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs)
+        ) as requests:
             for request in requests:
                 if request.finish_reason is not None:
                     number, job = unfinished.pop(request)
                     if unfinished.keys().isdisjoint(job.requests):
                         yield number, self._jobs.output(job)
 
-    def check(self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None) -> None:
+    def check(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> None:
         """Raise the ValueError that generating from this prompt would raise; nothing is run."""
         self._make_job(prompt, params)
 
@@ -280,7 +303,12 @@ class CompiledLLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _alive(self) -> Engine:
@@ -290,11 +318,15 @@ class CompiledLLM:
 
     def _check_idle(self, runtime: Runtime) -> None:
         """Raise a RuntimeError if this is in use on the stack of the thread that owns it."""
-        frame = sys._getframe() if runtime.is_owner else sys._current_frames().get(runtime.owner_thread)
+        frame = (
+            sys._getframe() if runtime.is_owner else sys._current_frames().get(runtime.owner_thread)
+        )
         if count_on_stack(self._engine, CHANGING, frame):
             raise RuntimeError("this CompiledLLM is in a step: close it when that has ended")
         if not runtime.is_owner and count_on_stack(self, _GENERATING, frame):
-            raise RuntimeError("this CompiledLLM is generating in the thread that made it: close it there, or afterwards")
+            raise RuntimeError(
+                "this CompiledLLM is generating in the thread that made it: close it there, or afterwards"
+            )
 
     def _make_jobs(
         self,
@@ -306,10 +338,18 @@ class CompiledLLM:
     ) -> list[Job]:
         """Checked jobs, or a ValueError that says which prompt is at fault."""
         count = len(prompts)
-        listed = [params] * count if isinstance(params, SamplingParams | None) else list_for_each(params, count, "sampling params")
-        priorities = [0] * count if priority is None else list_for_each(priority, count, "priorities")
+        listed = (
+            [params] * count
+            if isinstance(params, SamplingParams | None)
+            else list_for_each(params, count, "sampling params")
+        )
+        priorities = (
+            [0] * count if priority is None else list_for_each(priority, count, "priorities")
+        )
         jobs = []
-        for number, (prompt, wanted, urgency) in enumerate(zip(prompts, listed, priorities, strict=True)):
+        for number, (prompt, wanted, urgency) in enumerate(
+            zip(prompts, listed, priorities, strict=True)
+        ):
             try:
                 jobs.append(self._make_job(prompt, wanted, priority=urgency, streaming=streaming))
             except ValueError as error:
@@ -317,7 +357,12 @@ class CompiledLLM:
         return jobs
 
     def _make_job(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None, *, priority: int = 0, streaming: bool = False
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None,
+        *,
+        priority: int = 0,
+        streaming: bool = False,
     ) -> Job:
         engine = self._alive()
         job = self._jobs.make(prompt, params, priority=priority, streaming=streaming)
@@ -335,4 +380,7 @@ class CompiledLLM:
         raise_failure(request)
 
 
-_GENERATING = {method.__code__ for method in (CompiledLLM.generate, CompiledLLM.as_completed, CompiledLLM._stream)}
+_GENERATING = {
+    method.__code__
+    for method in (CompiledLLM.generate, CompiledLLM.as_completed, CompiledLLM._stream)
+}

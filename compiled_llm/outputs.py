@@ -21,14 +21,25 @@ class Logprob:
 
 
 def by_token(
-    token: int, values: NDArray[Any], ids: NDArray[Any], count: int | None, decode: Callable[[int], str] | None
+    token: int,
+    values: NDArray[Any],
+    ids: NDArray[Any],
+    count: int | None,
+    decode: Callable[[int], str] | None,
 ) -> dict[int, Logprob]:
     """The chosen token's logprob and the top ones, of one row of `passes.ops.top_logprobs`."""
     ranks = [int(ids[0]), *range(1, (count or 0) + 1)]
     tokens = [token, *ids[1 : len(ranks)].tolist()]
     found: dict[int, Logprob] = {}
     for number, value, rank in zip(tokens, values.tolist(), ranks, strict=False):
-        found.setdefault(number, Logprob(logprob=value, rank=rank, decoded_token=decode(number) if decode is not None else None))
+        found.setdefault(
+            number,
+            Logprob(
+                logprob=value,
+                rank=rank,
+                decoded_token=decode(number) if decode is not None else None,
+            ),
+        )
     return found
 
 
@@ -128,5 +139,12 @@ class RequestOutput:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts under OpenAI's names."""
-        prompt, completion = len(self.prompt_token_ids), sum(len(output.token_ids) for output in self.outputs)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        prompt, completion = (
+            len(self.prompt_token_ids),
+            sum(len(output.token_ids) for output in self.outputs),
+        )
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }

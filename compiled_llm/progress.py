@@ -42,13 +42,21 @@ def progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[Request], N
         TimeElapsedColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
-        task, began, tokens = bar.add_task("generating", total=total, speed=""), time.perf_counter(), 0
+    with Progress(
+        *columns, console=console, disable=not (enabled and console.is_terminal), transient=True
+    ) as bar:
+        task, began, tokens = (
+            bar.add_task("generating", total=total, speed=""),
+            time.perf_counter(),
+            0,
+        )
 
         def show(request: Request) -> None:
             nonlocal tokens
             if request.finish_reason is not None:
                 tokens += len(request.token_ids)
-                bar.update(task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+                bar.update(
+                    task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tokens/s"
+                )
 
         yield show

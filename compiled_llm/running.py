@@ -7,7 +7,9 @@ from compiled_llm.engine.processor import Job
 from compiled_llm.engine.request import Request
 
 
-def run(engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None) -> Generator[Request, None, None]:
+def run(
+    engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None
+) -> Generator[Request, None, None]:
     """Run jobs to their ends; yields their requests as they get on, and each of them once when it has ended.
 
     Another iterator's steps serve these requests too, and may end them. Closing the iterator, or an error, ends them all. A caller
@@ -23,8 +25,14 @@ def run(engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None) -> G
     upcoming = next(requests, None)
     try:
         while running or upcoming is not None:
-            while upcoming is not None and engine.has_room and (at_once is None or len(running) < at_once):
-                running.add(upcoming)  # first, so that an interrupt while it is added leaves it to be aborted
+            while (
+                upcoming is not None
+                and engine.has_room
+                and (at_once is None or len(running) < at_once)
+            ):
+                running.add(
+                    upcoming
+                )  # first, so that an interrupt while it is added leaves it to be aborted
                 engine.add(upcoming)
                 upcoming = next(requests, None)
             news = engine.step()

@@ -79,11 +79,18 @@ class SamplingParams:
         self._check_whole_numbers()
         self._check_real_numbers()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+            _require(
+                isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name)
+            )
         self._normalise()
         _require(self.n == 1 or self.temperature > 0, "n", "1 when temperature is 0", self.n)
         limit = self.max_tokens
-        _require(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens={limit}", self.min_tokens)
+        _require(
+            limit is None or self.min_tokens <= limit,
+            "min_tokens",
+            f"at most max_tokens={limit}",
+            self.min_tokens,
+        )
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig | None, **overrides: Any) -> Self:
@@ -91,19 +98,37 @@ class SamplingParams:
 
         Only what the checkpoint says counts: a config keeps None for the rest, and transformers' own defaults stay out.
         """
-        names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-        found = {ours: getattr(config, theirs, None) for ours, theirs in {**names, "max_tokens": "max_new_tokens"}.items()}
+        names = {
+            name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        }
+        found = {
+            ours: getattr(config, theirs, None)
+            for ours, theirs in {**names, "max_tokens": "max_new_tokens"}.items()
+        }
         if getattr(config, "do_sample", None) is False:
             found["temperature"] = 0.0
-        return cls(**{**{name: value for name, value in found.items() if value is not None}, **overrides})
+        return cls(
+            **{**{name: value for name, value in found.items() if value is not None}, **overrides}
+        )
 
     @property
     def sampler(self) -> Sampler:
         """The cheapest sampler in the graph that serves this; prompt log-probabilities do not count."""
         truncates = self.temperature > 0 and (self.top_k != 0 or self.top_p < 1 or self.min_p > 0)
-        penalises = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        penalises = (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
         forbids = self.allowed_token_ids or self.bad_words or self.min_tokens > 0
-        if truncates or penalises or forbids or self.logit_bias or self.logits_processors or self.logprobs is not None:
+        if (
+            truncates
+            or penalises
+            or forbids
+            or self.logit_bias
+            or self.logits_processors
+            or self.logprobs is not None
+        ):
             return "full"
         return "random" if self.temperature > 0 else "greedy"
 
@@ -120,7 +145,12 @@ class SamplingParams:
             value = getattr(self, name)
             optional = name in ("seed", "max_tokens", "logprobs", "prompt_logprobs")
             fits = (value is None and optional) or _is_whole(value, low, high)
-            _require(fits, name, f"a whole number from {low} to {high}{' or None' if optional else ''}", value)
+            _require(
+                fits,
+                name,
+                f"a whole number from {low} to {high}{' or None' if optional else ''}",
+                value,
+            )
 
     def _check_real_numbers(self) -> None:
         for name, low, high, expected in (
@@ -135,18 +165,28 @@ class SamplingParams:
             _require(_is_real(value) and low <= value <= high, name, f"a number {expected}", value)
 
     def _normalise(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        stop = (
+            (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        )
         allowed = self.allowed_token_ids
         values: dict[str, object] = {
             "top_k": max(self.top_k, 0),
             "stop": _tuple("stop", stop, "a text or a list of texts, none of them empty", _is_text),
-            "stop_token_ids": _tuple("stop_token_ids", self.stop_token_ids, "a list of token ids", _is_token_id),
-            "bad_words": _tuple("bad_words", self.bad_words, "a list of texts, none of them empty", _is_text),
-            "logits_processors": _tuple("logits_processors", self.logits_processors, "a list of callables", callable),
+            "stop_token_ids": _tuple(
+                "stop_token_ids", self.stop_token_ids, "a list of token ids", _is_token_id
+            ),
+            "bad_words": _tuple(
+                "bad_words", self.bad_words, "a list of texts, none of them empty", _is_text
+            ),
+            "logits_processors": _tuple(
+                "logits_processors", self.logits_processors, "a list of callables", callable
+            ),
         }
         if allowed is not None:
             expected = "a list of at least one token id, or None"
-            values["allowed_token_ids"] = _tuple("allowed_token_ids", allowed, expected, _is_token_id)
+            values["allowed_token_ids"] = _tuple(
+                "allowed_token_ids", allowed, expected, _is_token_id
+            )
             _require(len(allowed) > 0, "allowed_token_ids", expected, allowed)
         if self.logit_bias is not None:
             values["logit_bias"] = _clamped(self.logit_bias)
@@ -159,14 +199,20 @@ def _require(fits: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got!r}")
 
 
-def _tuple(name: str, values: Any, expected: str, fits: Callable[[object], bool]) -> tuple[Any, ...]:
-    listed = isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray | memoryview)
+def _tuple(
+    name: str, values: Any, expected: str, fits: Callable[[object], bool]
+) -> tuple[Any, ...]:
+    listed = isinstance(values, Sequence) and not isinstance(
+        values, str | bytes | bytearray | memoryview
+    )
     _require(listed and all(fits(value) for value in values), name, expected, values)
     return tuple(values)
 
 
 def _clamped(bias: Any) -> dict[int, float]:
-    fits = isinstance(bias, Mapping) and all(_is_token_id(key) and _is_real(value) for key, value in bias.items())
+    fits = isinstance(bias, Mapping) and all(
+        _is_token_id(key) and _is_real(value) for key, value in bias.items()
+    )
     _require(fits, "logit_bias", "a dict of token ids to finite numbers", bias)
     return {token: max(-_MAX_BIAS, min(_MAX_BIAS, value)) for token, value in bias.items()}
 
@@ -176,7 +222,11 @@ def _is_whole(value: object, low: int, high: int) -> bool:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX_FLOAT <= value <= _MAX_FLOAT
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -_MAX_FLOAT <= value <= _MAX_FLOAT
+    )
 
 
 def _is_text(value: object) -> bool:

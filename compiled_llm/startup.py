@@ -29,7 +29,9 @@ def resolve_config(config: ConfigLike) -> Config:
     if isinstance(config, Config):
         return config
     if not isinstance(config, str | Path | dict | None):
-        raise ValueError(f"config must be a Config, a dict, the path of a YAML file or None, got {type(config).__name__}")
+        raise ValueError(
+            f"config must be a Config, a dict, the path of a YAML file or None, got {type(config).__name__}"
+        )
     return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
@@ -58,9 +60,13 @@ def start(
             with linears_by_input(model) as groups:
                 served, layers = examine(model)
             check_tokens_meet_in_attention(served, limits.max_model_len)
-            wanted = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+            wanted = (
+                config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+            )
             resources.enter_context(merged(model, groups if wanted else []))
-        runtime = Runtime(served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded)
+        runtime = Runtime(
+            served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded
+        )
     report.facts.update(_facts(runtime, model))
     return runtime
 
@@ -91,5 +97,11 @@ def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
 
 
 def _describe(group: PageGroup, block_size: int) -> str:
-    window = f" with a window of {group.window}" if group.window > 0 else f" in chunks of {-group.window}" if group.window else ""
+    window = (
+        f" with a window of {group.window}"
+        if group.window > 0
+        else f" in chunks of {-group.window}"
+        if group.window
+        else ""
+    )
     return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"

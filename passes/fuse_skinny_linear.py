@@ -33,7 +33,11 @@ class _Norm(NamedTuple):
 def _run(graph: Graph, context: PassContext) -> list[str]:
     if context.num_tokens > MAX_TOKENS:
         return []
-    products = [node for node in graph.find_nodes(op="call_function", target=aten.mm.default) if _is_served(node)]
+    products = [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.mm.default)
+        if _is_served(node)
+    ]
     return [_rewrite(graph, product) for product in products]
 
 
@@ -48,7 +52,9 @@ def _is_served(product: Node) -> bool:
 
 def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
     """Whether our kernel is faster than cuBLAS on a GPU."""
-    return num_tokens == 1 or (num_tokens <= MAX_TOKENS_GPU and (num_out <= num_in or is_small(num_out, num_in)))
+    return num_tokens == 1 or (
+        num_tokens <= MAX_TOKENS_GPU and (num_out <= num_in or is_small(num_out, num_in))
+    )
 
 
 def _takes_gate(product: Node) -> bool:
@@ -59,7 +65,9 @@ def _takes_gate(product: Node) -> bool:
 def _takes_norm(product: Node) -> bool:
     """Several tokens are multiplied by the norm's weight before they are normed, for which float16 has not the range."""
     value = product.meta["val"]
-    return _takes_gate(product) and bool(not value.is_cuda or value.shape[0] == 1 or value.dtype == torch.bfloat16)
+    return _takes_gate(product) and bool(
+        not value.is_cuda or value.shape[0] == 1 or value.dtype == torch.bfloat16
+    )
 
 
 def _rewrite(graph: Graph, product: Node) -> str:
@@ -74,10 +82,16 @@ def _rewrite(graph: Graph, product: Node) -> str:
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):
         weight = emit(graph, aten.permute.default, transpose, [1, 0])
-        tokens = x if norm is None else emit(graph, aten.reshape.default, norm.tokens, [num_tokens, num_in])
+        tokens = (
+            x
+            if norm is None
+            else emit(graph, aten.reshape.default, norm.tokens, [num_tokens, num_in])
+        )
         residual = None
         if addition is not None:
-            residual = emit(graph, aten.reshape.default, addition[1], list(product.meta["val"].shape))
+            residual = emit(
+                graph, aten.reshape.default, addition[1], list(product.meta["val"].shape)
+            )
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
         result = emit(graph, small_linear, tokens, weight, scale, eps, residual, gate is not None)
         if last is not product:
@@ -95,7 +109,11 @@ def _norm(x: Node) -> _Norm | None:
             continue
         for tokens, factor in _orders(value_source(normed), aten.mul.Tensor):
             found = _inverse_rms(factor, width=weight.meta["val"].shape[0])
-            if found is not None and found[0] is value_source(tokens) and found[0].meta["val"].dtype == x.meta["val"].dtype:
+            if (
+                found is not None
+                and found[0] is value_source(tokens)
+                and found[0].meta["val"].dtype == x.meta["val"].dtype
+            ):
                 return _Norm(found[0], weight, found[1])
     return None
 
@@ -108,7 +126,11 @@ def _inverse_rms(factor: Node, width: int) -> tuple[Node, float] | None:
     if not is_op(mean, aten.mean.dim) or mean.args[1] != [-1] or not isinstance(eps, float):
         return None
     square = mean.args[0]
-    if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or square.meta["val"].shape[-1] != width:
+    if (
+        not is_op(square, aten.pow.Tensor_Scalar)
+        or square.args[1] != 2
+        or square.meta["val"].shape[-1] != width
+    ):
         return None
     return value_source(square.args[0]), eps
 
@@ -117,7 +139,10 @@ def _gated_user(product: Node) -> Node | None:
     """The `silu(gate) * up` over the two halves of the product, if that is all that becomes of it."""
     halves = list(product.users)
     width = product.meta["val"].shape[1]
-    if [half.args[1:] for half in halves if is_op(half, aten.slice.Tensor)] != [(1, 0, width // 2), (1, width // 2, width)]:
+    if [half.args[1:] for half in halves if is_op(half, aten.slice.Tensor)] != [
+        (1, 0, width // 2),
+        (1, width // 2, width),
+    ]:
         return None
     for user in _final_users(halves[1]):
         for activated, up in _orders(user, aten.mul.Tensor):
@@ -133,7 +158,11 @@ def _silu_source(node: Node) -> Node | None:
         return None
     x = value_source(division.args[0])
     exponential, one = division.args[1].args
-    if one != 1 or not is_op(exponential, aten.exp.default) or not is_op(exponential.args[0], aten.neg.default):
+    if (
+        one != 1
+        or not is_op(exponential, aten.exp.default)
+        or not is_op(exponential.args[0], aten.neg.default)
+    ):
         return None
     return x if value_source(exponential.args[0].args[0]) is x else None
 
@@ -145,15 +174,26 @@ def _addition(product: Node) -> tuple[Node, Node] | None:
         return None
     for summand, residual in _orders(users[0], aten.add.Tensor):
         value, sum_value = residual.meta["val"], users[0].meta["val"]
-        alike = value.shape == sum_value.shape and value.dtype == sum_value.dtype == product.meta["val"].dtype
-        if reshape_source(summand) is product and alike and sum_value.shape[-1] == product.meta["val"].shape[-1]:
+        alike = (
+            value.shape == sum_value.shape
+            and value.dtype == sum_value.dtype == product.meta["val"].dtype
+        )
+        if (
+            reshape_source(summand) is product
+            and alike
+            and sum_value.shape[-1] == product.meta["val"].shape[-1]
+        ):
             return users[0], residual
     return None
 
 
 def _final_users(node: Node) -> list[Node]:
     """Those who use the node, by way of reshapes."""
-    return [final for user in node.users for final in (_final_users(user) if is_op(user, aten.reshape.default) else [user])]
+    return [
+        final
+        for user in node.users
+        for final in (_final_users(user) if is_op(user, aten.reshape.default) else [user])
+    ]
 
 
 def _orders(node: Node, target: torch._ops.OpOverload) -> list[tuple[Node, Node]]:
@@ -161,7 +201,9 @@ def _orders(node: Node, target: torch._ops.OpOverload) -> list[tuple[Node, Node]
     if not is_op(node, target):
         return []
     left, right = node.args[:2]
-    return [(left, right), (right, left)] if isinstance(left, Node) and isinstance(right, Node) else []
+    return (
+        [(left, right), (right, left)] if isinstance(left, Node) and isinstance(right, Node) else []
+    )
 
 
 SMALL_LINEAR = GraphPass(name="small_linear", run=_run, expected=lambda context: [])

@@ -60,7 +60,9 @@ def is_unwritten_input(node: object) -> bool:
     assert isinstance(node, Node)
     while node.op != "placeholder":
         source = node.all_input_nodes[0] if is_view(node) else None
-        if source is None or (is_op(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()):  # it may copy
+        if source is None or (
+            is_op(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()
+        ):  # it may copy
             return False
         node = source
     return not _is_written(node)
@@ -68,7 +70,9 @@ def is_unwritten_input(node: object) -> bool:
 
 def is_view(node: Node) -> bool:
     """Whether this reads the same memory as its argument, or is a part of what that gives."""
-    return is_op(node, operator.getitem, *_RESHAPES) or (isinstance(node.target, OpOverload) and node.target.is_view)
+    return is_op(node, operator.getitem, *_RESHAPES) or (
+        isinstance(node.target, OpOverload) and node.target.is_view
+    )
 
 
 def _is_written(node: Node) -> bool:
@@ -81,7 +85,11 @@ def _writes(user: Node, node: Node) -> bool:
     if not isinstance(user.target, OpOverload):
         return False
     arguments = zip(user.target._schema.arguments, user.args, strict=False)
-    return any(argument.alias_info is not None and argument.alias_info.is_write for argument, given in arguments if given is node)
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument, given in arguments
+        if given is node
+    )
 
 
 _aten = torch.ops.aten

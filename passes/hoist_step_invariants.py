@@ -28,9 +28,15 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     teach_inductor()
     of_step: set[Node] = set()
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr") or (_is_cheap(node) and of_step.issuperset(node.all_input_nodes)):
+        if node.op in ("placeholder", "get_attr") or (
+            _is_cheap(node) and of_step.issuperset(node.all_input_nodes)
+        ):
             of_step.add(node)
-    values = [node for node in graph.nodes if node in of_step and node.op == "call_function" and not is_view(node)]
+    values = [
+        node
+        for node in graph.nodes
+        if node in of_step and node.op == "call_function" and not is_view(node)
+    ]
     often = [node for node in values if _num_readers(node, of_step) >= MIN_READERS]
     for node in often:
         with graph.inserting_after(node):
@@ -41,7 +47,9 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_cheap(node: Node) -> bool:
     return (
-        is_view(node) or is_op(node, *_CHEAP) or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags)
+        is_view(node)
+        or is_op(node, *_CHEAP)
+        or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags)
     )
 
 

@@ -24,7 +24,22 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 
 def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -> int:
-    q, k, v, k_cache, v_cache, slots, block_table, query_start, seq_lens, arrivals, sinks, slopes, layer, *options = marker.args
+    (
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slots,
+        block_table,
+        query_start,
+        seq_lens,
+        arrivals,
+        sinks,
+        slopes,
+        layer,
+        *options,
+    ) = marker.args
     assert isinstance(layer, int)
     assert isinstance(k_cache, Node)
     assert isinstance(slots, Node)
@@ -38,7 +53,9 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
             # A scatter, which Inductor fuses with what makes the values.
             emit(graph, aten.index_put_.default, cache, all_places[key], values)
         tables = (block_table, query_start, seq_lens, arrivals)
-        attended = emit(graph, paged_attention, q, k_cache, v_cache, *tables, sinks, slopes, *options)
+        attended = emit(
+            graph, paged_attention, q, k_cache, v_cache, *tables, sinks, slopes, *options
+        )
         marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
     graph.erase_node(marker)
     return layer
@@ -56,7 +73,11 @@ def _places(graph: Graph, slots: Node, size: int) -> list[Node]:
 def _tokens_first(graph: Graph, heads_first: object) -> Node:
     """[1, H, T, D] -> [T, H, D], a view."""
     assert isinstance(heads_first, Node)
-    return emit(graph, aten.permute.default, emit(graph, aten.select.int, heads_first, 0, 0), [1, 0, 2])
+    return emit(
+        graph, aten.permute.default, emit(graph, aten.select.int, heads_first, 0, 0), [1, 0, 2]
+    )
 
 
-PAGED_ATTENTION = GraphPass(name="paged_attention", run=_run, expected=lambda context: list(context.layers))
+PAGED_ATTENTION = GraphPass(
+    name="paged_attention", run=_run, expected=lambda context: list(context.layers)
+)

@@ -27,7 +27,9 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
         weight = _transposed_weight(product)
         if weight is not None:
             tokens, storage = product.args[0], weight.meta["val"].untyped_storage()
-            groups.setdefault((reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []).append(product)
+            groups.setdefault(
+                (reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []
+            ).append(product)
     merged = [group for group in groups.values() if len(group) > 1 and _fill_a_storage(group)]
     for group in merged:
         _merge(graph, group)
@@ -57,8 +59,14 @@ def fill_a_storage(weights: Sequence[Tensor]) -> bool:
         if not weight.is_contiguous() or weight.storage_offset() != end:
             return False
         end += weight.numel()
-    alike = {(weight.untyped_storage()._cdata, weight.dtype, weight.shape[1:]) for weight in weights}
-    return len(weights) > 1 and len(alike) == 1 and weights[0].untyped_storage().nbytes() == end * weights[0].itemsize
+    alike = {
+        (weight.untyped_storage()._cdata, weight.dtype, weight.shape[1:]) for weight in weights
+    }
+    return (
+        len(weights) > 1
+        and len(alike) == 1
+        and weights[0].untyped_storage().nbytes() == end * weights[0].itemsize
+    )
 
 
 def _fill_a_storage(group: list[Node]) -> bool:
@@ -75,7 +83,12 @@ def _merge(graph: Graph, group: list[Node]) -> None:
         assert first is not None
         num_in = _value(products[0]).shape[1]
         weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], 0)
-        product = emit(graph, aten.mm.default, group[0].args[0], emit(graph, aten.permute.default, weight, [1, 0]))
+        product = emit(
+            graph,
+            aten.mm.default,
+            group[0].args[0],
+            emit(graph, aten.permute.default, weight, [1, 0]),
+        )
         parts = [emit(graph, aten.slice.Tensor, product, 1, begin, end) for begin, end in bounds]
     for old, part in zip(products, parts, strict=True):
         old.replace_all_uses_with(part)

@@ -19,7 +19,12 @@ aten = torch.ops.aten
 
 def _run(graph: Graph, context: PassContext) -> list[str]:
     targets = (aten.bmm.default, aten.mm.default)
-    products = [node for target in targets for node in graph.find_nodes(op="call_function", target=target) if _is_outer(node)]
+    products = [
+        node
+        for target in targets
+        for node in graph.find_nodes(op="call_function", target=target)
+        if _is_outer(node)
+    ]
     for product in products:
         with graph.inserting_before(product):
             product.replace_all_uses_with(emit(graph, aten.mul.Tensor, *product.args))
@@ -38,7 +43,11 @@ def _label(number: int) -> str:
 
 
 def _expected(context: PassContext) -> list[str]:
-    return [_label(number) for number in range(context.rotary_embeddings)] if context.num_tokens > 1 else []
+    return (
+        [_label(number) for number in range(context.rotary_embeddings)]
+        if context.num_tokens > 1
+        else []
+    )
 
 
 ROTARY_OUTER_PRODUCT = GraphPass(name="rotary_outer_product", run=_run, expected=_expected)

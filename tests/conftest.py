@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads that wait for each other cost more than they bring
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny: threads that wait for each other cost more than they bring
 
 import pytest
 import torch

@@ -55,7 +55,9 @@ class System(Protocol):
         """Load, compile, capture; returns the seconds until it is ready to generate."""
         ...
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         """Exactly so many tokens for each prompt, whatever they are, all submitted at once; returns the fields of `Generated`.
 
         Nothing computed for earlier prompts may be used again.
@@ -75,5 +77,7 @@ def check_names(names: list[str]) -> list[str]:
     """The names as they are; raises a ValueError that lists the known ones."""
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown or not names:
-        raise ValueError(f"unknown system {', '.join(unknown) or '(none given)'}: expected some of {', '.join(SYSTEMS)}")
+        raise ValueError(
+            f"unknown system {', '.join(unknown) or '(none given)'}: expected some of {', '.join(SYSTEMS)}"
+        )
     return names

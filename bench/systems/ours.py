@@ -34,10 +34,15 @@ class Ours:
         self._llm = CompiledLLM.from_pretrained(config=parse_config(self._values()))
         return time.perf_counter() - began
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         from compiled_llm import SamplingParams
 
-        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True) for n in output_lengths]
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True)
+            for n in output_lengths
+        ]
         self.llm.reset_prefix_cache()
         before = self._counters()
         began = time.perf_counter()
@@ -54,7 +59,11 @@ class Ours:
             ours = version("compiled-llm")
         except PackageNotFoundError:
             ours = "from source"
-        return {"version": ours, "dispatch": self.llm.config.compile.dispatch, "passes": self.llm.config.pass_order()}
+        return {
+            "version": ours,
+            "dispatch": self.llm.config.compile.dispatch,
+            "passes": self.llm.config.pass_order(),
+        }
 
     def report(self) -> dict[str, Any]:
         """What the engine counted, and the seconds that importing it took."""
@@ -79,7 +88,9 @@ class Ours:
     def _values(self) -> dict[str, Any]:
         values, setup = {**self.setup.config}, self.setup
         if setup.memory_share is not None:
-            share = min(0.95, setup.memory_before + setup.memory_share)  # ours counts what others hold, too
+            share = min(
+                0.95, setup.memory_before + setup.memory_share
+            )  # ours counts what others hold, too
             values["cache"] = {**values.get("cache", {}), "gpu_memory_utilization": share}
         if self.dispatch is not None:
             values["compile"] = {**values.get("compile", {}), "dispatch": self.dispatch}

@@ -13,7 +13,9 @@ from bench.workloads import fresh_prompts
 class Steps(Ours):
     """`Ours`, with a view into single steps."""
 
-    def decode(self, batch: int, context: int, steps: int, rounds: int, vocab_size: int) -> dict[str, Any]:
+    def decode(
+        self, batch: int, context: int, steps: int, rounds: int, vocab_size: int
+    ) -> dict[str, Any]:
         """Wall milliseconds and host microseconds of a decode step in each round, the bucket that served them, and padding."""
         step_ms, host_us = [], []
         with self._decoding(batch, context, 2 + steps * (rounds + 1), vocab_size):
@@ -27,7 +29,13 @@ class Steps(Ours):
         sizes = {bucket.bucket: bucket.size for bucket in self.llm.report().buckets}
         used = max(served, key=lambda name: served[name]) if any(served.values()) else "eager"
         padded = 1 - batch / sizes[used] if used in sizes else 0.0
-        return {"batch": batch, "step_ms": step_ms, "host_us": host_us, "bucket": used, "padded_share": padded}
+        return {
+            "batch": batch,
+            "step_ms": step_ms,
+            "host_us": host_us,
+            "bucket": used,
+            "padded_share": padded,
+        }
 
     def profile(self, batch: int, context: int, steps: int, vocab_size: int) -> dict[str, Any]:
         """Launches, and the spans in which the GPU works, over some decode steps; there are none of them on a CPU."""
@@ -81,13 +89,17 @@ class Steps(Ours):
             torch.cuda.synchronize()
 
     @contextmanager
-    def _decoding(self, batch: int, context: int, num_tokens: int, vocab_size: int) -> Iterator[None]:
+    def _decoding(
+        self, batch: int, context: int, num_tokens: int, vocab_size: int
+    ) -> Iterator[None]:
         """So many sequences, all of which decode."""
         engine = self.llm.engine
         # A row that has waited for others has decoded meanwhile; none may end before the last has joined.
         room = self.setup.max_model_len - context
         wanted = num_tokens + -(-batch * context // self.setup.max_num_batched_tokens)
-        assert wanted <= room, f"{wanted} tokens after {context} of context: limits.max_model_len leaves room for {room}"
+        assert wanted <= room, (
+            f"{wanted} tokens after {context} of context: limits.max_model_len leaves room for {room}"
+        )
         prompts = fresh_prompts(batch, context, vocab_size=vocab_size, seed=batch)
         with self._requests(prompts, [wanted] * batch, 0.0):
             stats = self.llm.report().scheduling
@@ -97,7 +109,9 @@ class Steps(Ours):
             yield
 
     @contextmanager
-    def _requests(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> Iterator[None]:
+    def _requests(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> Iterator[None]:
         """Requests in the engine, gone afterwards."""
         from compiled_llm import SamplingParams
         from compiled_llm.engine.request import Request

@@ -24,7 +24,9 @@ class TransformersBatching(TransformersEager):
         self._manage(0.0)
         return time.perf_counter() - began
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         self._manage(temperature)
         began = time.perf_counter()
         ids = [
@@ -40,7 +42,13 @@ class TransformersBatching(TransformersEager):
                 counts[result.request_id] = len(result.generated_tokens)
             elif result is None and not self._manager.is_running():
                 raise RuntimeError("the generation thread ended")
-        return asdict(Generated(counts=[counts[name] for name in ids], seconds=time.perf_counter() - began, counters={}))
+        return asdict(
+            Generated(
+                counts=[counts[name] for name in ids],
+                seconds=time.perf_counter() - began,
+                counters={},
+            )
+        )
 
     def close(self) -> None:
         if self._manager is not None:
@@ -58,7 +66,9 @@ class TransformersBatching(TransformersEager):
             self._manager.stop(block=True, timeout=5)
             self._manager.destroy()
         sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
         )
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, **sampling),

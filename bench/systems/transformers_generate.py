@@ -24,12 +24,18 @@ class TransformersEager:
         from compiled_llm.config.schema import ModelConfig
         from compiled_llm.models.loading import load
 
-        values = {**self.setup.config.get("model", {}), "dtype": self.setup.dtype, "device": self.setup.device}
+        values = {
+            **self.setup.config.get("model", {}),
+            "dtype": self.setup.dtype,
+            "device": self.setup.device,
+        }
         self._model = load(ModelConfig.model_validate(values)).model
         self._model.generation_config.eos_token_id = None  # outputs have the lengths asked for
         return time.perf_counter() - began
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         import torch
 
         counts = [0] * len(prompts)
@@ -38,7 +44,9 @@ class TransformersEager:
         with torch.no_grad():
             for batch in self._batches(prompts, output_lengths):
                 longest = max(output_lengths[number] for number in batch)
-                generated = self._complete([prompts[number] for number in batch], longest, temperature)
+                generated = self._complete(
+                    [prompts[number] for number in batch], longest, temperature
+                )
                 for number in batch:
                     counts[number] = min(generated, output_lengths[number])
         self._wait()
@@ -47,7 +55,10 @@ class TransformersEager:
     def describe(self) -> dict[str, Any]:
         import transformers
 
-        return {"version": transformers.__version__, "attention": self._model.config._attn_implementation}
+        return {
+            "version": transformers.__version__,
+            "attention": self._model.config._attn_implementation,
+        }
 
     def close(self) -> None:
         self._model = None
@@ -57,7 +68,11 @@ class TransformersEager:
 
     def _batches(self, prompts: list[list[int]], output_lengths: list[int]) -> Iterator[list[int]]:
         size = self.setup.max_num_seqs
-        order = sorted(range(len(prompts)), key=lambda number: (output_lengths[number], len(prompts[number])), reverse=True)
+        order = sorted(
+            range(len(prompts)),
+            key=lambda number: (output_lengths[number], len(prompts[number])),
+            reverse=True,
+        )
         return (order[begin : begin + size] for begin in range(0, len(order), size))
 
     def _complete(self, prompts: list[list[int]], num_tokens: int, temperature: float) -> int:
@@ -65,13 +80,26 @@ class TransformersEager:
         import torch
 
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self._model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
+        ids = torch.tensor(
+            [[0] * (longest - len(prompt)) + prompt for prompt in prompts],
+            device=self._model.device,
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device
+        )
         sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
         )
         output = self._model.generate(
-            ids, attention_mask=mask, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0, **sampling, **self._options()
+            ids,
+            attention_mask=mask,
+            max_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            **sampling,
+            **self._options(),
         )
         return int(output.shape[1]) - longest
 
@@ -91,5 +119,7 @@ class TransformersCompile(TransformersEager):
         compile_config: Any = CompileConfig()
         if self.setup.device == "cpu":
             compile_config = CompileConfig(mode="default")
-            compile_config._compile_all_devices = True  # by itself, it compiles on accelerators alone
+            compile_config._compile_all_devices = (
+                True  # by itself, it compiles on accelerators alone
+            )
         return {"cache_implementation": "static", "compile_config": compile_config}

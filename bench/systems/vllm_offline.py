@@ -17,7 +17,9 @@ class Vllm:
     def __init__(self, **setup: Any) -> None:
         self.setup = Setup(**setup)
         if importlib.util.find_spec("vllm") is None:
-            raise ImportError("vllm is not importable here: install it, or pass --vllm-pythonpath DIR")
+            raise ImportError(
+                "vllm is not importable here: install it, or pass --vllm-pythonpath DIR"
+            )
         self._llm: Any = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -26,7 +28,9 @@ class Vllm:
         from vllm import LLM
 
         setup, model = self.setup, self.setup.config.get("model", {})
-        options: dict[str, Any] = {"load_format": "dummy"} if model.get("weights") == "random" else {}
+        options: dict[str, Any] = (
+            {"load_format": "dummy"} if model.get("weights") == "random" else {}
+        )
         if setup.memory_share is not None:
             options["gpu_memory_utilization"] = setup.memory_share
         self._llm = LLM(
@@ -35,10 +39,15 @@ class Vllm:
         )  # fmt: skip
         return time.perf_counter() - began
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         from vllm import SamplingParams
 
-        params = [SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False) for n in output_lengths]
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False)
+            for n in output_lengths
+        ]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         began = time.perf_counter()
         outputs = self._llm.generate(inputs, params, use_tqdm=False)

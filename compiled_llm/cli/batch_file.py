@@ -61,13 +61,20 @@ class Batch:
         ValueError: a file cannot be used, or a line of it; the message names both, and nothing was changed.
     """
 
-    def __init__(self, prompts: Path, out: Path, params: SamplingParams, *, raw: bool = False) -> None:
+    def __init__(
+        self, prompts: Path, out: Path, params: SamplingParams, *, raw: bool = False
+    ) -> None:
         lines = read_prompts(prompts, params)
         if out.exists() and out.samefile(prompts):
-            raise ValueError(f"--prompts and --out are the same file, {out}: expected another one for the answers")
+            raise ValueError(
+                f"--prompts and --out are the same file, {out}: expected another one for the answers"
+            )
         self._prompts, self._params, self._raw = prompts, params, raw
         self._answers = _Answers(out, prompts, lines)
-        self.total, self.left = len(lines), [line for line in lines.values() if line.id not in self._answers.done]
+        self.total, self.left = (
+            len(lines),
+            [line for line in lines.values() if line.id not in self._answers.done],
+        )
 
     @property
     def num_failed(self) -> int:
@@ -76,11 +83,15 @@ class Batch:
 
     def run(self, llm: CompiledLLM) -> None:
         """Answer what is left. Raises a ValueError for a prompt that cannot be served, before any is run."""
-        templated = llm.tokenizer is not None and bool(llm.tokenizer.chat_template) and not self._raw
+        templated = (
+            llm.tokenizer is not None and bool(llm.tokenizer.chat_template) and not self._raw
+        )
         self._check(llm, templated)
         began, tokens = time.perf_counter(), 0
         with _progress("generating", len(self.left)) as show:
-            for number, output in llm.as_completed(self._request(line, templated) for line in self.left):
+            for number, output in llm.as_completed(
+                self._request(line, templated) for line in self.left
+            ):
                 self._answers.write(_answer(self.left[number], output))
                 tokens += output.usage["completion_tokens"]
                 show(tokens)
@@ -95,7 +106,12 @@ class Batch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _check(self, llm: CompiledLLM, templated: bool) -> None:
@@ -121,7 +137,9 @@ class _Answers:
         self.done: set[Id] = set()
         self.num_failed = 0
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a regular file: expected one that answers can be read from again")
+            raise ValueError(
+                f"{path} is not a regular file: expected one that answers can be read from again"
+            )
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -150,16 +168,23 @@ class _Answers:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self._path} is being written by another run: wait for its end, or choose another --out") from None
+            raise ValueError(
+                f"{self._path} is being written by another run: wait for its end, or choose another --out"
+            ) from None
         except OSError as error:  # some network file systems have no locks
-            warnings.warn(f"{self._path} cannot be locked ({error.strerror}): let no other run write to it", stacklevel=2)
+            warnings.warn(
+                f"{self._path} cannot be locked ({error.strerror}): let no other run write to it",
+                stacklevel=2,
+            )
 
     def _read(self) -> int:
         """Take in the answers that are there, and say where the last complete line ends."""
         end = 0
         with self._path.open("rb") as file:
             for number, text in enumerate(file, 1):
-                torn = not text.endswith(b"\n") and (text.startswith(_BEGIN) or _BEGIN.startswith(text))
+                torn = not text.endswith(b"\n") and (
+                    text.startswith(_BEGIN) or _BEGIN.startswith(text)
+                )
                 if not torn:
                     self._take(number, text)
                     end += len(text)
@@ -168,7 +193,12 @@ class _Answers:
     def _take(self, number: int, text: bytes) -> None:
         try:
             answer = parse(text)
-            require(text.endswith(b"\n") and _is_answer(answer), "the line", "an answer that an earlier run wrote", answer)
+            require(
+                text.endswith(b"\n") and _is_answer(answer),
+                "the line",
+                "an answer that an earlier run wrote",
+                answer,
+            )
             self._compare(answer)
         except ValueError as error:
             raise ValueError(f"{self._path}:{number}: {error}") from None
@@ -177,12 +207,16 @@ class _Answers:
     def _compare(self, answer: dict[str, Any]) -> None:
         line = self._lines.get(answer["id"])
         if line is None:
-            raise ValueError(f"id {answer['id']!r} is not in {self._prompts}: it answers another file's prompts")
+            raise ValueError(
+                f"id {answer['id']!r} is not in {self._prompts}: it answers another file's prompts"
+            )
         if answer["id"] in self.done:
             raise ValueError(f"id {answer['id']!r} is answered twice: delete one of the lines")
         if answer.get(line.kind) != line.content:
             where = f"{self._prompts}:{line.number}"
-            raise ValueError(f"id {answer['id']!r} answers another prompt than {where} asks now: delete the line, or change --out")
+            raise ValueError(
+                f"id {answer['id']!r} answers another prompt than {where} asks now: delete the line, or change --out"
+            )
 
     def _count(self, answer: dict[str, Any]) -> None:
         self.done.add(answer["id"])
@@ -196,7 +230,9 @@ def _is_answer(value: Any) -> bool:
 
 def _answer(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
     """A line of the file; the metrics are those of the completion that ended last."""
-    metrics = [completion.metrics for completion in output.outputs if completion.metrics is not None]
+    metrics = [
+        completion.metrics for completion in output.outputs if completion.metrics is not None
+    ]
     last = max(metrics, key=lambda entry: entry.total or 0.0, default=None)
     answer = {
         "id": line.id,
@@ -211,7 +247,11 @@ def _answer(line: PromptLine, output: RequestOutput) -> dict[str, Any]:
 
 
 def _completion(output: CompletionOutput) -> dict[str, Any]:
-    found: dict[str, Any] = {"text": output.text, "token_ids": output.token_ids, "finish_reason": output.finish_reason}
+    found: dict[str, Any] = {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+    }
     if output.error is not None:
         found["error"] = output.error
     if output.logprobs is not None:
@@ -219,8 +259,13 @@ def _completion(output: CompletionOutput) -> dict[str, Any]:
     return found
 
 
-def _plain(logprobs: list[dict[int, Logprob]] | list[dict[int, Logprob] | None]) -> list[dict[int, Any] | None]:
-    return [None if at is None else {token: asdict(entry) for token, entry in at.items()} for at in logprobs]
+def _plain(
+    logprobs: list[dict[int, Logprob]] | list[dict[int, Logprob] | None],
+) -> list[dict[int, Any] | None]:
+    return [
+        None if at is None else {token: asdict(entry) for token, entry in at.items()}
+        for at in logprobs
+    ]
 
 
 @contextmanager
@@ -228,9 +273,19 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Counts calls, on standard error: a bar on a terminal, else a line now and then. Each call gives the tokens so far."""
     console, began, count = Console(stderr=True), time.perf_counter(), 0
     printed = began
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(
-        *columns, TextColumn("{task.fields[speed]}"), console=console, disable=not console.is_terminal, transient=True
+        *columns,
+        TextColumn("{task.fields[speed]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
     ) as bar:
         task = bar.add_task(name, total=total, speed="")
 
@@ -241,6 +296,10 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.update(task, advance=1, speed=speed)
             if not console.is_terminal and now - printed > _SECONDS_BETWEEN_LINES:
                 printed = now
-                print(", ".join(filter(None, (f"{name}: {count} of {total}", speed))), file=sys.stderr, flush=True)
+                print(
+                    ", ".join(filter(None, (f"{name}: {count} of {total}", speed))),
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield show

@@ -48,7 +48,9 @@ def invoke(app: typer.Typer, arguments: Sequence[str], *, prog_name: str) -> Non
 
 def _refused(error: Exception) -> int | None:
     """The exit status of an error that the user can mend; None for a defect of ours, which gets a traceback."""
-    if hasattr(error, "format_message"):  # a usage error of click, or of the copy of it inside Typer
+    if hasattr(
+        error, "format_message"
+    ):  # a usage error of click, or of the copy of it inside Typer
         return int(getattr(error, "exit_code", BAD_INPUT))
     if isinstance(error, ValueError | OSError | ImportError | MemoryError):
         return BAD_INPUT

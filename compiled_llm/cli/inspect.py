@@ -47,18 +47,25 @@ class Inspection:
     def __str__(self) -> str:
         found, limits = self.found, self.limits
         weights = found.num_parameters * self.bytes_per_parameter / 2**20
-        sequences = (
-            f"{limits.max_num_seqs} sequences of up to {limits.max_model_len} tokens, {limits.max_num_batched_tokens} tokens a step"
+        sequences = f"{limits.max_num_seqs} sequences of up to {limits.max_model_len} tokens, {limits.max_num_batched_tokens} tokens a step"
+        passes = ", ".join(
+            f"{name} {count}" if count else name for name, count in self.expected.items()
         )
-        passes = ", ".join(f"{name} {count}" if count else name for name, count in self.expected.items())
         place = f"{weights:,.0f} MiB in {self.dtype} on {self.device}"
         lines = {
             "model": f"{found.model_type}, {found.num_parameters:,} parameters, {place}",
-            "attention": "; ".join(f"{count} x {kind}" for kind, count in Counter(map(_kind, found.layers)).items()) or "none",
+            "attention": "; ".join(
+                f"{count} x {kind}" for kind, count in Counter(map(_kind, found.layers)).items()
+            )
+            or "none",
             "features": ", ".join(found.features) or "none beyond causal attention",
             "KV cache": f"{self.bytes_per_token:,} bytes a token",
-            "windows": f"{self.bytes_of_windows:,} bytes a sequence" if self.bytes_of_windows else "",
-            "states": f"{len(found.states)}, {self.bytes_of_states:,} bytes a sequence" if found.states else "",
+            "windows": f"{self.bytes_of_windows:,} bytes a sequence"
+            if self.bytes_of_windows
+            else "",
+            "states": f"{len(found.states)}, {self.bytes_of_states:,} bytes a sequence"
+            if found.states
+            else "",
             "limits": sequences,
             "warning": limits.warning or "",
             "passes": f"{passes or 'none'} (and how many matches each must make)",
@@ -75,7 +82,9 @@ def inspect_model(config: Config) -> Inspection:
         ValueError: there is no such model, or the config does not fit it.
     """
     model_config = read_config(config.model)
-    device = torch.device("cuda") if config.model.device == "cuda" else resolve_device(config.model)  # which need not be here
+    device = (
+        torch.device("cuda") if config.model.device == "cuda" else resolve_device(config.model)
+    )  # which need not be here
     dtype = resolve_dtype(config.model, device)
     found = preflight(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
     names = config.pass_order() if config.compile.dispatch != "eager" else []
@@ -97,6 +106,16 @@ def inspect_model(config: Config) -> Inspection:
 
 def _kind(layer: AttentionLayer) -> str:
     """A layer's attention, in words."""
-    reach = f"window of {layer.window}" if layer.window > 0 else f"chunks of {-layer.window}" if layer.window else "all tokens"
-    dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim} and {layer.value_dim}"
+    reach = (
+        f"window of {layer.window}"
+        if layer.window > 0
+        else f"chunks of {-layer.window}"
+        if layer.window
+        else "all tokens"
+    )
+    dims = (
+        f"{layer.key_dim}"
+        if layer.key_dim == layer.value_dim
+        else f"{layer.key_dim} and {layer.value_dim}"
+    )
     return f"{reach}, {layer.num_heads} heads, {layer.num_kv_heads} of keys and values, dim {dims}"

@@ -59,10 +59,18 @@ def params_of(base: SamplingParams, name: Id, changes: dict[str, Any]) -> Sampli
     for key in changes:
         if key not in _PARAMS:
             near = difflib.get_close_matches(key, _PARAMS, n=1)
-            raise ValueError(f"params: unknown field {key!r}: " + (f"did you mean {near[0]!r}?" if near else ", ".join(_PARAMS)))
+            raise ValueError(
+                f"params: unknown field {key!r}: "
+                + (f"did you mean {near[0]!r}?" if near else ", ".join(_PARAMS))
+            )
     bias = changes.get("logit_bias")
     if isinstance(bias, dict):  # JSON has no numbers for keys
-        changes = {**changes, "logit_bias": {int(key) if key.isdecimal() else key: value for key, value in bias.items()}}
+        changes = {
+            **changes,
+            "logit_bias": {
+                int(key) if key.isdecimal() else key: value for key, value in bias.items()
+            },
+        }
     try:
         return replace(base, **{"seed": _seed_of(base.seed, name), **changes})
     except ValueError as error:
@@ -75,7 +83,9 @@ def parse(text: bytes) -> Any:
         value = json.loads(text.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in UTF-8, got {excerpt(text.strip().decode(errors='replace'))}: {error}") from None
+        raise ValueError(
+            f"expected JSON in UTF-8, got {excerpt(text.strip().decode(errors='replace'))}: {error}"
+        ) from None
     return value
 
 
@@ -90,13 +100,17 @@ def is_id(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _add(lines: dict[Id, PromptLine], path: Path, number: int, text: bytes, params: SamplingParams) -> None:
+def _add(
+    lines: dict[Id, PromptLine], path: Path, number: int, text: bytes, params: SamplingParams
+) -> None:
     try:
         line = _parse_prompt(number, text)
         if line.params:
             params_of(params, line.id, line.params)
         if line.id in lines:
-            raise ValueError(f"id {line.id!r} must be unique, and line {lines[line.id].number} has it too")
+            raise ValueError(
+                f"id {line.id!r} must be unique, and line {lines[line.id].number} has it too"
+            )
     except ValueError as error:
         raise ValueError(f"{path}:{number}: {error}") from None
     lines[line.id] = line
@@ -105,18 +119,29 @@ def _add(lines: dict[Id, PromptLine], path: Path, number: int, text: bytes, para
 def _parse_prompt(number: int, text: bytes) -> PromptLine:
     value = parse(text)
     value = {"prompt": value} if isinstance(value, str) else value
-    require(isinstance(value, dict), "the line", 'a JSON string, or an object with "prompt" or "messages"', value)
+    require(
+        isinstance(value, dict),
+        "the line",
+        'a JSON string, or an object with "prompt" or "messages"',
+        value,
+    )
     for key in value:
         if key not in _KEYS:
             raise ValueError(f"unknown key {key!r}: expected {', '.join(_KEYS)}")
     if ("prompt" in value) == ("messages" in value):
-        raise ValueError(f'expected exactly one of "prompt" and "messages", got {"both" if "prompt" in value else "neither"}')
+        raise ValueError(
+            f'expected exactly one of "prompt" and "messages", got {"both" if "prompt" in value else "neither"}'
+        )
     kind: Literal["prompt", "messages"] = "prompt" if "prompt" in value else "messages"
     content, name, params = value[kind], value.get("id", number - 1), value.get("params", {})
     require(is_id(name), "id", "a string or a whole number", name)
     require(isinstance(params, dict), "params", "an object", params)
     fits = _is_prompt(content) if kind == "prompt" else _is_conversation(content)
-    expected = "text or a list of token ids" if kind == "prompt" else "a list of objects with role and content"
+    expected = (
+        "text or a list of token ids"
+        if kind == "prompt"
+        else "a list of objects with role and content"
+    )
     require(fits, kind, f"{expected}, not empty", content)
     return PromptLine(number=number, id=name, kind=kind, content=content, params=params)
 
@@ -130,10 +155,14 @@ def _seed_of(seed: int | None, name: Id) -> int | None:
 
 
 def _is_prompt(value: object) -> bool:
-    ids = isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+    ids = isinstance(value, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in value
+    )
     return bool(value) and (isinstance(value, str) or ids)
 
 
 def _is_conversation(value: object) -> bool:
     messages = value if isinstance(value, list) else []
-    return bool(messages) and all(isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in messages)
+    return bool(messages) and all(
+        isinstance(entry, dict) and {"role", "content"} <= entry.keys() for entry in messages
+    )

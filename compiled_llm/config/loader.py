@@ -22,13 +22,17 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
                 if key.value in lines:
-                    raise ValueError(f"key {excerpt(key.value)} is given twice, in lines {lines[key.value]} and {line}")
+                    raise ValueError(
+                        f"key {excerpt(key.value)} is given twice, in lines {lines[key.value]} and {line}"
+                    )
                 lines[key.value] = line
         return node
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -43,7 +47,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         for override in overrides:
             values = _merge(values, _parse_override(override))
     except RecursionError:
-        raise ValueError("the config nests or extends too deeply: expected at most some hundred levels") from None
+        raise ValueError(
+            "the config nests or extends too deeply: expected at most some hundred levels"
+        ) from None
     return parse_config(values)
 
 
@@ -59,17 +65,25 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         path = path.resolve()
         text = path.read_bytes().decode()
-    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError tells of links that form a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a RuntimeError tells of links that form a circle
         raise ValueError(f"config file {path} cannot be read: {_reason(error)}") from None
     if path in seen:
-        raise ValueError(f"config {path} extends itself through {' -> '.join(p.name for p in seen)}")
+        raise ValueError(
+            f"config {path} extends itself through {' -> '.join(p.name for p in seen)}"
+        )
     values = _parse_yaml(text, f"config file {path}")
     if not isinstance(values, dict | None):
         raise ValueError(f"config file {path} must hold a mapping, got {type(values).__name__}")
     values = values or {}
     parent = values.pop("extends", None)
     if not isinstance(parent, str | None):
-        raise ValueError(f"config file {path}: extends must be the path of one other config file, got {excerpt(parent)}")
+        raise ValueError(
+            f"config file {path}: extends must be the path of one other config file, got {excerpt(parent)}"
+        )
     _resolve_model_path(values, path.parent)
     return values if parent is None else _merge(_read(path.parent / parent, (*seen, path)), values)
 
@@ -80,7 +94,10 @@ def _parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError(f"{source} is not valid YAML: it nests too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError tells of a date or number that does not exist
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # a ValueError tells of a date or number that does not exist
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -93,7 +110,11 @@ def _reason(error: Exception) -> str:
 def _resolve_model_path(values: dict[str, Any], directory: Path) -> None:
     """A model path is relative to the file that names it."""
     model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("name"), str) and os.path.exists(directory / model["name"]):
+    if (
+        isinstance(model, dict)
+        and isinstance(model.get("name"), str)
+        and os.path.exists(directory / model["name"])
+    ):
         model["name"] = str(directory / model["name"])
 
 
@@ -112,7 +133,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 
@@ -129,7 +152,9 @@ def _explain(error: ValidationError) -> str:
             complaint = f"{detail['msg']}, got {excerpt(detail['input'])}"
         complaints.setdefault(path, []).append(complaint)
     lines = {path: " or ".join(found) for path, found in complaints.items()}
-    return "; ".join(f"config key {path!r}: {line}" if path else line for path, line in lines.items())
+    return "; ".join(
+        f"config key {path!r}: {line}" if path else line for path, line in lines.items()
+    )
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
@@ -139,7 +164,9 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
     for part in location:
         path.append(str(part))
         field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             break
         section = field.annotation
     return section, ".".join(path)

@@ -197,7 +197,11 @@ class CompileConfig(Section):
     @classmethod
     def _what_the_level_stands_for(cls, values: object) -> object:
         level = values.get("level") if isinstance(values, dict) else None
-        if not isinstance(values, dict) or not isinstance(level, int | float) or level not in LEVELS:  # refused below, or none
+        if (
+            not isinstance(values, dict)
+            or not isinstance(level, int | float)
+            or level not in LEVELS
+        ):  # refused below, or none
             return values
         preset, options = LEVELS[int(level)], values.get("options")
         if isinstance(options, dict) and "options" in preset:
@@ -239,9 +243,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _strict_compiles(self) -> Self:
         if self.strict and self.compile.dispatch == "eager":
-            raise ValueError("strict forbids eager steps, and compile.dispatch=eager has no others: drop one of the two")
+            raise ValueError(
+                "strict forbids eager steps, and compile.dispatch=eager has no others: drop one of the two"
+            )
         if self.strict and self.compile.capture == "lazy":
-            raise ValueError("strict forbids eager steps, and compile.capture=lazy begins with them: drop one of the two")
+            raise ValueError(
+                "strict forbids eager steps, and compile.capture=lazy begins with them: drop one of the two"
+            )
         return self
 
     def pass_order(self) -> list[str]:

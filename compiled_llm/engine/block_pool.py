@@ -15,7 +15,9 @@ class BlockPool:
         self.capacity = num_pages - 1
         self._holders = [0] * num_pages
         self._blank = list(range(num_pages - 1, 0, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # held by nobody, but with a key; oldest first
+        self._kept: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # held by nobody, but with a key; oldest first
         self._keys: dict[int, bytes] = {}
         self._pages: dict[bytes, int] = {}
 
@@ -38,7 +40,9 @@ class BlockPool:
 
     def num_found(self, keys: Sequence[bytes]) -> int:
         """How many of these keys can be found, up to the first that cannot."""
-        return next((number for number, key in enumerate(keys) if key not in self._pages), len(keys))
+        return next(
+            (number for number, key in enumerate(keys) if key not in self._pages), len(keys)
+        )
 
     def num_idle(self, keys: Sequence[bytes]) -> int:
         """How many pages with these keys, all of which can be found, nobody holds: to share them takes free pages."""

@@ -36,7 +36,12 @@ class Detokenizer:
         num_tokens: how many tokens the text has taken, the one that completed a stop string being the last.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+    ) -> None:
         self._stops, self._min_tokens = tuple(params.stop or ()), params.min_tokens
         self._longest_held = max(map(len, self._stops), default=1) - 1
         self._firsts = {stop[0] for stop in self._stops}
@@ -155,14 +160,20 @@ class _SlowStream:
             self._ids, self._num_given = ids, len(end)
 
 
-def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, prompt: list[int]) -> tuple[_Stream, int]:
+def _open_stream(
+    tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, prompt: list[int]
+) -> tuple[_Stream, int]:
     """A stream that goes on from the end of a prompt, and how many replacement characters stand for the prompt's last bytes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
 
     def decode(ids: list[int]) -> str:
         if backend is not None:
             return str(backend.decode(ids, skip_special_tokens=skip_special_tokens))
-        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+        return str(
+            tokenizer.decode(
+                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
 
     def knows(token: int) -> bool:
         try:
@@ -173,7 +184,11 @@ def _open_stream(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool, 
 
     last = [token for token in prompt if backend is not None or knows(token)]
     context, incomplete = _whole_characters(last, decode)
-    stream = _SlowStream(decode, knows, context) if backend is None else _FastStream(backend, skip_special_tokens, context)
+    stream = (
+        _SlowStream(decode, knows, context)
+        if backend is None
+        else _FastStream(backend, skip_special_tokens, context)
+    )
     for token in incomplete:
         stream.step(token)  # gives nothing: no character is complete
     marked = decode(context + incomplete) if incomplete else ""

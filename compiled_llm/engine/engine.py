@@ -97,7 +97,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        pending = self._news or self._launched or self._withdrawn or self.num_waiting or self._rows.running
+        pending = (
+            self._news
+            or self._launched
+            or self._withdrawn
+            or self.num_waiting
+            or self._rows.running
+        )
         return bool(pending) or not self._consistent
 
     @property
@@ -119,8 +125,14 @@ class Engine:
                 f"and limits.max_waiting={limit} may wait"
             )
         if not self._has_room_for(count):
-            reason = "as many as limits.max_waiting allows" if count == 1 else f"{count} more exceed limits.max_waiting={limit}"
-            raise QueueFullError(f"{self.num_waiting} requests are waiting, {reason}: retry later or raise it")
+            reason = (
+                "as many as limits.max_waiting allows"
+                if count == 1
+                else f"{count} more exceed limits.max_waiting={limit}"
+            )
+            raise QueueFullError(
+                f"{self.num_waiting} requests are waiting, {reason}: retry later or raise it"
+            )
 
     @property
     def broken(self) -> str | None:
@@ -135,7 +147,9 @@ class Engine:
             num_embeddings=self._num_embeddings,
             max_model_len=self._runtime.limits.max_model_len,
         )
-        self._runtime.check_samplers(request.params.sampler, scoring=request.params.prompt_logprobs is not None)
+        self._runtime.check_samplers(
+            request.params.sampler, scoring=request.params.prompt_logprobs is not None
+        )
 
     def add(self, request: Request) -> None:
         """Let a checked request wait for its turn.
@@ -147,7 +161,9 @@ class Engine:
         """
         self._enter()
         self.check_room()
-        if not self.has_work:  # once a batch of requests is enough: this takes longer than a step's own checks
+        if (
+            not self.has_work
+        ):  # once a batch of requests is enough: this takes longer than a step's own checks
             self._runtime.check_model()
         with self._changing():
             self._scheduler.add(request)
@@ -210,7 +226,9 @@ class Engine:
         if self._consistent:
             return
         if self._is_nested():
-            raise RuntimeError("this engine is in a step, from which it cannot be called: return from the logits processor first")
+            raise RuntimeError(
+                "this engine is in a step, from which it cannot be called: return from the logits processor first"
+            )
         self._recover()
 
     def _is_nested(self) -> bool:
@@ -223,7 +241,9 @@ class Engine:
             self._runtime.recover()
             fresh = self._make_scheduler()
             ended = move_unfinished(
-                self._scheduler, fresh, f"the step that it ran in was cut short: {self._cause or 'interrupted'}"
+                self._scheduler,
+                fresh,
+                f"the step that it ran in was cut short: {self._cause or 'interrupted'}",
             )
         except Exception as error:
             raise self._break(
@@ -257,7 +277,9 @@ class Engine:
             max_blocks=runtime.memory.state.max_blocks,
             sharing=runtime.config.cache.prefix_caching and not runtime.has_states,
         )
-        return Scheduler(Rows(limits.max_num_seqs, limits.max_model_len), cache, SchedulerLimits.of(runtime))
+        return Scheduler(
+            Rows(limits.max_num_seqs, limits.max_model_len), cache, SchedulerLimits.of(runtime)
+        )
 
     def _step(self) -> list[Request]:
         while self._withdrawn:
@@ -277,7 +299,9 @@ class Engine:
         ahead = _AHEAD if plan is not None else 0
         while len(self._launched) > ahead:
             self._learn(self._launched.popleft())
-        self._stats.host_seconds += time.perf_counter() - began - (self._stats.wait_seconds - waited)
+        self._stats.host_seconds += (
+            time.perf_counter() - began - (self._stats.wait_seconds - waited)
+        )
         return self._take_news()
 
     def _has_room_for(self, count: int) -> bool:
@@ -311,7 +335,9 @@ class Engine:
         self._count(plan)
         if plan.scored:
             self._learn_prompts(plan)
-        if rows.external[plan.rows].any():  # their tokens are chosen on the host, before the next step can be planned
+        if rows.external[
+            plan.rows
+        ].any():  # their tokens are chosen on the host, before the next step can be planned
             self._learn_all()
 
     def _write_extras(self, plan: Plan) -> None:
@@ -321,7 +347,9 @@ class Engine:
                 self._runtime.set_extras(row, extras_of(request, self._vocab_size))
         for row in plan.lifted:
             request = self._rows.request(row)
-            self._runtime.set_extras(row, RowExtras(bias=bias_of(request, self._vocab_size, may_stop=True)))
+            self._runtime.set_extras(
+                row, RowExtras(bias=bias_of(request, self._vocab_size, may_stop=True))
+            )
 
     def _count(self, plan: Plan) -> None:
         stats, batch = self._stats, plan.batch
@@ -329,7 +357,11 @@ class Engine:
         stats.decode_steps += isinstance(batch, DecodeBatch)
         stats.tokens += len(batch.rows) if isinstance(batch, DecodeBatch) else len(batch.ids)
         joined = [self._rows.requests[row] for row in plan.joined]
-        stats.cached_tokens += sum(request.num_cached_tokens for request in joined if request and not request.num_preemptions)
+        stats.cached_tokens += sum(
+            request.num_cached_tokens
+            for request in joined
+            if request and not request.num_preemptions
+        )
 
     def _learn_all(self) -> None:
         while self._launched:
@@ -372,8 +404,14 @@ class Engine:
         try:
             if request.logprobs is not None and logprobs is not None:
                 count = request.params.logprobs
-                request.logprobs.append(by_token(token, logprobs.values[row], logprobs.ids[row], count, self._decode_token))
-            stops = request.detokenizer is not None and request.detokenizer.push(request.readable([token]))
+                request.logprobs.append(
+                    by_token(
+                        token, logprobs.values[row], logprobs.ids[row], count, self._decode_token
+                    )
+                )
+            stops = request.detokenizer is not None and request.detokenizer.push(
+                request.readable([token])
+            )
         except Exception as error:
             self._end(request, "error", f"{type(error).__name__}: {error}")
             return
@@ -401,7 +439,9 @@ class Engine:
         batch = plan.batch
         assert isinstance(batch, PrefillBatch)
         found = self._runtime.prompt_logprobs(len(batch.ids))
-        beyond = batch.targets >= self._vocab_size  # the output head has no logit for these: their probability is 0
+        beyond = (
+            batch.targets >= self._vocab_size
+        )  # the output head has no logit for these: their probability is 0
         found.values[beyond, 0], found.ids[beyond, 0] = -np.inf, self._vocab_size + 1
         for chunk, begin in plan.scored:
             request = self._rows.request(chunk.row)
@@ -412,7 +452,13 @@ class Engine:
             try:
                 for at in range(begin, begin + chunk.count):
                     if batch.scores[at] >= 0:
-                        entry = by_token(int(batch.targets[at]), found.values[at], found.ids[at], count, self._decode_token)
+                        entry = by_token(
+                            int(batch.targets[at]),
+                            found.values[at],
+                            found.ids[at],
+                            count,
+                            self._decode_token,
+                        )
                         request.prompt_logprobs.append(entry)
             except Exception as error:  # the tokenizer's
                 self._end(request, "error", f"{type(error).__name__}: {error}")
@@ -431,8 +477,12 @@ class Engine:
         if limit is None:
             return
         for request in self._scheduler.overdue(now - limit):
-            self._end(request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}")
+            self._end(
+                request, "abort", f"it waited longer than limits.max_waiting_seconds={limit:g}"
+            )
 
 
 # The code of the calls that change an engine, by which they are found on a thread's stack.
-CHANGING = {method.__code__ for method in (Engine.add, Engine.abort, Engine.reset_prefix_cache, Engine.step)}
+CHANGING = {
+    method.__code__ for method in (Engine.add, Engine.abort, Engine.reset_prefix_cache, Engine.step)
+}

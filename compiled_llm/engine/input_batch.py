@@ -39,7 +39,9 @@ class Rows:
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         self.requests: list[Request | None] = [None] * max_num_seqs
         self.free = list(range(max_num_seqs - 1, -1, -1))
-        self.prefilling: list[int] = []  # rows whose prompt is not computed yet, in the order of admission
+        self.prefilling: list[
+            int
+        ] = []  # rows whose prompt is not computed yet, in the order of admission
         self.tokens = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.params = np.zeros((max_num_seqs, len(RowParams._fields)), np.int64)
         self.stop_ids = np.full((max_num_seqs, _MAX_STOP_IDS), -1, np.int64)
@@ -50,7 +52,16 @@ class Rows:
         self.first_at = np.full(max_num_seqs, np.nan)
         self.last_at = np.full(max_num_seqs, np.nan)
         integers = np.zeros((8, max_num_seqs), np.int64)
-        self.owner, self.known, self.computed, self.target, self.remaining, self.limit, self.sampler, self.lift_at = integers
+        (
+            self.owner,
+            self.known,
+            self.computed,
+            self.target,
+            self.remaining,
+            self.limit,
+            self.sampler,
+            self.lift_at,
+        ) = integers
         self.lift_at[:] = -1
 
     @property
@@ -87,15 +98,25 @@ class Rows:
         self.watched[row] = request.watched or len(stop_ids) > _MAX_STOP_IDS
         self.logprobs[row] = request.params.logprobs is not None
         self.external[row] = bool(request.params.logits_processors)
-        self.first_at[row] = np.nan if request.timings.first_token is None else request.timings.first_token
-        self.last_at[row] = np.nan if request.timings.last_token is None else request.timings.last_token
+        self.first_at[row] = (
+            np.nan if request.timings.first_token is None else request.timings.first_token
+        )
+        self.last_at[row] = (
+            np.nan if request.timings.last_token is None else request.timings.last_token
+        )
 
     def leave(self, row: int) -> Request:
         """The row is free again; its request keeps what is known."""
         request = self.request(row)
-        request.token_ids = self.tokens[row, len(request.prompt_token_ids) : self.known[row]].tolist()
-        request.timings.first_token = None if np.isnan(self.first_at[row]) else float(self.first_at[row])
-        request.timings.last_token = None if np.isnan(self.last_at[row]) else float(self.last_at[row])
+        request.token_ids = self.tokens[
+            row, len(request.prompt_token_ids) : self.known[row]
+        ].tolist()
+        request.timings.first_token = (
+            None if np.isnan(self.first_at[row]) else float(self.first_at[row])
+        )
+        request.timings.last_token = (
+            None if np.isnan(self.last_at[row]) else float(self.last_at[row])
+        )
         self.requests[row] = None
         self.owner[row] += 1
         self.decoding[row], self.lift_at[row] = False, -1
@@ -113,7 +134,9 @@ class Rows:
         self.remaining[rows] -= 1
         self.decoding[rows] = self.remaining[rows] > 0
 
-    def learn(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], now: float) -> NDArray[np.bool_]:
+    def learn(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], now: float
+    ) -> NDArray[np.bool_]:
         """The tokens sampled in these rows are known; True where one ends its request."""
         self.tokens[rows, self.known[rows]] = tokens
         self.known[rows] += 1

@@ -58,16 +58,28 @@ class KVCache:
         tables: [G, R, N] int32; trash where a row has no page, or no longer.
     """
 
-    def __init__(self, groups: Sequence[PageGroup], *, block_size: int, max_num_seqs: int, max_blocks: int, sharing: bool) -> None:
+    def __init__(
+        self,
+        groups: Sequence[PageGroup],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        sharing: bool,
+    ) -> None:
         self.block_size, self._sharing = block_size, sharing
         self._windows = [group.window for group in groups]
         self.pools = [BlockPool(group.num_pages) for group in groups]
         self.tables = np.full((len(groups), max_num_seqs, max_blocks), TRASH_PAGE, np.int32)
-        self._begin = np.zeros((len(groups), max_num_seqs), np.int64)  # a row holds its blocks from begin to end
+        self._begin = np.zeros(
+            (len(groups), max_num_seqs), np.int64
+        )  # a row holds its blocks from begin to end
         self._end = np.zeros((len(groups), max_num_seqs), np.int64)
         self._keys: list[list[bytes]] = [[] for _ in range(max_num_seqs)]
         self._registered = [0] * max_num_seqs
-        self._refused: Candidate | None = None  # the last candidate, when nothing that lowers its needs has happened since
+        self._refused: Candidate | None = (
+            None  # the last candidate, when nothing that lowers its needs has happened since
+        )
 
     @property
     def num_free(self) -> list[int]:
@@ -95,7 +107,9 @@ class KVCache:
             return None
         keys, length = candidate.keys, candidate.num_tokens
         shared = self._num_shared(keys[: len(candidate.sharable)])
-        candidate.needs = [self._needs_to_admit(group, keys, shared, length) for group in range(len(self.pools))]
+        candidate.needs = [
+            self._needs_to_admit(group, keys, shared, length) for group in range(len(self.pools))
+        ]
         if not self._suffices(candidate.needs, margin):
             candidate.num_shared, self._refused = shared, candidate
             self._touch(candidate, windowed=False)
@@ -146,7 +160,11 @@ class KVCache:
             self.tables[group, rows, blocks] = pool.allocate(len(rows))
             self._end[group, rows] = blocks + 1
         num_groups = len(self.pools)
-        return np.repeat(np.arange(num_groups), len(rows)), np.tile(rows, num_groups), np.tile(blocks, num_groups)
+        return (
+            np.repeat(np.arange(num_groups), len(rows)),
+            np.tile(rows, num_groups),
+            np.tile(blocks, num_groups),
+        )
 
     def register(self, row: int, tokens: Tokens) -> None:
         """The row's full blocks among these tokens, which are computed by now or by the step being made, can be shared."""
@@ -154,7 +172,9 @@ class KVCache:
         if not self._sharing or full <= self._registered[row]:
             return
         keys = chain(tokens, self.block_size, self._keys[row])
-        if self._refused is not None and not self._refused.sharable.isdisjoint(keys[self._registered[row] : full]):
+        if self._refused is not None and not self._refused.sharable.isdisjoint(
+            keys[self._registered[row] : full]
+        ):
             self._refused = None
         for group, pool in enumerate(self.pools):
             for block in range(max(self._registered[row], int(self._begin[group, row])), full):
@@ -182,7 +202,12 @@ class KVCache:
     def check(self) -> None:
         """Assert that no page has leaked or has two owners that do not share it."""
         for group, pool in enumerate(self.pools):
-            held = zip(self.tables[group], self._begin[group].tolist(), self._end[group].tolist(), strict=True)
+            held = zip(
+                self.tables[group],
+                self._begin[group].tolist(),
+                self._end[group].tolist(),
+                strict=True,
+            )
             pool.check([table[begin:end].tolist() for table, begin, end in held])
 
     def _num_shared(self, keys: list[bytes]) -> int:
@@ -194,11 +219,23 @@ class KVCache:
         for pool, window in zip(self.pools, self._windows, strict=True):
             if not window:
                 count = pool.num_found(keys[:count])
-        begins = [count if window else 0 for window in self._windows]  # each group has the blocks from here to `count`
+        begins = [
+            count if window else 0 for window in self._windows
+        ]  # each group has the blocks from here to `count`
         group = 0
         while count and group < len(begins):
-            needed = range(self._first_needed(self._windows[group], count * self.block_size), min(begins[group], count))
-            missing = next((block for block in reversed(needed) if self.pools[group].find(keys[block]) is None), None)
+            needed = range(
+                self._first_needed(self._windows[group], count * self.block_size),
+                min(begins[group], count),
+            )
+            missing = next(
+                (
+                    block
+                    for block in reversed(needed)
+                    if self.pools[group].find(keys[block]) is None
+                ),
+                None,
+            )
             if missing is None:
                 begins[group], group = min(begins[group], needed.start), group + 1
             else:  # nor does what is needed of any count from there up to this one stand
@@ -210,13 +247,20 @@ class KVCache:
         count = candidate.num_shared
         for pool, window in zip(self.pools, self._windows, strict=True):
             if bool(window) == windowed:
-                pool.touch(candidate.keys[self._first_needed(window, count * self.block_size) : count])
+                pool.touch(
+                    candidate.keys[self._first_needed(window, count * self.block_size) : count]
+                )
 
     def _suffices(self, needs: list[int], margin: int) -> bool:
-        return all(need + margin <= pool.num_free for need, pool in zip(needs, self.pools, strict=True))
+        return all(
+            need + margin <= pool.num_free for need, pool in zip(needs, self.pools, strict=True)
+        )
 
     def _share(self, group: int, row: int, keys: list[bytes], count: int) -> None:
-        pool, begin = self.pools[group], self._first_needed(self._windows[group], count * self.block_size)
+        pool, begin = (
+            self.pools[group],
+            self._first_needed(self._windows[group], count * self.block_size),
+        )
         for block in range(begin, count):
             page = pool.find(keys[block])
             assert page is not None

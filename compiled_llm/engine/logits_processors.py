@@ -21,6 +21,8 @@ def processed(request: Request, tokens: NDArray[np.integer], logits: Tensor) -> 
         changed: Any = processor(ids, logits)  # type: ignore[arg-type]
         if not isinstance(changed, Tensor) or changed.shape != logits.shape:
             got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-            raise ValueError(f"a logits processor must return logits of shape {tuple(logits.shape)}, got {got}")
+            raise ValueError(
+                f"a logits processor must return logits of shape {tuple(logits.shape)}, got {got}"
+            )
         logits = changed.to(logits)
     return logits

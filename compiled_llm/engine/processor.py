@@ -21,7 +21,9 @@ from compiled_llm.outputs import Beginning, CompletionOutput, RequestMetrics, Re
 from compiled_llm.sampling_params import SamplingParams
 
 _MAX_SEED = 2**63 - 1
-_CHARACTERS_PER_TOKEN = 16  # texts of more than these for each token that fits are looked at before they are tokenised
+_CHARACTERS_PER_TOKEN = (
+    16  # texts of more than these for each token that fits are looked at before they are tokenised
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,8 +97,11 @@ class Jobs:
                 prompt_token_ids=ids,
                 params=params,
                 seed=(seed + number) & _MAX_SEED,
-                max_tokens=min(params.max_tokens or self._max_model_len, max(1, self._max_model_len - len(ids))),
-                stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+                max_tokens=min(
+                    params.max_tokens or self._max_model_len, max(1, self._max_model_len - len(ids))
+                ),
+                stop_token_ids=frozenset(params.stop_token_ids)
+                | (frozenset() if params.ignore_eos else self._eos),
                 bad_words=bad_words,
                 priority=priority,
                 detokenizer=self._detokenizer(params, ids) if streaming or params.stop else None,
@@ -109,7 +114,9 @@ class Jobs:
     def check_stream(self, params: SamplingParams | None) -> None:
         """Raise a ValueError unless a request with these params can be streamed as text."""
         if self._tokenizer is None:
-            raise ValueError(f"stream() yields text, and {self._missing}: pass one, or use generate()")
+            raise ValueError(
+                f"stream() yields text, and {self._missing}: pass one, or use generate()"
+            )
         if params is not None and params.n > 1:
             raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
 
@@ -119,7 +126,9 @@ class Jobs:
         return RequestOutput(
             prompt=job.prompt,
             prompt_token_ids=job.prompt_token_ids,
-            outputs=[self._completion(number, request) for number, request in enumerate(job.requests)],
+            outputs=[
+                self._completion(number, request) for number, request in enumerate(job.requests)
+            ],
             prompt_logprobs=first.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
             request_id=job.request_id,
@@ -165,7 +174,9 @@ class Jobs:
     def _detokenizer(self, params: SamplingParams, prompt: Sequence[int]) -> Detokenizer | None:
         if self._tokenizer is None:
             if params.stop:
-                raise ValueError(f"stop strings need a tokenizer, and {self._missing}: pass one, or use stop_token_ids")
+                raise ValueError(
+                    f"stop strings need a tokenizer, and {self._missing}: pass one, or use stop_token_ids"
+                )
             return None
         return Detokenizer(self._tokenizer, params, prompt)
 
@@ -182,7 +193,9 @@ class Jobs:
         try:
             ids: list[int] = self._tokenizer(prompt)["input_ids"]
         except Exception as error:  # the tokenizer's own, such as of half a surrogate pair
-            raise ValueError(f"the tokenizer refuses the prompt: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"the tokenizer refuses the prompt: {type(error).__name__}: {error}"
+            ) from error
         return ids
 
     def _check_length(self, text: str) -> None:
@@ -204,12 +217,19 @@ class Jobs:
 
     def _chat_prompt(self, conversation: Sequence[Message]) -> list[int]:
         if self._tokenizer is None:
-            raise ValueError(f"chat needs a tokenizer, and {self._missing}: pass one, or use generate() with token ids")
+            raise ValueError(
+                f"chat needs a tokenizer, and {self._missing}: pass one, or use generate() with token ids"
+            )
         if not self._tokenizer.chat_template:
-            raise ValueError("chat needs a tokenizer with a chat template: use generate() with a prompt of your own making")
+            raise ValueError(
+                "chat needs a tokenizer with a chat template: use generate() with a prompt of your own making"
+            )
         for message in conversation:
             check_message(message)
-        if sum(len(str(message["content"])) for message in conversation) > _CHARACTERS_PER_TOKEN * self._max_model_len:
+        if (
+            sum(len(str(message["content"])) for message in conversation)
+            > _CHARACTERS_PER_TOKEN * self._max_model_len
+        ):
             self._check_length(str(self._apply_template(conversation, tokenize=False)))
         templated = self._apply_template(conversation, return_dict=True)
         ids: list[int] = templated["input_ids"]
@@ -219,14 +239,20 @@ class Jobs:
         """What the chat template makes of a conversation; raises ValueError."""
         assert self._tokenizer is not None
         try:
-            return self._tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, **options)
-        except Exception as error:  # what a template refuses, such as two messages of one role in a row
+            return self._tokenizer.apply_chat_template(
+                list(conversation), add_generation_prompt=True, **options
+            )
+        except (
+            Exception
+        ) as error:  # what a template refuses, such as two messages of one role in a row
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each word as it stands at the beginning of a text, and as it follows a space."""
         if params.bad_words and self._tokenizer is None:
-            raise ValueError(f"bad_words need a tokenizer, and {self._missing}: pass one, or use logit_bias")
+            raise ValueError(
+                f"bad_words need a tokenizer, and {self._missing}: pass one, or use logit_bias"
+            )
         words: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             for text in (word, " " + word.lstrip()):
@@ -242,7 +268,9 @@ class RequestFailedError(RuntimeError):
 def raise_failure(request: Request) -> None:
     """Raise RequestFailedError if something ended the request before its time: who only sees text sees no `error`."""
     if request.error is not None:
-        raise RequestFailedError(f"the request ended with {request.finish_reason!r}: {request.error}")
+        raise RequestFailedError(
+            f"the request ended with {request.finish_reason!r}: {request.error}"
+        )
 
 
 def _metrics(request: Request) -> RequestMetrics:
@@ -252,7 +280,11 @@ def _metrics(request: Request) -> RequestMetrics:
         return None if moment is None else moment - begin
 
     between = None
-    if times.first_token is not None and times.last_token is not None and len(request.token_ids) > 1:
+    if (
+        times.first_token is not None
+        and times.last_token is not None
+        and len(request.token_ids) > 1
+    ):
         between = (times.last_token - times.first_token) / (len(request.token_ids) - 1)
     return RequestMetrics(
         queue=since(times.scheduled),
@@ -262,7 +294,11 @@ def _metrics(request: Request) -> RequestMetrics:
     )
 
 
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase | None, config: GenerationConfig | None) -> frozenset[int]:
+def _eos_token_ids(
+    tokenizer: PreTrainedTokenizerBase | None, config: GenerationConfig | None
+) -> frozenset[int]:
     ids = getattr(config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, getattr(tokenizer, "eos_token_id", None)] if token is not None)
+    return frozenset(
+        token for token in [*listed, getattr(tokenizer, "eos_token_id", None)] if token is not None
+    )

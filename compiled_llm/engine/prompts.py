@@ -16,17 +16,28 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | _BYTES) or _is_array(prompts):
         return [cast(Prompt, prompts)]
     _require_list(prompts, "prompts must be text, token ids, or a list of these")
-    return [cast(Prompt, prompts)] if prompts and _is_whole(prompts[0]) else list(cast(Sequence[Prompt], prompts))
+    return (
+        [cast(Prompt, prompts)]
+        if prompts and _is_whole(prompts[0])
+        else list(cast(Sequence[Prompt], prompts))
+    )
 
 
-def list_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+def list_conversations(
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+) -> list[Sequence[Message]]:
     """Return one conversation or many as a list; each is a list that begins with a message, and is not empty."""
     expected = "chat() takes a list of messages, or a list of such lists"
     _require_list(messages, expected)
-    listed = cast(list[Sequence[Message]], [messages] if messages and isinstance(messages[0], dict) else list(messages))
+    listed = cast(
+        list[Sequence[Message]],
+        [messages] if messages and isinstance(messages[0], dict) else list(messages),
+    )
     for number, conversation in enumerate(listed):
         if not is_conversation(conversation):
-            raise ValueError(f"{expected}, got {excerpt(conversation)} as conversation {number}: use generate() for other prompts")
+            raise ValueError(
+                f"{expected}, got {excerpt(conversation)} as conversation {number}: use generate() for other prompts"
+            )
     return listed
 
 
@@ -34,21 +45,32 @@ def list_for_each(given: Any, count: int, name: str) -> list[Any]:
     """Return what is given for each of `count` prompts as a list."""
     _require_list(given, f"{name} must be a list with one for each prompt")
     if len(given) != count:
-        raise ValueError(f"{count} prompts were given {len(given)} {name}: expected one for all or one for each")
+        raise ValueError(
+            f"{count} prompts were given {len(given)} {name}: expected one for all or one for each"
+        )
     return list(given)
 
 
 def is_conversation(prompt: object) -> bool:
     """Whether this is a list that begins with a message."""
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str | _BYTES) and bool(prompt) and isinstance(prompt[0], dict)
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str | _BYTES)
+        and bool(prompt)
+        and isinstance(prompt[0], dict)
+    )
 
 
 def check_message(message: object) -> None:
     """Refuse what is no message: a dict with a role, and content that is text, a list of parts, or None."""
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise ValueError(f"a message must be a dict with role and content, got {excerpt(message)}")
-    if not isinstance(message["role"], str) or not isinstance(message["content"], str | list | None):
-        raise ValueError(f"a message's role must be text, and its content text or a list of parts, got {excerpt(message)}")
+    if not isinstance(message["role"], str) or not isinstance(
+        message["content"], str | list | None
+    ):
+        raise ValueError(
+            f"a message's role must be text, and its content text or a list of parts, got {excerpt(message)}"
+        )
 
 
 def token_ids_of(prompt: object) -> list[int]:
@@ -57,10 +79,14 @@ def token_ids_of(prompt: object) -> list[int]:
     if _is_array(prompt):
         if ids.ndim != 1:
             shape = tuple(ids.shape)
-            raise ValueError(f"an array of token ids must have one dimension, got shape {shape}: pass a list of unpadded rows")
+            raise ValueError(
+                f"an array of token ids must have one dimension, got shape {shape}: pass a list of unpadded rows"
+            )
         ids = ids.tolist()
     if not isinstance(ids, Sequence) or isinstance(ids, str | _BYTES):
-        raise ValueError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}{_hint(prompt)}")
+        raise ValueError(
+            f"a prompt must be text or a list of token ids, got {type(prompt).__name__}{_hint(prompt)}"
+        )
     return [token if type(token) is int else _token_id(token) for token in ids]
 
 
@@ -90,4 +116,6 @@ def _is_array(value: object) -> bool:
 
 def _require_list(value: object, expected: str) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str | _BYTES):
-        raise ValueError(f"{expected}, got {excerpt(value) if isinstance(value, str | int) else type(value).__name__}")
+        raise ValueError(
+            f"{expected}, got {excerpt(value) if isinstance(value, str | int) else type(value).__name__}"
+        )

@@ -66,7 +66,11 @@ class Request:
 
     def readable(self, token_ids: list[int]) -> list[int]:
         """Those of its new tokens that its text shall have: without a stopping one, unless that is asked for."""
-        stops = token_ids and token_ids[-1] in self.stop_token_ids and not self.params.include_stop_str_in_output
+        stops = (
+            token_ids
+            and token_ids[-1] in self.stop_token_ids
+            and not self.params.include_stop_str_in_output
+        )
         return token_ids[:-1] if stops else token_ids
 
     def __post_init__(self) -> None:

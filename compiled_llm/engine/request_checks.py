@@ -9,7 +9,9 @@ from compiled_llm.engine.request import Request
 from compiled_llm.runtime.step.sampler import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 
-def check(request: Request, *, vocab_size: int, max_model_len: int, num_embeddings: int | None = None) -> None:
+def check(
+    request: Request, *, vocab_size: int, max_model_len: int, num_embeddings: int | None = None
+) -> None:
     """Refuse what cannot be served; raises ValueError.
 
     Args:
@@ -52,8 +54,12 @@ def _check_ids(name: str, ids: Iterable[int], limit: int) -> None:
     """Raise a ValueError that names the first id out of range; `name` is that of a parameter, or empty for the prompt."""
     for token in ids:
         if not 0 <= token < limit:
-            where, range_of = (f"{name}: ", "the model generates") if name else ("", "the model's vocabulary has")
-            raise ValueError(f"{where}token id {token} is out of range: {range_of} ids 0 to {limit - 1}")
+            where, range_of = (
+                (f"{name}: ", "the model generates") if name else ("", "the model's vocabulary has")
+            )
+            raise ValueError(
+                f"{where}token id {token} is out of range: {range_of} ids 0 to {limit - 1}"
+            )
 
 
 def _check_a_token_is_left(request: Request, vocab_size: int) -> None:
@@ -63,8 +69,14 @@ def _check_a_token_is_left(request: Request, vocab_size: int) -> None:
     tokens until there are so many. `logit_bias` is finite, and bans nothing.
     """
     params, prompt = request.params, request.prompt_token_ids
-    allowed = range(vocab_size) if params.allowed_token_ids is None else set(params.allowed_token_ids)
-    bad = {word[-1] for word in request.bad_words if list(prompt[len(prompt) - len(word) + 1 :]) == word[:-1]}
+    allowed = (
+        range(vocab_size) if params.allowed_token_ids is None else set(params.allowed_token_ids)
+    )
+    bad = {
+        word[-1]
+        for word in request.bad_words
+        if list(prompt[len(prompt) - len(word) + 1 :]) == word[:-1]
+    }
     stops = request.stop_token_ids if params.min_tokens else frozenset()
     if len(allowed) > len(bad) + len(stops):
         return
@@ -74,7 +86,11 @@ def _check_a_token_is_left(request: Request, vocab_size: int) -> None:
     remedies = {
         "allowed_token_ids": "allow other tokens" if params.allowed_token_ids is not None else "",
         "bad_words": "ban fewer words" if bad else "",
-        f"min_tokens={params.min_tokens}": "set min_tokens=0 or fewer stop tokens (or ignore_eos=True)" if left else "",
+        f"min_tokens={params.min_tokens}": "set min_tokens=0 or fewer stop tokens (or ignore_eos=True)"
+        if left
+        else "",
     }
     fields = " and ".join(name for name, remedy in remedies.items() if remedy)
-    raise ValueError(f"no token is left to generate under {fields}: {' or '.join(filter(None, remedies.values()))}")
+    raise ValueError(
+        f"no token is left to generate under {fields}: {' or '.join(filter(None, remedies.values()))}"
+    )

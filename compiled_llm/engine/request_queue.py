@@ -16,7 +16,9 @@ class RequestQueue:
     def __init__(self) -> None:
         self._levels: dict[int, OrderedDict[Request, None]] = {}  # none of them empty
         self._priorities: list[int] = []  # sorted
-        self._new: OrderedDict[Request, None] = OrderedDict()  # those that never had a row, by arrival
+        self._new: OrderedDict[Request, None] = (
+            OrderedDict()
+        )  # those that never had a row, by arrival
         self._length = 0
 
     def __len__(self) -> int:

@@ -61,11 +61,15 @@ def _is_biased(request: Request) -> bool:
 
 def _is_counted(request: Request) -> bool:
     params = request.params
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
 
 
 def _counts(request: Request, vocab_size: int) -> NDArray[np.int32]:
-    counts = 2 * np.bincount(np.asarray(request.token_ids, np.int64), minlength=vocab_size).astype(np.int32)
+    counts = 2 * np.bincount(np.asarray(request.token_ids, np.int64), minlength=vocab_size).astype(
+        np.int32
+    )
     prompt = np.asarray(request.prompt_token_ids, np.int64)
     counts[prompt[prompt < vocab_size]] += 1  # a prompt may hold ids beyond the output head
     return counts

@@ -53,7 +53,9 @@ class Scheduler:
         self.rows, self.cache, self._limits = rows, cache, limits
         self._queue = RequestQueue()
         self._arrivals: dict[Request, int] = {}  # all unfinished requests, by arrival
-        self._candidate: tuple[Request, Candidate] | None = None  # the first of the queue, once it was tried
+        self._candidate: tuple[Request, Candidate] | None = (
+            None  # the first of the queue, once it was tried
+        )
         self._num_arrived = 0
         self._last_decode: Int64 | None = None
         self._joined: list[int] = []
@@ -175,7 +177,9 @@ class Scheduler:
         if row is None:
             return []
         most = self._limits.max_num_batched_tokens
-        chunk = self._chunk(row, (int(self.rows.target[row] - self.rows.computed[row]) - 1) % most + 1)
+        chunk = self._chunk(
+            row, (int(self.rows.target[row] - self.rows.computed[row]) - 1) % most + 1
+        )
         return [chunk] if chunk is not None else []
 
     def _next_prompt(self, begun: list[int]) -> int | None:
@@ -206,7 +210,11 @@ class Scheduler:
         edge = max((size for size in self._limits.prefill_sizes if size <= work), default=0)
         above = min((size for size in self._limits.prefill_sizes if size >= work), default=work)
         room = edge - num_decoding
-        if room <= 0 or work - edge >= above - work or -(-(work - num_decoding) // room) * edge > above:
+        if (
+            room <= 0
+            or work - edge >= above - work
+            or -(-(work - num_decoding) // room) * edge > above
+        ):
             return limit - num_decoding
         return room
 
@@ -218,7 +226,10 @@ class Scheduler:
         row = self.rows.free[-1]
         if self._candidate is None or self._candidate[0] is not request:
             tokens = np.array([*request.prompt_token_ids, *request.token_ids], np.int32)
-            self._candidate = request, self.cache.candidate(tokens, may_hit=request.params.prompt_logprobs is None)
+            self._candidate = (
+                request,
+                self.cache.candidate(tokens, may_hit=request.params.prompt_logprobs is None),
+            )
         cached = self.cache.admit(row, self._candidate[1], margin=len(self.rows.running))
         if cached is None:
             return None

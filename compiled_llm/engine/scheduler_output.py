@@ -38,7 +38,14 @@ class Plan:
     scored: list[tuple[Chunk, int]] = field(default_factory=list)
 
 
-def plan_decode(rows: Rows, cache: KVCache, decoding: Int64, changed: tuple[Int64, Int64, Int64], *, same_rows: bool) -> Plan:
+def plan_decode(
+    rows: Rows,
+    cache: KVCache,
+    decoding: Int64,
+    changed: tuple[Int64, Int64, Int64],
+    *,
+    same_rows: bool,
+) -> Plan:
     """One more token for the decoding rows; `changed` entries of the cache's tables go with it."""
     _, changed_rows, _ = changed
     batch = DecodeBatch(
@@ -62,7 +69,10 @@ def plan_prefill(rows: Rows, cache: KVCache, decoding: Int64, chunks: list[Chunk
     scored = _scored(rows, len(decoding), chunks)
     targets, scores = _scores(rows, len(decoding) + int(counts.sum()), scored)
     prompts = [rows.tokens[chunk.row, chunk.start : chunk.start + chunk.count] for chunk in chunks]
-    recent = [np.full((len(decoding), RECENT), -1), *(rows.recent(chunk.row)[None] for chunk in chunks)]
+    recent = [
+        np.full((len(decoding), RECENT), -1),
+        *(rows.recent(chunk.row)[None] for chunk in chunks),
+    ]
     batch = PrefillBatch(
         ids=np.concatenate([np.full(len(decoding), -1), *prompts]).astype(np.int64),
         targets=targets,
@@ -84,7 +94,11 @@ def _scored(rows: Rows, begin: int, chunks: list[Chunk]) -> list[tuple[Chunk, in
     """The chunks whose tokens' logprobs are wanted, and where in the batch their tokens begin, the first ones at `begin`."""
     begins = np.cumsum([begin, *(chunk.count for chunk in chunks)]).tolist()
     placed = zip(chunks, begins, strict=False)
-    return [(chunk, at) for chunk, at in placed if rows.request(chunk.row).params.prompt_logprobs is not None]
+    return [
+        (chunk, at)
+        for chunk, at in placed
+        if rows.request(chunk.row).params.prompt_logprobs is not None
+    ]
 
 
 def _scores(rows: Rows, num_tokens: int, scored: list[tuple[Chunk, int]]) -> tuple[Int64, Int64]:
@@ -94,6 +108,8 @@ def _scores(rows: Rows, num_tokens: int, scored: list[tuple[Chunk, int]]) -> tup
         request = rows.request(chunk.row)
         count = min(chunk.count, len(request.prompt_token_ids) - 1 - chunk.start)
         if count > 0:
-            targets[at : at + count] = rows.tokens[chunk.row, chunk.start + 1 : chunk.start + 1 + count]
+            targets[at : at + count] = rows.tokens[
+                chunk.row, chunk.start + 1 : chunk.start + 1 + count
+            ]
             scores[at : at + count] = request.params.prompt_logprobs or 0
     return targets, scores

@@ -66,7 +66,9 @@ class AttentionCall:
 class Attention(Protocol):
     """What an attention call does. Shapes: q [1, H, T, D], k [1, G, T, D], v [1, G, T, E] -> [1, T, H, E]."""
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor: ...
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor: ...
 
 
 class Current(threading.local):
@@ -98,20 +100,27 @@ def attention_forward(
     """transformers' attention interface: k and v come after RoPE and before repetition, for the new tokens only."""
     reach = reach_of(attention_mask)
     if attention_mask is not None and reach is None:
-        raise UnsupportedModelError("attention with an explicit attention_mask is not supported: only causal masks and windows are")
+        raise UnsupportedModelError(
+            "attention with an explicit attention_mask is not supported: only causal masks and windows are"
+        )
     if dropout:
-        raise UnsupportedModelError(f"attention dropout of {dropout} is not supported: put the model in eval mode")
+        raise UnsupportedModelError(
+            f"attention dropout of {dropout} is not supported: put the model in eval mode"
+        )
     for name, given in kwargs.items():
         if given is not None and name not in _REDUNDANT:
             raise UnsupportedModelError(f"attention argument {name!r} is not supported")
     if CURRENT.attention is None:
-        raise RuntimeError("this model's attention belongs to a CompiledLLM: call it through that, or set_attn_implementation")
+        raise RuntimeError(
+            "this model's attention belongs to a CompiledLLM: call it through that, or set_attn_implementation"
+        )
     call = AttentionCall(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         reach=(sliding_window or 0) if reach is None else reach,
         softcap=softcap or 0.0,
         sinks=s_aux,
-        is_causal=reach is not None or (is_causal is not False and getattr(module, "is_causal", True) is not False),
+        is_causal=reach is not None
+        or (is_causal is not False and getattr(module, "is_causal", True) is not False),
     )
     return CURRENT.attention(module, query, key, value, call), None
 
@@ -157,7 +166,9 @@ class PagedAttention:
     max_query_len: int
     calls: int = field(default=0, init=False)
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor:
         if q.shape[0] > 1:  # a row for each token
             q, k, v = (tensor.permute(2, 1, 0, 3) for tensor in (q, k, v))
             return self(module, q, k, v, call).transpose(0, 1)

@@ -13,7 +13,10 @@ from compiled_llm.models.attention import ATTENTION_NAME
 from compiled_llm.models.held_attributes import Hold
 
 # Where a config keeps its choices. The properties in front of them also write those of its sub-configs.
-ATTENTION_CHOICE, _EXPERTS_CHOICE = "_attn_implementation_internal", "_experts_implementation_internal"
+ATTENTION_CHOICE, _EXPERTS_CHOICE = (
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+)
 
 
 def route(model: nn.Module, attention: str) -> None:
@@ -77,4 +80,6 @@ def _experts(model: PreTrainedModel) -> dict[str, str | None]:
     chosen = model.get_experts_implementation()
     if model.device.type == "cpu" or model.dtype == torch.bfloat16:
         return chosen
-    return {name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()}
+    return {
+        name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()
+    }

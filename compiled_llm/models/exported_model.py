@@ -61,10 +61,18 @@ class TracedModel(nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor | None = None, use_cache: bool = False
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor | None = None,
+        use_cache: bool = False,
     ) -> Output:
         """Logits [1, T, V] or [1, S, V] of one row of ids and positions [1, T]."""
-        wanted = torch.arange(input_ids.shape[1], device=input_ids.device) if logits_to_keep is None else logits_to_keep
+        wanted = (
+            torch.arange(input_ids.shape[1], device=input_ids.device)
+            if logits_to_keep is None
+            else logits_to_keep
+        )
         return Output(self.forward_graph(input_ids[0], position_ids[0], wanted)[None])
 
 
@@ -99,7 +107,9 @@ def trace(model: PreTrainedModel) -> TracedModel:
             raise UndecidedError(
                 f"{model.config.model_type}: it computes attention by itself, and what that does is asked when an engine starts"
             )
-        traced.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target is not torch.ops.aten.detach_.default)
+        traced.graph.eliminate_dead_code(
+            lambda node: node.is_impure() and node.target is not torch.ops.aten.detach_.default
+        )
         _take_positions(traced.graph)
         traced.recompile()
         _check(call, traced)
@@ -114,21 +124,29 @@ class _Attend(nn.Module):
     def __init__(self, bias: Bias, device: torch.device) -> None:
         super().__init__()
         self._scale, self._window, self._repeats = bias.scale, bias.window, 1
-        slopes = None if bias.slopes is None else bias.slopes.to(device)  # they were found on the CPU
+        slopes = (
+            None if bias.slopes is None else bias.slopes.to(device)
+        )  # they were found on the CPU
         self.register_buffer("slopes", slopes, persistent=False)
 
     def drop_repeats(self, k: Tensor, v: Tensor) -> None:
         """Some models repeat key heads for the query heads that share them: from now on, use only one of those that are equal."""
         H = k.shape[1]
         for repeats in range(2, H + 1):
-            groups = [heads.unflatten(1, (-1, repeats)) for heads in (k, v)] if H % repeats == 0 else []
-            if groups and all(torch.equal(group, group[:, :, :1].expand_as(group)) for group in groups):
+            groups = (
+                [heads.unflatten(1, (-1, repeats)) for heads in (k, v)] if H % repeats == 0 else []
+            )
+            if groups and all(
+                torch.equal(group, group[:, :, :1].expand_as(group)) for group in groups
+            ):
                 self._repeats = repeats
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert CURRENT.attention is not None
         k, v = (heads[:, :: self._repeats] for heads in (k, v))
-        return CURRENT.attention(self, q, k, v, AttentionCall(scale=self._scale, reach=self._window, slopes=self.slopes))
+        return CURRENT.attention(
+            self, q, k, v, AttentionCall(scale=self._scale, reach=self._window, slopes=self.slopes)
+        )
 
 
 class _Call(nn.Module):
@@ -154,7 +172,10 @@ class _Call(nn.Module):
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    with eager_steps_excluded(), torch.no_grad():  # an export also puts other tensors in the place of parameters
+    with (
+        eager_steps_excluded(),
+        torch.no_grad(),
+    ):  # an export also puts other tensors in the place of parameters
         attention = model.config._attn_implementation
         try:
             route(model, "eager")
@@ -168,7 +189,9 @@ def _export(call: _Call) -> tuple[GraphModule, Any]:
     tokens, wanted = (torch.arange(count, device=call.model.device) for count in _EXAMPLE)
     any_size = {0: torch.export.Dim.AUTO}
     try:
-        exported = torch.export.export(call, (tokens, tokens.clone(), wanted), dynamic_shapes=(any_size,) * 3, strict=False)
+        exported = torch.export.export(
+            call, (tokens, tokens.clone(), wanted), dynamic_shapes=(any_size,) * 3, strict=False
+        )
     except Exception as error:  # of any kind, from the model's code or from the tracer's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _refusal(call.model, f"its forward cannot be traced ({said})") from error
@@ -189,7 +212,10 @@ def _take_positions(graph: Graph) -> None:
     ids, positions = [node for node in graph.nodes if node.op == "placeholder"][:2]
     length = ids.meta["val"].shape[0]
     for node in graph.nodes:
-        counts = isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket is torch.ops.aten.arange
+        counts = (
+            isinstance(node.target, torch._ops.OpOverload)
+            and node.target.overloadpacket is torch.ops.aten.arange
+        )
         if counts and node.meta["val"].shape[0] == length and node.args[:-1] in ((), (0,)):
             node.replace_all_uses_with(positions)
             graph.erase_node(node)
@@ -197,9 +223,20 @@ def _take_positions(graph: Graph) -> None:
 
 def _rows_to_ask(model: PreTrainedModel) -> int:
     """Enough for every window that the config speaks of to end within, but no more than it has positions."""
-    numbers = {name: value for name, value in model.config.to_dict().items() if isinstance(value, int)}
+    numbers = {
+        name: value for name, value in model.config.to_dict().items() if isinstance(value, int)
+    }
     rows = max([_NUM_TOKENS, *(2 * value for name, value in numbers.items() if "window" in name)])
-    return min([rows, *(numbers[name] for name in ("max_position_embeddings", "max_seq_len") if name in numbers)])
+    return min(
+        [
+            rows,
+            *(
+                numbers[name]
+                for name in ("max_position_embeddings", "max_seq_len")
+                if name in numbers
+            ),
+        ]
+    )
 
 
 @torch.no_grad()
@@ -222,10 +259,23 @@ def _refusal(model: PreTrainedModel, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{outside}, and {why}")
 
 
-def _attend_in_row(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+def _attend_in_row(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+) -> Tensor:
     """Plain attention of a row's tokens to each other."""
     assert isinstance(module, _Attend)
     module.drop_repeats(k, v)
     positions = torch.arange(q.shape[2], device=q.device)[None]
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return attend(q, k, v, positions, positions[:, -1] + 1, None, call.slopes, call.scale, call.reach, call.softcap)
+    return attend(
+        q,
+        k,
+        v,
+        positions,
+        positions[:, -1] + 1,
+        None,
+        call.slopes,
+        call.scale,
+        call.reach,
+        call.softcap,
+    )

@@ -10,7 +10,9 @@ def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
     """What is to be served of the model besides plain causal attention of equal heads."""
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
     windows = {layer.window for layer in layers}
-    heads = {(layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers}
+    heads = {
+        (layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers
+    }
     found = {
         "windows": any(window > 0 for window in windows),
         "chunks": any(window < 0 for window in windows),
@@ -20,7 +22,9 @@ def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
         "ALiBi": any(layer.alibi for layer in layers),
         "attention of its own": isinstance(model, TracedModel),
         "shared key heads": any(layer.num_heads > layer.num_kv_heads for layer in layers),
-        "keys and values of different dims": any(layer.key_dim != layer.value_dim for layer in layers),
+        "keys and values of different dims": any(
+            layer.key_dim != layer.value_dim for layer in layers
+        ),
         "heads that differ by layer": len(heads) > 1,
         "several calls a layer": len(layers) > num_layers,
         "experts": any(name.endswith("experts") for name, _ in model.named_modules()),

@@ -21,7 +21,9 @@ def read_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    values: dict[int, Any] = {}  # by the identity of what they are parsed from, which the reader holds with its types
+    values: dict[
+        int, Any
+    ] = {}  # by the identity of what they are parsed from, which the reader holds with its types
     parse: Any = vars(loader)["_gguf_parse_value"]
 
     def parse_once(value: Any, types: Any) -> Any:

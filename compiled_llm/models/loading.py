@@ -80,9 +80,13 @@ def _load(config: ModelConfig) -> LoadedModel:
         model_config = _read_config(config, path, files)
         refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **files)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map={"": device}, **files
+            )
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"model {config.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(
+                f"model {config.name!r} cannot be loaded: {_first_line(error)}"
+            ) from error
         tokenizer, failure = _load_tokenizer(path, files)
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, tokenizer_failure=failure)
 
@@ -96,9 +100,15 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     """
     if config.weights == "random":
         if config.name is None:
-            raise ValueError("model.weights=random needs model.name: a config.json, or a directory that holds one")
+            raise ValueError(
+                "model.weights=random needs model.name: a config.json, or a directory that holds one"
+            )
         is_local = Path(config.name).exists()
-        return _read_config(config, config.name, {"trust_remote_code": config.trust_remote_code, **_revision(config, is_local)})
+        return _read_config(
+            config,
+            config.name,
+            {"trust_remote_code": config.trust_remote_code, **_revision(config, is_local)},
+        )
     path, files = _locate(config)
     with read_once() if "gguf_file" in files else nullcontext():
         return _read_config(config, path, files)
@@ -112,7 +122,9 @@ def _read_config(config: ModelConfig, path: str, files: dict[str, Any]) -> Pretr
             raise UnsupportedModelError(
                 f"model {config.name!r} needs code of its own, which is run only where model.trust_remote_code=true asks for that"
             ) from error
-        raise ValueError(f"model config {config.name!r} cannot be read: {_first_line(error)}") from error
+        raise ValueError(
+            f"model config {config.name!r} cannot be read: {_first_line(error)}"
+        ) from error
     return found
 
 
@@ -120,8 +132,14 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """The device of `auto` is the GPU when there is one."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ValueError("model.device=cuda, but torch sees no GPU here: use model.device=cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if available and config.device != "cpu" else torch.device("cpu")
+        raise ValueError(
+            "model.device=cuda, but torch sees no GPU here: use model.device=cpu or auto"
+        )
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if available and config.device != "cpu"
+        else torch.device("cpu")
+    )
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -150,7 +168,9 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             )
         return str(path), trust
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
-        raise ValueError(f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B")
+        raise ValueError(
+            f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B"
+        )
     return str(config.name), {**trust, **revision}
 
 
@@ -160,7 +180,9 @@ def _revision(config: ModelConfig, is_local: bool) -> dict[str, str]:
         return {}
     if is_local:
         name = "the default model" if config.name is None else f"model {config.name!r}"
-        raise ValueError(f"model.revision={config.revision} names a version of a hub id, but {name} is a local path: drop it")
+        raise ValueError(
+            f"model.revision={config.revision} names a version of a hub id, but {name} is a local path: drop it"
+        )
     return {"revision": config.revision}
 
 
@@ -175,10 +197,16 @@ def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     return LoadedModel(model=model.eval(), tokenizer=None)
 
 
-def _load_tokenizer(path: str, files: dict[str, Any]) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+def _load_tokenizer(
+    path: str, files: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """Return the checkpoint's tokenizer, or None and the reason; a checkpoint without one needs no reason."""
     names = [entry.name for entry in Path(path).iterdir()] if Path(path).is_dir() else None
-    if names is not None and "gguf_file" not in files and not any(map(_TOKENIZER_FILE.search, names)):
+    if (
+        names is not None
+        and "gguf_file" not in files
+        and not any(map(_TOKENIZER_FILE.search, names))
+    ):
         return None, None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)
@@ -186,7 +214,10 @@ def _load_tokenizer(path: str, files: dict[str, Any]) -> tuple[PreTrainedTokeniz
             raise ValueError("its files hold no vocabulary")  # transformers makes an empty one up
     except Exception as error:  # whatever the libraries raise for files that they do not understand
         failure = f"{type(error).__name__}: {_first_line(error)}"
-        warnings.warn(f"the tokenizer in {path} cannot be loaded, so prompts must be token ids: {failure}", stacklevel=4)
+        warnings.warn(
+            f"the tokenizer in {path} cannot be loaded, so prompts must be token ids: {failure}",
+            stacklevel=4,
+        )
         return None, failure
     return tokenizer, None
 

@@ -24,7 +24,12 @@ def reach_of(mask: Tensor | None) -> int | None:
 
 
 def _note_mask(
-    *, mask_function: Callable[..., Tensor], q_length: int, device: torch.device, local_size: int | None = None, **_: object
+    *,
+    mask_function: Callable[..., Tensor],
+    q_length: int,
+    device: torch.device,
+    local_size: int | None = None,
+    **_: object,
 ) -> Tensor | None:
     """Stands for a mask: a tensor that knows its reach, or that is a mask like any other where it has none that is served."""
     stand_in = torch.zeros(1, 1, 1, 1, device=device)
@@ -33,7 +38,11 @@ def _note_mask(
     edges = sorted({0, 1, size - 1, size, size + 1, 2 * size, 3 * size - 1})
     reaches = [0, local_size, -local_size] if local_size else [0]
     try:
-        matching = [reach for reach in reaches if _answers_like(mask_function, reach, edges, 3 * size + 1, device)]
+        matching = [
+            reach
+            for reach in reaches
+            if _answers_like(mask_function, reach, edges, 3 * size + 1, device)
+        ]
     except IndexError:  # it looks up what kind of token each of the row is; they are all text, like all that will come
         alike = _answers_like(mask_function, 0, range(q_length), q_length, device)
         matching = [local_size or 0] if alike and q_length > 1 else []
@@ -43,10 +52,17 @@ def _note_mask(
 
 
 def _answers_like(
-    mask_function: Callable[..., Tensor], reach: int, queries: Iterable[int], num_keys: int, device: torch.device
+    mask_function: Callable[..., Tensor],
+    reach: int,
+    queries: Iterable[int],
+    num_keys: int,
+    device: torch.device,
 ) -> bool:
     """Whether these queries see of the first keys what those of this reach do."""
-    zero, keys = torch.zeros((), dtype=torch.int64, device=device), torch.arange(num_keys, device=device)
+    zero, keys = (
+        torch.zeros((), dtype=torch.int64, device=device),
+        torch.arange(num_keys, device=device),
+    )
     for query in queries:
         oldest = 0 if reach == 0 else query - reach + 1 if reach > 0 else query // -reach * -reach
         seen = mask_function(zero, zero, torch.tensor(query, device=device), keys)

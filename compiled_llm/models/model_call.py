@@ -25,7 +25,9 @@ class Forward:
         self._model, self._states = model, states
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 
-    def __call__(self, ids: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
         """Logits of the tokens.
 
         Args:
@@ -36,14 +38,20 @@ class Forward:
             [T, V] or [S, V].
         """
         if self._states is None:
-            mask = torch.ones_like(ids[None])  # without one, some make one as long as the cache says it is
-            return self.call(ids[None], positions[None], PositionsCache(positions), wanted, attention_mask=mask)[0]
+            mask = torch.ones_like(
+                ids[None]
+            )  # without one, some make one as long as the cache says it is
+            return self.call(
+                ids[None], positions[None], PositionsCache(positions), wanted, attention_mask=mask
+            )[0]
         cache = self._states.gather(rows, positions)
         logits = self.call(ids[:, None], positions[:, None], cache)[:, 0]
         self._states.scatter(rows, cache)
         return logits if wanted is None else logits[wanted]
 
-    def sequence(self, ids: Tensor, positions: Tensor, row: Tensor, *, start: Tensor, mask: Tensor) -> Tensor:
+    def sequence(
+        self, ids: Tensor, positions: Tensor, row: Tensor, *, start: Tensor, mask: Tensor
+    ) -> Tensor:
         """Logits [T, V] of the next tokens of one sequence of a model with states.
 
         Args:
@@ -57,9 +65,21 @@ class Forward:
         self._states.scatter(row, cache)
         return logits[0]
 
-    def call(self, ids: Tensor, positions: Tensor, cache: Cache, wanted: Tensor | None = None, **others: Tensor) -> Tensor:
+    def call(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: Cache,
+        wanted: Tensor | None = None,
+        **others: Tensor,
+    ) -> Tensor:
         """Logits [B, T, V] or [B, S, V] of ids and positions [B, T]; what the model does not take, it is not given."""
-        offered: dict[str, Any] = {"position_ids": positions, "past_key_values": cache, "cache_params": cache, **others}
+        offered: dict[str, Any] = {
+            "position_ids": positions,
+            "past_key_values": cache,
+            "cache_params": cache,
+            **others,
+        }
         options = {name: value for name, value in offered.items() if name in self._accepted}
         gathers = wanted is not None and "logits_to_keep" in self._accepted
         if gathers:
@@ -79,7 +99,9 @@ class PositionsCache(Cache):
         """[T] what a token's place in the row lacks to its position."""
         return self._lengths
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """The new keys and values alone."""
         return key_states, value_states
 

@@ -44,7 +44,9 @@ class Preflight:
     merged_projections: tuple[tuple[str, ...], ...]
 
 
-def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Preflight:
+def preflight(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> Preflight:
     """Examine a model of this config.
 
     Raises:
@@ -53,9 +55,13 @@ def preflight(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code
     """
     refuse_quantised(config)
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
-        raise UnsupportedModelError(f"{config.model_type}: transformers knows no causal LM of this type")
+        raise UnsupportedModelError(
+            f"{config.model_type}: transformers knows no causal LM of this type"
+        )
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **code_arguments(config, trust_remote_code))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, **code_arguments(config, trust_remote_code)
+        )
     with attached(model), fixed_frequencies(model):
         with linears_by_input(model) as groups:
             served, layers = examine(model)
@@ -81,12 +87,20 @@ def code_arguments(config: PretrainedConfig, trust_remote_code: bool) -> dict[st
     commit, mapping = getattr(config, "_commit_hash", None), AutoModelForCausalLM._model_mapping
     if not trust_remote_code or reference is None or commit is None:
         return arguments
-    is_registered = type(config) in mapping and not mapping[type(config)].__module__.startswith("transformers.")
+    is_registered = type(config) in mapping and not mapping[type(config)].__module__.startswith(
+        "transformers."
+    )
     repository = reference.partition("--")[0] if "--" in reference else config.name_or_path
-    return arguments if is_registered or repository != config.name_or_path else {**arguments, "code_revision": commit}
+    return (
+        arguments
+        if is_registered or repository != config.name_or_path
+        else {**arguments, "code_revision": commit}
+    )
 
 
-def refuse_unsupported(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
+def refuse_unsupported(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> None:
     """Raises UnsupportedModelError where the config tells that a model is not served."""
     try:
         preflight(config, dtype, trust_remote_code=trust_remote_code)
@@ -99,7 +113,11 @@ def refuse_quantised(config: PretrainedConfig) -> None:
     for part in (config, config.get_text_config()):
         found = getattr(part, "quantization_config", None)
         if found is not None:
-            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            method = (
+                found.get("quant_method")
+                if isinstance(found, dict)
+                else getattr(found, "quant_method", None)
+            )
             raise UnsupportedModelError(
                 f"{config.model_type}: weights quantised by {getattr(method, 'value', method) or 'an unnamed method'} are not "
                 "supported: use a checkpoint in bfloat16, float16 or float32, or a .gguf file, whose weights are expanded"

@@ -40,9 +40,18 @@ def fresh_cache(config: PretrainedConfig) -> Cache | None:
     """An empty cache for a model with states; None for one without."""
     try:
         cache = DynamicCache(config=config)
-    except (AttributeError, KeyError, TypeError, ValueError):  # a config that says nothing of its layers
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # a config that says nothing of its layers
         return None
-    return cache if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers) else None
+    return (
+        cache
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        else None
+    )
 
 
 def states_of(cache: Cache) -> list[State]:
@@ -58,7 +67,13 @@ def states_of(cache: Cache) -> list[State]:
                 for index, tensor in held.items():
                     if tensor is not None:
                         states.append(
-                            State(layer=number, index=index, kind=kind, shape=tuple(tensor.shape[1:]), dtype=tensor.dtype)
+                            State(
+                                layer=number,
+                                index=index,
+                                kind=kind,
+                                shape=tuple(tensor.shape[1:]),
+                                dtype=tensor.dtype,
+                            )
                         )
     return states
 
@@ -66,7 +81,9 @@ def states_of(cache: Cache) -> list[State]:
 class RowStates(nn.Module):
     """The states of R rows and one more, the trash row, as buffers [R + 1, ...] in the order of `states`."""
 
-    def __init__(self, states: Sequence[State], num_layers: int, num_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, states: Sequence[State], num_layers: int, num_rows: int, device: torch.device
+    ) -> None:
         super().__init__()
         self._states, self._num_layers = tuple(states), num_layers
         for number, state in enumerate(states):
@@ -84,14 +101,18 @@ class RowStates(nn.Module):
         for state, slots in zip(self._states, self.slots, strict=True):
             begun = (known > 0).view(-1, *[1] * len(state.shape))
             with_states[state.layer].put(state, torch.where(begun, slots[rows], 0))
-        return Cache(layers=[with_states.get(number) or PassingLayer() for number in range(self._num_layers)])
+        return Cache(
+            layers=[with_states.get(number) or PassingLayer() for number in range(self._num_layers)]
+        )
 
     def scatter(self, rows: Tensor, cache: Cache) -> None:
         """Keep what the cache holds now."""
         for state, slots in zip(self._states, self.slots, strict=True):
             layer = cache.layers[state.layer]
             assert isinstance(layer, StatesLayer)
-            held = (layer.conv_states if state.kind == "conv" else layer.recurrent_states)[state.index]
+            held = (layer.conv_states if state.kind == "conv" else layer.recurrent_states)[
+                state.index
+            ]
             assert held is not None
             slots[rows] = held
 
@@ -104,7 +125,9 @@ class PassingLayer(CacheLayerMixin):
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """There is nothing to initialise."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """The new keys and values alone."""
         return key_states, value_states
 
@@ -130,8 +153,14 @@ class StatesLayer(LinearAttentionLayer, PassingLayer):  # type: ignore[override]
     def put(self, state: State, rows: Tensor) -> None:
         """Let the layer hold this state [B, ...]."""
         if state.kind == "conv":
-            self.conv_states[state.index], self.conv_kernel_size[state.index] = rows, state.shape[-1]
+            self.conv_states[state.index], self.conv_kernel_size[state.index] = (
+                rows,
+                state.shape[-1],
+            )
             self.is_conv_states_initialized[state.index] = True
         else:
-            self.recurrent_states[state.index], self.is_recurrent_states_initialized[state.index] = rows, True
+            (
+                self.recurrent_states[state.index],
+                self.is_recurrent_states_initialized[state.index],
+            ) = rows, True
         self.has_previous_state[state.index] = True

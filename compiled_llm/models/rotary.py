@@ -111,15 +111,30 @@ def _fix_frequencies(module: nn.Module, restore: ExitStack) -> None:
     """Skip the updates of transformers' `dynamic_rope_update`, which depend on the module's `rope_type` alone."""
     rope_type = getattr(module, "rope_type", None)
     by_layer = isinstance(rope_type, dict)
-    kinds = {f"{name}_": kind for name, kind in rope_type.items()} if isinstance(rope_type, dict) else {"": rope_type}
-    changing = [prefix for prefix, kind in kinds.items() if isinstance(kind, str) and _changes(kind)]
-    if not changing or not all(hasattr(module, f"{prefix}original_inv_freq") for prefix in changing):
+    kinds = (
+        {f"{name}_": kind for name, kind in rope_type.items()}
+        if isinstance(rope_type, dict)
+        else {"": rope_type}
+    )
+    changing = [
+        prefix for prefix, kind in kinds.items() if isinstance(kind, str) and _changes(kind)
+    ]
+    if not changing or not all(
+        hasattr(module, f"{prefix}original_inv_freq") for prefix in changing
+    ):
         return
     for prefix in changing:
-        current, original = (getattr(module, f"{prefix}{name}") for name in ("inv_freq", "original_inv_freq"))
+        current, original = (
+            getattr(module, f"{prefix}{name}") for name in ("inv_freq", "original_inv_freq")
+        )
         _replace(module, f"{prefix}inv_freq", original.to(current.device), restore)
     fixed = {prefix: "default" if prefix in changing else kind for prefix, kind in kinds.items()}
-    _replace(module, "rope_type", {prefix[:-1]: kind for prefix, kind in fixed.items()} if by_layer else fixed[""], restore)
+    _replace(
+        module,
+        "rope_type",
+        {prefix[:-1]: kind for prefix, kind in fixed.items()} if by_layer else fixed[""],
+        restore,
+    )
 
 
 def _fix_scale(module: nn.Module, restore: ExitStack) -> None:
@@ -133,7 +148,9 @@ def _fix_scale(module: nn.Module, restore: ExitStack) -> None:
     fixed = copy.deepcopy(config)
     fixed.rope_parameters["rope_type"] = "default"
     _replace(module, "config", fixed, restore)
-    _replace(module, "rope_init_fn", _FixedFrequencies(inv_freq, parameters["short_mscale"]), restore)
+    _replace(
+        module, "rope_init_fn", _FixedFrequencies(inv_freq, parameters["short_mscale"]), restore
+    )
 
 
 def _changes(rope_type: str) -> bool:

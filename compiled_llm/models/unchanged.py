@@ -22,9 +22,15 @@ class Unchanged:
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool) -> None:
         self._model = model
-        self._choices = [(config, getattr(config, ATTENTION_CHOICE, None)) for config in configs_of(model)]
+        self._choices = [
+            (config, getattr(config, ATTENTION_CHOICE, None)) for config in configs_of(model)
+        ]
         holders = list(model.modules()) if compiled else []
-        self._children = [(holder._modules, name, child) for holder in holders for name, child in holder._modules.items()]
+        self._children = [
+            (holder._modules, name, child)
+            for holder in holders
+            for name, child in holder._modules.items()
+        ]
         self._weights = [
             (holder._parameters, name, weight.data_ptr())
             for holder in holders
@@ -35,7 +41,9 @@ class Unchanged:
     def check(self) -> None:
         """Raise RuntimeError where something has changed; it takes some tens of microseconds."""
         if self._model.training:
-            raise RuntimeError("the model was put into training mode while an engine works on it: call its eval()")
+            raise RuntimeError(
+                "the model was put into training mode while an engine works on it: call its eval()"
+            )
         for config, choice in self._choices:
             # Another engine that starts on the model looks at it for a moment, with attention that is as good.
             if getattr(config, ATTENTION_CHOICE, None) not in (choice, EXAMINING_NAME):
@@ -49,7 +57,9 @@ class Unchanged:
                 raise self._refusal(f"weight {self._prefix(parameters)}{name} was moved")
 
     def _refusal(self, what: str) -> RuntimeError:
-        return RuntimeError(f"the model's {what} while an engine works on it: close this engine and make a new one")
+        return RuntimeError(
+            f"the model's {what} while an engine works on it: close this engine and make a new one"
+        )
 
     def _prefix(self, members: dict[str, Any]) -> str:
         """The name of the module that has these members, and a dot, where it still has a name."""

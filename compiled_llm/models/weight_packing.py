@@ -25,7 +25,11 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
         if isinstance(module, nn.Linear) and arguments:
             calls.append((arguments[0], module))
 
-    hooks = [module.register_forward_pre_hook(note) for module in model.modules() if type(module) is nn.Linear]
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if type(module) is nn.Linear
+    ]
     hooks.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
     try:
         yield groups
@@ -38,13 +42,19 @@ def linears_by_input(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
     times_called = Counter(module for _, module in calls)
     times_held = Counter(map(_place, _all_parameters(model)))
     for modules in by_input.values():
-        alike = [m for m in modules if not _has_bias(m) and times_called[m] == 1 and times_held[_place(m.weight)] == 1]
+        alike = [
+            m
+            for m in modules
+            if not _has_bias(m) and times_called[m] == 1 and times_held[_place(m.weight)] == 1
+        ]
         if len(alike) > 1 and len({(m.weight.dtype, m.weight.device) for m in alike}) == 1:
             groups.append(alike)
 
 
 _LOCK = Lock()
-_PINS: defaultdict[int, set[object]] = defaultdict(set)  # who relies on the place of a parameter, by its id
+_PINS: defaultdict[int, set[object]] = defaultdict(
+    set
+)  # who relies on the place of a parameter, by its id
 
 
 @contextmanager
@@ -53,7 +63,10 @@ def merged(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
 
     Where another engine works on a parameter, its graphs know that by its address: then it is not moved.
     """
-    engine, parameters = object(), list(model.parameters())  # held, so that their ids stay their own
+    engine, parameters = (
+        object(),
+        list(model.parameters()),
+    )  # held, so that their ids stay their own
     try:
         with _LOCK:
             for unused in [place for place, pins in _PINS.items() if not pins]:
@@ -78,9 +91,15 @@ def merged_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not _has_bias(module):
             weight = module.weight
-            sharing.setdefault(weight.untyped_storage()._cdata, {})[int(weight.storage_offset())] = (name, weight)
+            sharing.setdefault(weight.untyped_storage()._cdata, {})[
+                int(weight.storage_offset())
+            ] = (name, weight)
     groups = [[parts[offset] for offset in sorted(parts)] for parts in sharing.values()]
-    return tuple(tuple(name for name, _ in group) for group in groups if fill_a_storage([weight for _, weight in group]))
+    return tuple(
+        tuple(name for name, _ in group)
+        for group in groups
+        if fill_a_storage([weight for _, weight in group])
+    )
 
 
 def _merge(group: list[nn.Linear]) -> None:

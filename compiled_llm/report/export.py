@@ -15,7 +15,11 @@ FORMS = (".html", ".json", ".txt")
 def write_report(report: Report, path: Path) -> None:
     """A page with plots, plain data, or tables; raises ValueError for another ending, and where it cannot be written."""
     check_ending(path)
-    forms: dict[str, Callable[[Report], str]] = {".html": report_page, ".json": _plain_data, ".txt": str}
+    forms: dict[str, Callable[[Report], str]] = {
+        ".html": report_page,
+        ".json": _plain_data,
+        ".txt": str,
+    }
     try:
         write_whole(path, forms[path.suffix](report).encode())
     except OSError as error:

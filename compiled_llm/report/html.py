@@ -24,7 +24,9 @@ def report_page(report: Report, title: str = "compiled_llm report") -> str:
     """The whole page."""
     lines = [f"<p{_warns(line)}>{escape(line)}</p>" for line in report.headlines()]
     plots = [f"<h2>{escape(name)}</h2>\n{plot}" for name, plot in _plots(report)]
-    tables = [f"<h2>{escape(sheet.title)}</h2>\n<div>{_table(sheet)}</div>" for sheet in report.sheets()]
+    tables = [
+        f"<h2>{escape(sheet.title)}</h2>\n<div>{_table(sheet)}</div>" for sheet in report.sheets()
+    ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *lines, *plots, *tables])
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
@@ -35,14 +37,25 @@ def _plots(report: Report) -> Iterator[tuple[str, str]]:
     phases = [Bar(phase.name, [phase.seconds]) for phase in report.phases if phase.seconds >= 0.005]
     yield "Where the start went", bar_plot(phases, ["seconds"], unit="s")
     buckets = [b for b in report.buckets if b.mode != "pending"]
-    spent = [Bar(b.bucket, [b.trace_seconds, b.compile_seconds, b.autotune_seconds, b.capture_seconds]) for b in buckets]
-    yield "What each bucket cost", bar_plot(spent, ["trace", "compile or load", "autotune", "capture"], unit="s")
+    spent = [
+        Bar(b.bucket, [b.trace_seconds, b.compile_seconds, b.autotune_seconds, b.capture_seconds])
+        for b in buckets
+    ]
+    yield (
+        "What each bucket cost",
+        bar_plot(spent, ["trace", "compile or load", "autotune", "capture"], unit="s"),
+    )
     if any(bucket.bytes for bucket in buckets):
         memory = [Bar(bucket.bucket, [bucket.bytes / 2**20]) for bucket in buckets]
         yield "Memory of each recording", bar_plot(memory, ["memory"], unit="MiB")
-    served = [Bar(b.bucket, [b.replays * b.size - b.padded, b.padded]) for b in buckets if b.replays]
+    served = [
+        Bar(b.bucket, [b.replays * b.size - b.padded, b.padded]) for b in buckets if b.replays
+    ]
     yield "Tokens computed, and how many were padding", bar_plot(served, ["tokens", "padding"])
-    yield "What each pass made of the graphs", bar_plot(_pass_effects(report), ["ops before", "ops after"], stacked=False)
+    yield (
+        "What each pass made of the graphs",
+        bar_plot(_pass_effects(report), ["ops before", "ops after"], stacked=False),
+    )
 
 
 def _pass_effects(report: Report) -> list[Bar]:
@@ -59,7 +72,9 @@ def _table(sheet: Sheet) -> str:
 
 
 def _row(sheet: Sheet, cells: Sequence[str], tag: str) -> str:
-    marks = ("" if not sheet.is_number(column) else ' class="number"' for column in range(len(cells)))
+    marks = (
+        "" if not sheet.is_number(column) else ' class="number"' for column in range(len(cells))
+    )
     return f"<tr>{''.join(f'<{tag}{mark}>{escape(cell)}</{tag}>' for cell, mark in zip(cells, marks, strict=True))}</tr>"
 
 

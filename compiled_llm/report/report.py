@@ -148,17 +148,29 @@ class Report:
         """Time a phase of the start and measure the memory it takes."""
         begin, used = time.perf_counter(), used_bytes(device)
         yield
-        self.phases.append(PhaseReport(name=name, seconds=time.perf_counter() - begin, bytes=used_bytes(device) - used))
+        self.phases.append(
+            PhaseReport(
+                name=name, seconds=time.perf_counter() - begin, bytes=used_bytes(device) - used
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fallbacks": dict(self.fallbacks), "stand_ins": dict(self.stand_ins)}
+        return {
+            **asdict(self),
+            "fallbacks": dict(self.fallbacks),
+            "stand_ins": dict(self.stand_ins),
+        }
 
     def __str__(self) -> str:
         return printed([*self.headlines(), *self.sheets()])
 
     def verification(self) -> str:
         """The table of the buckets that were verified, and of those that could not be compiled, why."""
-        failed = [bucket for bucket in self.buckets if bucket.verification is None and bucket.failure is not None]
+        failed = [
+            bucket
+            for bucket in self.buckets
+            if bucket.verification is None and bucket.failure is not None
+        ]
         reasons = [f"{bucket.bucket} could not be verified: {bucket.failure}" for bucket in failed]
         return printed([self._verification_sheet(), *reasons])
 
@@ -177,18 +189,39 @@ class Report:
         yield Sheet("phases", ["phase", "seconds", "MiB"], phases)
         yield Sheet("buckets", _BUCKET, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
-        yield Sheet("passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes])
+        yield Sheet(
+            "passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes]
+        )
         if any(bucket.verification for bucket in self.buckets):
             yield self._verification_sheet()
-        yield Sheet("eager fallbacks", ["reason", "steps"], [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")])
+        yield Sheet(
+            "eager fallbacks",
+            ["reason", "steps"],
+            [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")],
+        )
         if self.stand_ins:
-            yield Sheet("other buckets", ["reason", "steps"], [(r, str(n)) for r, n in self.stand_ins.items()])
-        counts = [(name.replace("_", " "), f"{value:.6g}") for name, value in asdict(self.scheduling).items()]
+            yield Sheet(
+                "other buckets",
+                ["reason", "steps"],
+                [(r, str(n)) for r, n in self.stand_ins.items()],
+            )
+        counts = [
+            (name.replace("_", " "), f"{value:.6g}")
+            for name, value in asdict(self.scheduling).items()
+        ]
         yield Sheet("scheduling", ["what", "count"], counts)
-        yield Sheet("graph events", ["event", "count"], [(name, str(count)) for name, count in self.graph_events.items()])
+        yield Sheet(
+            "graph events",
+            ["event", "count"],
+            [(name, str(count)) for name, count in self.graph_events.items()],
+        )
 
     def _verification_sheet(self) -> Sheet:
-        found = [_verified_row(bucket.bucket, bucket.verification) for bucket in self.buckets if bucket.verification is not None]
+        found = [
+            _verified_row(bucket.bucket, bucket.verification)
+            for bucket in self.buckets
+            if bucket.verification is not None
+        ]
         return Sheet("verification", _VERIFIED, found)
 
 
@@ -197,24 +230,57 @@ _BUCKET = ["bucket", "mode", "made by", *_SECONDS, "MiB", "replays", "padded tok
 
 
 def _bucket_row(bucket: BucketReport) -> list[str]:
-    spent = (bucket.trace_seconds, bucket.compile_seconds, bucket.autotune_seconds, bucket.capture_seconds)
+    spent = (
+        bucket.trace_seconds,
+        bucket.compile_seconds,
+        bucket.autotune_seconds,
+        bucket.capture_seconds,
+    )
     seconds = [f"{part:.2f}" for part in spent]
     counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
-    maker = "artifact" if bucket.loaded else "compiling" if bucket.mode not in ("pending", "left out") else ""
+    maker = (
+        "artifact"
+        if bucket.loaded
+        else "compiling"
+        if bucket.mode not in ("pending", "left out")
+        else ""
+    )
     return [bucket.bucket, bucket.mode, maker, *seconds, *counts, bucket.failure or ""]
 
 
-_VERIFIED = ["bucket", "rows", "top-1", "logit difference", "choice gap", "KV difference", "in std", "allowed", "outcome"]
+_VERIFIED = [
+    "bucket",
+    "rows",
+    "top-1",
+    "logit difference",
+    "choice gap",
+    "KV difference",
+    "in std",
+    "allowed",
+    "outcome",
+]
 
 
 def _verified_row(bucket: str, found: Verification) -> list[str]:
     logits = "not kept" if found.logit_difference is None else f"{found.logit_difference:.2g}"
-    errors = (logits, *(f"{value:.2g}" for value in (found.choice_gap, found.cache_difference, found.error, found.allowed)))
+    errors = (
+        logits,
+        *(
+            f"{value:.2g}"
+            for value in (found.choice_gap, found.cache_difference, found.error, found.allowed)
+        ),
+    )
     return [bucket, str(found.rows), f"{found.agreement:.1%}", *errors, found.failure or "equal"]
 
 
 def _pass_row(bucket: str, report: PassReport) -> list[str]:
-    counts = (str(report.matches), str(report.expected), f"{report.seconds:.3f}", str(report.ops_before), str(report.ops_after))
+    counts = (
+        str(report.matches),
+        str(report.expected),
+        f"{report.seconds:.3f}",
+        str(report.ops_before),
+        str(report.ops_after),
+    )
     return [report.name, bucket, *counts]
 
 

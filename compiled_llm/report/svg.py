@@ -4,7 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_COLOURS = ("#3b76c4", "#d98a2b", "#3f9b6c", "#b0508f")  # told apart also by those who do not tell red from green
+_COLOURS = (
+    "#3b76c4",
+    "#d98a2b",
+    "#3f9b6c",
+    "#b0508f",
+)  # told apart also by those who do not tell red from green
 _LABEL, _BARS, _VALUE, _ROW, _GAP = 190, 560, 120, 20, 6  # pixels
 
 
@@ -16,7 +21,9 @@ class Bar:
     values: Sequence[float]
 
 
-def bar_plot(bars: Sequence[Bar], series: Sequence[str], *, unit: str = "", stacked: bool = True) -> str:
+def bar_plot(
+    bars: Sequence[Bar], series: Sequence[str], *, unit: str = "", stacked: bool = True
+) -> str:
     """Horizontal bars, one below the other, the values of each end to end (or, not stacked, below each other); "" without bars.
 
     Args:
@@ -32,13 +39,19 @@ def bar_plot(bars: Sequence[Bar], series: Sequence[str], *, unit: str = "", stac
     legend = list(_legend(series)) if len(series) > 1 else []
     top = _ROW + _GAP if legend else 0
     places = range(top, top + len(bars) * (_ROW + _GAP), _ROW + _GAP)
-    shapes = [shape for y, bar in zip(places, bars, strict=True) for shape in _bar(bar, y, series, largest, unit, stacked)]
+    shapes = [
+        shape
+        for y, bar in zip(places, bars, strict=True)
+        for shape in _bar(bar, y, series, largest, unit, stacked)
+    ]
     width, height = _LABEL + _BARS + _VALUE, top + len(bars) * (_ROW + _GAP)
     inside = "\n".join([*legend, *shapes])
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-size="12" role="img">\n{inside}\n</svg>'
 
 
-def _bar(bar: Bar, y: int, series: Sequence[str], largest: float, unit: str, stacked: bool) -> Iterator[str]:
+def _bar(
+    bar: Bar, y: int, series: Sequence[str], largest: float, unit: str, stacked: bool
+) -> Iterator[str]:
     yield f'<text x="{_LABEL - 8}" y="{y + 14}" text-anchor="end">{escape(bar.label)}</text>'
     thickness = _ROW if stacked else _ROW / len(series)
     begin, place = 0.0, float(y)

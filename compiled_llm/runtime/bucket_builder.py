@@ -43,14 +43,18 @@ class BucketMaker:
         by_source = artifact is not None and not artifact.by_graph
         self._snapshot = snapshot(model_itself(model)) if by_source else None
 
-    def make_all(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None) -> list[Entry]:
+    def make_all(
+        self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
+    ) -> list[Entry]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
         if self._config.compile.capture == "lazy":
             self._tidy()
             return pending(buckets)
         with self._report.phase("compile and capture", self._model.device):
             entries = self._compile(buckets, progress=progress, pool=pool)
-        self._report.phases[-1:] = phases_of(self._report.phases[-1], [entry.report for entry in entries])
+        self._report.phases[-1:] = phases_of(
+            self._report.phases[-1], [entry.report for entry in entries]
+        )
         self._tidy()
         if self._config.verify:
             with self._report.phase("verify", self._model.device):
@@ -61,7 +65,10 @@ class BucketMaker:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
         if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
             self._snapshot = self._artifact = None
-            refuse_artifact(self._report, "the model was changed since it was loaded: what is compiled from now on is not kept")
+            refuse_artifact(
+                self._report,
+                "the model was changed since it was loaded: what is compiled from now on is not kept",
+            )
         try:
             entries = self._compile([bucket], progress=False)
             if self._config.verify:
@@ -69,13 +76,33 @@ class BucketMaker:
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
-            return Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure))
+            return Entry(
+                bucket=bucket,
+                report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure),
+            )
         return entries[0]
 
-    def _compile(self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None) -> list[Entry]:
-        model, layers, memory, config, artifact = self._model, self._layers, self._memory, self._config, self._artifact
+    def _compile(
+        self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None
+    ) -> list[Entry]:
+        model, layers, memory, config, artifact = (
+            self._model,
+            self._layers,
+            self._memory,
+            self._config,
+            self._artifact,
+        )
         return compile_buckets(
-            buckets, model, layers, memory, config, artifact, self._report, progress=progress, budget=self._budget, pool=pool
+            buckets,
+            model,
+            layers,
+            memory,
+            config,
+            artifact,
+            self._report,
+            progress=progress,
+            budget=self._budget,
+            pool=pool,
         )
 
     def _tidy(self) -> None:

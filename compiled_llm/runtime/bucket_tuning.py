@@ -29,17 +29,27 @@ class Traffic:
     seen: Counter[int] = field(default_factory=Counter)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"limit": self.limit, "buckets": self.buckets, "seen": {str(size): n for size, n in sorted(self.seen.items())}}
+        return {
+            "limit": self.limit,
+            "buckets": self.buckets,
+            "seen": {str(size): n for size, n in sorted(self.seen.items())},
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Traffic":
         seen = Counter({int(size): int(count) for size, count in values["seen"].items()})
-        return cls(limit=int(values["limit"]), buckets=[int(size) for size in values["buckets"]], seen=seen)
+        return cls(
+            limit=int(values["limit"]), buckets=[int(size) for size in values["buckets"]], seen=seen
+        )
 
     def waste(self, sizes: Sequence[int]) -> float:
         """The share of padding in all tokens computed, with buckets of these sizes; what none holds is padded to the limit."""
         computed = sum(count * self._padded(size, sizes) for size, count in self.seen.items())
-        return 1 - sum(size * count for size, count in self.seen.items()) / computed if computed else 0.0
+        return (
+            1 - sum(size * count for size, count in self.seen.items()) / computed
+            if computed
+            else 0.0
+        )
 
     def suggest(self, number: int) -> list[int]:
         """The sizes of at most so many buckets, the limit among them, that pad what was seen least."""
@@ -55,7 +65,9 @@ def best_sizes(seen: Mapping[int, int], number: int) -> list[int]:
     """At most `number` of the sizes, the largest among them, such that rounding every size up to one of them adds least."""
     sizes = np.array(sorted(seen))
     counts = np.array([seen[size] for size in sizes.tolist()])
-    steps, tokens = (np.concatenate([[0], np.cumsum(values)]) for values in (counts, counts * sizes))
+    steps, tokens = (
+        np.concatenate([[0], np.cumsum(values)]) for values in (counts, counts * sizes)
+    )
     # least[j]: padding of the first j sizes in the best list that ends at the j-th; came[k][j]: where its last bucket but one ends.
     n = len(sizes)
     least = np.array([0] + [_NONE] * n)

@@ -34,7 +34,14 @@ class Bucket:
         return self.size, SAMPLERS.index(self.sampler)
 
 
-def make_buckets(kind: Kind, sizes: Sequence[int] | str, samplers: Iterable[Sampler], *, limit: int, growth: float) -> list[Bucket]:
+def make_buckets(
+    kind: Kind,
+    sizes: Sequence[int] | str,
+    samplers: Iterable[Sampler],
+    *,
+    limit: int,
+    growth: float,
+) -> list[Bucket]:
     """The buckets of one kind, cheap to dear, `limit` always among the sizes; none at all where an empty list asks for that.
 
     Raises:
@@ -44,16 +51,29 @@ def make_buckets(kind: Kind, sizes: Sequence[int] | str, samplers: Iterable[Samp
         sizes = _geometric(min(_SMALLEST[kind], limit), limit, growth)
     above = [size for size in sizes if size > limit]
     if above:
-        raise ValueError(f"buckets.{kind} lists {above}, above the limit of {limit}: raise the limit or drop them")
+        raise ValueError(
+            f"buckets.{kind} lists {above}, above the limit of {limit}: raise the limit or drop them"
+        )
     serving = [sampler for sampler in samplers if kind == "prefill" or sampler != "scoring"]
-    buckets = [Bucket(kind, size, sampler) for size in ({*sizes, limit} if sizes else ()) for sampler in serving]
+    buckets = [
+        Bucket(kind, size, sampler)
+        for size in ({*sizes, limit} if sizes else ())
+        for sampler in serving
+    ]
     return sorted(buckets, key=lambda bucket: bucket.cost)
 
 
 def match(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:
     """The first of the buckets, given cheap to dear, that holds `size` and samples as asked, or None."""
     wanted = SAMPLERS.index(sampler)
-    return next((bucket for bucket in buckets if bucket.size >= size and SAMPLERS.index(bucket.sampler) >= wanted), None)
+    return next(
+        (
+            bucket
+            for bucket in buckets
+            if bucket.size >= size and SAMPLERS.index(bucket.sampler) >= wanted
+        ),
+        None,
+    )
 
 
 def _geometric(smallest: int, largest: int, growth: float) -> list[int]:

@@ -25,7 +25,9 @@ class Limits:
     warning: str | None = None
 
     @classmethod
-    def resolve(cls, config: LimitsConfig, model_config: PretrainedConfig, device: torch.device) -> "Limits":
+    def resolve(
+        cls, config: LimitsConfig, model_config: PretrainedConfig, device: torch.device
+    ) -> "Limits":
         """Fill in `auto`; raises ValueError when a sequence could outgrow what the model is served for."""
         seqs, tokens, default = _DEFAULTS[device.type]
         positions = _num_positions(model_config)
@@ -37,7 +39,9 @@ class Limits:
             _check_length(model_config, length, positions)
         return cls(
             max_num_seqs=seqs if config.max_num_seqs == "auto" else config.max_num_seqs,
-            max_num_batched_tokens=tokens if config.max_num_batched_tokens == "auto" else config.max_num_batched_tokens,
+            max_num_batched_tokens=tokens
+            if config.max_num_batched_tokens == "auto"
+            else config.max_num_batched_tokens,
             max_model_len=length,
             warning=warning,
         )
@@ -46,7 +50,9 @@ class Limits:
 def _num_positions(config: PretrainedConfig) -> int | None:
     """How many positions a model has, under either of the names that configs give it; None where they say nothing."""
     text = config.get_text_config()
-    positions: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    positions: int | None = getattr(text, "max_position_embeddings", None) or getattr(
+        text, "max_target_positions", None
+    )
     return positions
 
 
@@ -68,4 +74,6 @@ def _check_length(config: PretrainedConfig, length: int, positions: int | None) 
             f"frequencies for all sequences of a batch, which is not supported: lower it to {limit.length}, or use auto"
         )
     if positions is not None and length > positions:
-        raise ValueError(f"limits.max_model_len={length}, but the model has only {positions} positions: lower it")
+        raise ValueError(
+            f"limits.max_model_len={length}, but the model has only {positions} positions: lower it"
+        )

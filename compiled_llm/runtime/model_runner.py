@@ -76,7 +76,9 @@ class Runtime:
     ) -> None:
         self.model, self.config, self._just_loaded = model, config, just_loaded
         self._owner = os.getpid(), threading.get_ident()
-        self._unchanged = Unchanged(model_itself(model), compiled=config.compile.dispatch != "eager")
+        self._unchanged = Unchanged(
+            model_itself(model), compiled=config.compile.dispatch != "eager"
+        )
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         if self.limits.warning:
@@ -89,23 +91,38 @@ class Runtime:
             )
             self.limits = replace(self.limits, max_num_batched_tokens=1)
             prefill = prefill and [1]
-        largest: dict[Kind, int] = {"decode": self.limits.max_num_seqs, "prefill": self.limits.max_num_batched_tokens}
+        largest: dict[Kind, int] = {
+            "decode": self.limits.max_num_seqs,
+            "prefill": self.limits.max_num_batched_tokens,
+        }
         self._buckets: dict[Kind, list[Bucket]] = {
             "decode": self._make_buckets("decode", config.buckets.decode, largest["decode"]),
             "prefill": self._make_buckets("prefill", prefill, largest["prefill"]),
         }
-        self._traffic = {kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()}
+        self._traffic = {
+            kind: Traffic(limit=limit, buckets=self._sizes(kind)) for kind, limit in largest.items()
+        }
         self.report = report
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
             if self.has_states and config.cache.prefix_caching:
-                report.warnings.append(f"{model.config.model_type} keeps states of its sequences, so prompts share no pages")
+                report.warnings.append(
+                    f"{model.config.model_type} keeps states of its sequences, so prompts share no pages"
+                )
             self._artifact = self._open_artifact() if keeps(config) else None
-            maker = BucketMaker(model, layers, self.memory, config, self.limits, self._artifact, report)
+            maker = BucketMaker(
+                model, layers, self.memory, config, self.limits, self._artifact, report
+            )
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
-            entries = maker.make_all(buckets, progress=progress, pool=pool) if config.compile.dispatch != "eager" else None
+            entries = (
+                maker.make_all(buckets, progress=progress, pool=pool)
+                if config.compile.dispatch != "eager"
+                else None
+            )
         self._lazy = LazyBuckets(maker.make_one)
-        self._serving = Serving(self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask)
+        self._serving = Serving(
+            self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask
+        )
         self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
         report.buckets = [entry.report for entry in entries or ()]
@@ -130,7 +147,12 @@ class Runtime:
     def decodes_apart(self) -> bool:
         """Whether steps that only decode have buckets of their own, or run eagerly; else they run in prefill buckets."""
         eager = self.config.compile.dispatch == "eager"
-        return bool(self._buckets["decode"]) or not self._buckets["prefill"] or eager or self.has_states
+        return (
+            bool(self._buckets["decode"])
+            or not self._buckets["prefill"]
+            or eager
+            or self.has_states
+        )
 
     @property
     def capture_wanted(self) -> bool:
@@ -160,7 +182,9 @@ class Runtime:
     def check_owner(self) -> None:
         """Raise a RuntimeError in any thread but the one that made this, and in a process forked from its own."""
         if os.getpid() != self._owner[0]:
-            raise RuntimeError(f"this engine belongs to process {self._owner[0]}, and this is a fork of it: make another one here")
+            raise RuntimeError(
+                f"this engine belongs to process {self._owner[0]}, and this is a fork of it: make another one here"
+            )
         if not self.is_owner:
             raise RuntimeError(
                 "this engine belongs to the thread that made it (CUDA graph trees are thread-local): call it from there"
@@ -180,7 +204,9 @@ class Runtime:
             RuntimeError: the device itself has failed.
         """
         if self.model.device.type == "cuda":
-            torch.cuda.current_stream(self.model.device).synchronize()  # the whole device may be in another engine's capture
+            torch.cuda.current_stream(
+                self.model.device
+            ).synchronize()  # the whole device may be in another engine's capture
         self.memory.state.arrivals.zero_()
         self._readback.resynchronize()
 
@@ -231,7 +257,10 @@ class Runtime:
     def prompt_logprobs(self, num_tokens: int) -> Logprobs:
         """[T, 1 + M] of the last step, if that was a prefill of `num_tokens` with the scoring sampler; waits for it."""
         state = self.memory.state
-        return Logprobs(state.prompt_logprobs[:num_tokens].cpu().numpy(), state.prompt_ids[:num_tokens].cpu().numpy())
+        return Logprobs(
+            state.prompt_logprobs[:num_tokens].cpu().numpy(),
+            state.prompt_ids[:num_tokens].cpu().numpy(),
+        )
 
     def set_extras(self, row: int, extras: RowExtras) -> None:
         """Write what few rows need."""
@@ -248,7 +277,15 @@ class Runtime:
         state = self.memory.state
         rows = torch.tensor([row], device=logits.device)
         params = RowParams.of(state.params[rows])
-        sampled = choose(state, logits, rows, state.positions[rows], params, state.recent[rows], torch.ones_like(rows).bool())
+        sampled = choose(
+            state,
+            logits,
+            rows,
+            state.positions[rows],
+            params,
+            state.recent[rows],
+            torch.ones_like(rows).bool(),
+        )
         chosen = sampled.clamp(min=0)
         state.tokens[rows] = chosen
         values, ids = top_logprobs(state.logits[rows], chosen, params.logprobs, MAX_LOGPROBS)
@@ -264,9 +301,13 @@ class Runtime:
         return make_key(self.model, code.words, buffers, memory.groups, self.config, self.limits)
 
     def _identify(self) -> ModelCode:
-        bucket = Bucket("decode", self.limits.max_num_seqs, "greedy")  # which need not be one of the config's
+        bucket = Bucket(
+            "decode", self.limits.max_num_seqs, "greedy"
+        )  # which need not be one of the config's
         step = self.memory.step(self.model, bucket)
-        return identify(model_itself(self.model), lambda: trace(step), just_loaded=self._just_loaded)
+        return identify(
+            model_itself(self.model), lambda: trace(step), just_loaded=self._just_loaded
+        )
 
     def _open_artifact(self) -> Artifact | None:
         with self.report.phase("identify the model", self.model.device):
@@ -279,7 +320,9 @@ class Runtime:
 
     def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets
-        return make_buckets(kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth)
+        return make_buckets(
+            kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth
+        )
 
     def _sizes(self, kind: Kind) -> list[int]:
         return sorted({bucket.size for bucket in self._buckets[kind]})

@@ -65,5 +65,7 @@ def _wait_for(descriptor: int, directory: Path, patience: float) -> None:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"another process has had the lock of {directory} for {patience:g} s") from None
+                raise TimeoutError(
+                    f"another process has had the lock of {directory} for {patience:g} s"
+                ) from None
             time.sleep(0.02)

@@ -25,4 +25,9 @@ def _features() -> set[str]:
     except OSError:  # not Linux
         return {platform.processor(), platform.node()}  # and what was compiled here stays here
     pairs = (line.partition(":") for line in lines)
-    return {feature for name, _, found in pairs if name.strip().lower() in _FEATURES for feature in found.split()}
+    return {
+        feature
+        for name, _, found in pairs
+        if name.strip().lower() in _FEATURES
+        for feature in found.split()
+    }

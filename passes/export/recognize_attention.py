@@ -35,7 +35,9 @@ class OwnAttention:
         return str(list(stack.values())[-1][0])
 
 
-def replace_own_attention(module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int) -> list[str]:
+def replace_own_attention(
+    module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int
+) -> list[str]:
     """Rewrite a graph in place; returns the names of the modules whose attention was replaced.
 
     Args:
@@ -73,13 +75,21 @@ def _match(softmax: Node) -> OwnAttention | None:
         return None
     products = _products_behind(softmax.args[0])
     weighted = _only_product_after(softmax)
-    return OwnAttention(products[0], softmax, weighted) if weighted is not None and len(products) == 1 else None
+    return (
+        OwnAttention(products[0], softmax, weighted)
+        if weighted is not None and len(products) == 1
+        else None
+    )
 
 
 def _products_behind(node: object) -> list[Node]:
     """The matrix products that a node depends on without another between."""
     assert isinstance(node, Node)
-    return [behind for behind in reach_back(node, lambda behind: is_op(behind, *_PRODUCTS)) if is_op(behind, *_PRODUCTS)]
+    return [
+        behind
+        for behind in reach_back(node, lambda behind: is_op(behind, *_PRODUCTS))
+        if is_op(behind, *_PRODUCTS)
+    ]
 
 
 def _only_product_after(softmax: Node) -> Node | None:
@@ -155,16 +165,24 @@ def _split_sdpa(graph: Graph, node: Node) -> None:
     assert isinstance(k, Node)
     scores_val: Tensor = q.meta["val"].new_empty(*q.meta["val"].shape[:-1], k.meta["val"].shape[-2])
     with graph.inserting_before(node):
-        scores = graph.call_function(aten.matmul.default, (q, graph.call_function(aten.transpose.int, (k, -1, -2))))
+        scores = graph.call_function(
+            aten.matmul.default, (q, graph.call_function(aten.transpose.int, (k, -1, -2)))
+        )
         scores.meta = {**node.meta, "val": scores_val}
         scale = given.get("scale") or q.meta["val"].shape[-1] ** -0.5
         total = graph.call_function(aten.mul.Tensor, (scores, scale))
         if given.get("is_causal"):
-            mask = graph.call_function(aten.tril.default, (graph.call_function(aten.ones_like.default, (scores,)),))
+            mask = graph.call_function(
+                aten.tril.default, (graph.call_function(aten.ones_like.default, (scores,)),)
+            )
             mask = graph.call_function(aten.to.dtype, (mask, torch.bool))
         if isinstance(mask, Node):
             is_bool = given.get("is_causal") or mask.meta["val"].dtype == torch.bool
-            outside = (aten.where.ScalarOther, (mask, total, float("-inf"))) if is_bool else (aten.add.Tensor, (total, mask))
+            outside = (
+                (aten.where.ScalarOther, (mask, total, float("-inf")))
+                if is_bool
+                else (aten.add.Tensor, (total, mask))
+            )
             total = graph.call_function(*outside)
         softmax = graph.call_function(aten.softmax.int, (total, -1))
         softmax.meta = {**node.meta, "val": scores_val}

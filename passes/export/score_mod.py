@@ -51,7 +51,9 @@ def ask(module: GraphModule, scores: Node, result: object, num_tokens: int) -> B
     factors = ((at_large - at_zero) / _LARGE)[seen]
     scale = float(factors.median())
     exact = torch.finfo(evaluate.dtype).eps * 4
-    if not torch.allclose(factors, torch.full_like(factors, scale), rtol=exact, atol=0) or not torch.allclose(
+    if not torch.allclose(
+        factors, torch.full_like(factors, scale), rtol=exact, atol=0
+    ) or not torch.allclose(
         (at_one - at_zero)[seen], factors, rtol=1e-3, atol=exact * float(at_zero[seen].abs().max())
     ):
         raise UnlikeAttentionError("its scores are not scaled alike before the softmax")
@@ -71,7 +73,9 @@ def _window(seen_HTT: Tensor) -> int:
 
 
 def _slopes(bias_HTT: Tensor, seen_HTT: Tensor, window: int, exact: float) -> Tensor | None:
-    far = 1 << (bias_HTT.shape[-1] - 1).bit_length() - 1  # a power of two, so that low precision rounds it least
+    far = (
+        1 << (bias_HTT.shape[-1] - 1).bit_length() - 1
+    )  # a power of two, so that low precision rounds it least
     if window and bool(bias_HTT[seen_HTT].any()):
         raise UnlikeAttentionError("it adds a bias to scores in a window")
     if window:
@@ -80,8 +84,12 @@ def _slopes(bias_HTT: Tensor, seen_HTT: Tensor, window: int, exact: float) -> Te
     positions = torch.arange(bias_HTT.shape[-1])
     expected = bias_HTT[:, :, :1] + slopes[:, None, None] * positions
     largest = float(bias_HTT[seen_HTT].abs().max())
-    if not torch.allclose(bias_HTT[seen_HTT], expected[seen_HTT], rtol=0, atol=max(exact * largest, 1e-6)):
-        raise UnlikeAttentionError("it adds a bias to scores that does not grow evenly with a key's position")
+    if not torch.allclose(
+        bias_HTT[seen_HTT], expected[seen_HTT], rtol=0, atol=max(exact * largest, 1e-6)
+    ):
+        raise UnlikeAttentionError(
+            "it adds a bias to scores that does not grow evenly with a key's position"
+        )
     return slopes.float() if slopes.any() else None
 
 
@@ -94,7 +102,9 @@ class _Evaluation:
         self._given: dict[Node, object] = {node: torch.arange(num_tokens) for node in inputs}
         self._given[inputs[0]] = torch.zeros(num_tokens, dtype=torch.int64)
         length = inputs[0].meta["val"].shape[0]
-        self._shape = [num_tokens if size == length else int(size) for size in scores.meta["val"].shape]
+        self._shape = [
+            num_tokens if size == length else int(size) for size in scores.meta["val"].shape
+        ]
         given = {scores, *inputs}
         self._needed = reach_back(result, given.__contains__) - given
         self.dtype: torch.dtype = scores.meta["val"].dtype
@@ -111,7 +121,9 @@ class _Evaluation:
     def _run(self, node: Node, values: dict[Node, object]) -> object:
         if node.op == "get_attr":
             return self._attribute(str(node.target)).cpu()
-        args, kwargs = map_aggregate((node.args, dict(node.kwargs)), lambda part: _on_cpu(part, values))
+        args, kwargs = map_aggregate(
+            (node.args, dict(node.kwargs)), lambda part: _on_cpu(part, values)
+        )
         assert callable(node.target)
         return node.target(*args, **kwargs)
 

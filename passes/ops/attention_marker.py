@@ -26,7 +26,9 @@ def attention_marker_reference(
     marker and nothing else in a step touches it.
     """
     write_kv(k_1GTD[0].transpose(0, 1), v_1GTE[0].transpose(0, 1), k_cache, v_cache, slots_T)
-    attend = paged_attention if q_1HTD.is_cuda else paged_attention_reference  # on a CPU, eager steps wait for no compiler
+    attend = (
+        paged_attention if q_1HTD.is_cuda else paged_attention_reference
+    )  # on a CPU, eager steps wait for no compiler
     attended: Tensor = attend(
         q_1HTD[0].transpose(0, 1), k_cache, v_cache, block_table_SN, query_start, seq_lens_S,
         arrivals, sinks_H, slopes_H, scale, window, softcap, max_query_len,

@@ -16,7 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from passes.ops.pdl import early_launch
 
-PROGRAMS = 1024  # enough to fill a GPU several times over, and no more: an empty one costs its launch
+PROGRAMS = (
+    1024  # enough to fill a GPU several times over, and no more: an empty one costs its launch
+)
 FEW = 64  # programs, before any sequence is split, that leave most of a GPU idle
 MAX_SPLITS = 64  # of one sequence
 LEAST = 2  # tiles of keys worth a program, where programs are many
@@ -72,13 +74,25 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     for base in tl.range(begin, end, TILE_K, num_stages=STAGES):
         key = base + tl.arange(0, TILE_K)
         cached = (key >= oldest) & (key < length)
-        page = tl.load(block_table + seq * table_stride + key // PAGE, mask=cached, other=0).to(tl.int64)
+        page = tl.load(block_table + seq * table_stride + key // PAGE, mask=cached, other=0).to(
+            tl.int64
+        )
         slot = (page * PAGE + key % PAGE) * G + group
-        k_DK = tl.load(k_cache + slot[None, :] * D + d[:, None], mask=cached[None, :] & (d[:, None] < D), other=0.0)
-        v_KE = tl.load(v_cache + slot[:, None] * E + e[None, :], mask=cached[:, None] & (e[None, :] < E), other=0.0)
+        k_DK = tl.load(
+            k_cache + slot[None, :] * D + d[:, None],
+            mask=cached[None, :] & (d[:, None] < D),
+            other=0.0,
+        )
+        v_KE = tl.load(
+            v_cache + slot[:, None] * E + e[None, :],
+            mask=cached[:, None] & (e[None, :] < E),
+            other=0.0,
+        )
         scores = tl.dot(q_MD, k_DK, input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)  # softcap * tanh(scores / softcap)
+            scores = softcap * (
+                2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0
+            )  # softcap * tanh(scores / softcap)
         if HAS_SLOPES:
             scores += slope[:, None] * (key - length + 1)[None, :].to(tl.float32)
         scores = tl.where(cached[None, :], scores, float("-inf"))
@@ -114,7 +128,12 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
                 at = (place + first + n) * GROUP + row
                 mine = live & (first + n < num_shares)
                 its_peak = tl.load(weights + 2 * at, mask=mine, other=-1e30, cache_modifier=".cg")
-                share = tl.load(shares + at[:, None] * E + e[None, :], mask=mine[:, None] & e_live, other=0.0, cache_modifier=".cg")
+                share = tl.load(
+                    shares + at[:, None] * E + e[None, :],
+                    mask=mine[:, None] & e_live,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
                 acc += share * tl.exp(its_peak - peak)[:, None]
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32)
@@ -143,7 +162,9 @@ def decode_attention(
     if window:
         longest = min(abs(window), longest)
     least = 1 if S * G <= FEW else LEAST
-    splits = max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, S * G), triton.cdiv(longest, least * tile_k)))
+    splits = max(
+        1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, S * G), triton.cdiv(longest, least * tile_k))
+    )
     out_SHE = q_SHD.new_empty(S, H, E)
     shares = q_SHD.new_empty(S, H, splits, E, dtype=torch.float32)
     weights = q_SHD.new_empty(S, H, splits, 2, dtype=torch.float32)

@@ -33,7 +33,9 @@ def mix(x: Tensor) -> Tensor:
 
 def gumbel(key_S: Tensor, num_places: int) -> Tensor:
     """Noise [S, places], float32, of int32 keys."""
-    bits = mix(key_S[:, None] ^ mix(torch.arange(num_places, device=key_S.device, dtype=torch.int32))[None])
+    bits = mix(
+        key_S[:, None] ^ mix(torch.arange(num_places, device=key_S.device, dtype=torch.int32))[None]
+    )
     # Large noise comes from small numbers, where float32 is precise; 1 itself, to which large ones round, would give -inf.
     uniform = (((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
@@ -48,12 +50,16 @@ def noisy(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None)
     return torch.where(temperature_S[:, None] > 0, drawn, scores_SV)
 
 
-def chunk_maxima_reference(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None) -> tuple[Tensor, Tensor]:
+def chunk_maxima_reference(
+    scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Plain PyTorch."""
     noisy_SV = noisy(scores_SV, temperature_S, key_S)
     S, V = noisy_SV.shape
     chunks = triton.cdiv(V, CHUNK)
-    padded = torch.nn.functional.pad(noisy_SV, (0, chunks * CHUNK - V), value=float("-inf")).view(S, chunks, CHUNK)
+    padded = torch.nn.functional.pad(noisy_SV, (0, chunks * CHUNK - V), value=float("-inf")).view(
+        S, chunks, CHUNK
+    )
     best_SC, place_SC = padded.max(-1)
     return best_SC, place_SC + torch.arange(chunks, device=place_SC.device) * CHUNK
 
@@ -75,23 +81,32 @@ def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    score = tl.load(scores + row.to(tl.int64) * stride_s + v * stride_v, mask=v < V, other=float("-inf")).to(tl.float32)
+    score = tl.load(
+        scores + row.to(tl.int64) * stride_s + v * stride_v, mask=v < V, other=float("-inf")
+    ).to(tl.float32)
     score = tl.where(score == score, score, float("inf"))  # a maximum would drop NaN
     if DRAWS:
         heat = tl.load(temperature + row)
         if heat > 0.0:
             bits = _mix(tl.load(key + row).to(tl.uint32) ^ _mix(v.to(tl.uint32)))
-            uniform = tl.minimum(((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * (1.0 / 2147483648.0), 1.0 - 1.0 / 16777216.0)
+            uniform = tl.minimum(
+                ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * (1.0 / 2147483648.0),
+                1.0 - 1.0 / 16777216.0,
+            )
             # -log(1 - u), by its series where that is more precise.
             series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
-            score = score / tl.maximum(heat, 1e-6) - tl.log(tl.where(uniform < 1.0 / 64.0, series, -tl.log(1.0 - uniform)))
+            score = score / tl.maximum(heat, 1e-6) - tl.log(
+                tl.where(uniform < 1.0 / 64.0, series, -tl.log(1.0 - uniform))
+            )
     greatest, at = tl.max(score, 0, return_indices=True)
     out = row * tl.num_programs(1) + chunk
     tl.store(best + out, greatest)
     tl.store(place + out, tl.minimum(chunk * CHUNK + at, V - 1).to(tl.int64))
 
 
-def chunk_maxima_kernel(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None) -> tuple[Tensor, Tensor]:
+def chunk_maxima_kernel(
+    scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Triton; scores may have any strides."""
     assert temperature_S is None or temperature_S.is_contiguous()
     assert key_S is None or key_S.is_contiguous()
@@ -103,9 +118,13 @@ def chunk_maxima_kernel(scores_SV: Tensor, temperature_S: Tensor | None, key_S: 
     return best_SC, place_SC
 
 
-def _chunk_maxima_fake(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunk_maxima_fake(
+    scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
+) -> tuple[Tensor, Tensor]:
     shape = (scores_SV.shape[0], triton.cdiv(scores_SV.shape[1], CHUNK))
-    return scores_SV.new_empty(shape, dtype=torch.float32), scores_SV.new_empty(shape, dtype=torch.int64)
+    return scores_SV.new_empty(shape, dtype=torch.float32), scores_SV.new_empty(
+        shape, dtype=torch.int64
+    )
 
 
 chunk_maxima = define(

@@ -66,7 +66,9 @@ def define(
     return overload
 
 
-def _unless_references(kernel: Callable[..., object], reference: Callable[..., object]) -> Callable[..., object]:
+def _unless_references(
+    kernel: Callable[..., object], reference: Callable[..., object]
+) -> Callable[..., object]:
     @wraps(kernel)
     def run(*args: object) -> object:
         return (reference if _CHOICE.references else kernel)(*args)

@@ -26,4 +26,9 @@ def teach_inductor() -> None:
         return value
 
 
-kept = define("kept(Tensor value) -> Tensor", reference=kept_reference, kernel=kept_reference, fake=torch.empty_like)
+kept = define(
+    "kept(Tensor value) -> Tensor",
+    reference=kept_reference,
+    kernel=kept_reference,
+    fake=torch.empty_like,
+)

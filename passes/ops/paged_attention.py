@@ -36,22 +36,34 @@ def paged_attention_reference(
     """
     T, H, _ = q_THD.shape
     out_THE = q_THD.new_zeros(T, H, v_cache_PBGE.shape[-1])
-    options, caches, most = (sinks_H, slopes_H, scale, window, softcap), (k_cache_PBGD, v_cache_PBGE), int(seq_lens_S.max())
+    options, caches, most = (
+        (sinks_H, slopes_H, scale, window, softcap),
+        (k_cache_PBGD, v_cache_PBGE),
+        int(seq_lens_S.max()),
+    )
     if max_query_len == 1:
         of_a_key = H + sum(cache[0, 0].numel() for cache in caches)
         for rows in _slices(0, T, _AT_ONCE // max(1, most * of_a_key)):
             lens = seq_lens_S[rows].long()
             positions = lens[:, None] - 1
-            keys, values = (_gather(cache, block_table_SN[rows], positions, window) for cache in caches)
+            keys, values = (
+                _gather(cache, block_table_SN[rows], positions, window) for cache in caches
+            )
             attended = attend(q_THD[rows, None], keys, values, positions, lens, *options)[:, 0]
             out_THE[rows] = torch.where(lens[:, None, None] > 0, attended, 0)
         return out_THE
     starts = query_start.tolist()
     for s, length in enumerate(seq_lens_S.tolist()):
         first, lens = length - (starts[s + 1] - starts[s]), seq_lens_S[s : s + 1].long()
-        for rows in _slices(starts[s], starts[s + 1] if length else starts[s], _AT_ONCE // (max(1, length) * H)):
-            positions = torch.arange(rows.start, rows.stop, device=q_THD.device)[None] + (first - starts[s])
-            keys, values = (_gather(cache, block_table_SN[s : s + 1], positions, window) for cache in caches)
+        for rows in _slices(
+            starts[s], starts[s + 1] if length else starts[s], _AT_ONCE // (max(1, length) * H)
+        ):
+            positions = torch.arange(rows.start, rows.stop, device=q_THD.device)[None] + (
+                first - starts[s]
+            )
+            keys, values = (
+                _gather(cache, block_table_SN[s : s + 1], positions, window) for cache in caches
+            )
             out_THE[rows] = attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
     return out_THE
 
@@ -70,14 +82,22 @@ def oldest_seen(positions: Positions, window: int) -> Positions:
     return positions - window + 1 if window else positions * 0
 
 
-def _gather(cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int) -> Tensor:
+def _gather(
+    cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int
+) -> Tensor:
     """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
     block_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
     first_S1 = oldest_seen(positions_SQ[:, :1], window).clamp(min=0)
-    tokens_SK = torch.arange(int(last_S1.max()) + 1, device=last_S1.device).minimum(last_S1).maximum(first_S1)
+    tokens_SK = (
+        torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
+        .minimum(last_S1)
+        .maximum(first_S1)
+    )
     pages_SK = block_table_SN.long().gather(1, tokens_SK // block_size)
-    return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[pages_SK * block_size + tokens_SK % block_size]
+    return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[
+        pages_SK * block_size + tokens_SK % block_size
+    ]
 
 
 def attend(
@@ -89,13 +109,18 @@ def attend(
     """
     S, Q, H, D = q_SQHD.shape
     K, G = k_SKGD.shape[1:3]
-    q_SGMD = q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, H // G * Q, D).float()
+    q_SGMD = (
+        q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, H // G * Q, D).float()
+    )
     scores = (q_SGMD @ k_SKGD.permute(0, 2, 3, 1).float() * scale).view(S, G, H // G, Q, K)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     keys = torch.arange(K, device=q_SQHD.device)
     if slopes_H is not None:
-        scores += slopes_H.float().view(1, G, H // G, 1, 1) * (keys - positions_SQ[..., None])[:, None, None]
+        scores += (
+            slopes_H.float().view(1, G, H // G, 1, 1)
+            * (keys - positions_SQ[..., None])[:, None, None]
+        )
     seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
     seen_SQK &= keys >= oldest_seen(positions_SQ, window)[..., None]
     scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
@@ -115,10 +140,30 @@ def paged_attention_kernel(
     """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
     if max_query_len == 1:
         return decode_attention(
-            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, arrivals, sinks_H, slopes_H, scale, window, softcap
+            q_THD,
+            k_cache_PBGD,
+            v_cache_PBGE,
+            block_table_SN,
+            seq_lens_S,
+            arrivals,
+            sinks_H,
+            slopes_H,
+            scale,
+            window,
+            softcap,
         )
     return prefill_attention(
-        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
+        q_THD,
+        k_cache_PBGD,
+        v_cache_PBGE,
+        block_table_SN,
+        query_start,
+        seq_lens_S,
+        sinks_H,
+        slopes_H,
+        scale,
+        window,
+        softcap,
     )
 
 
@@ -135,14 +180,35 @@ def paged_attention_cpu(
         )  # fmt: skip
     if max_query_len == 1:
         return cpu.decode_attention(
-            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
+            q_THD,
+            k_cache_PBGD,
+            v_cache_PBGE,
+            block_table_SN,
+            seq_lens_S,
+            sinks_H,
+            slopes_H,
+            scale,
+            window,
+            softcap,
         )
     return cpu.prefill_attention(
-        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, sinks_H, slopes_H, scale, window, softcap
+        q_THD,
+        k_cache_PBGD,
+        v_cache_PBGE,
+        block_table_SN,
+        query_start,
+        seq_lens_S,
+        sinks_H,
+        slopes_H,
+        scale,
+        window,
+        softcap,
     )
 
 
-def _paged_attention_fake(q_THD: Tensor, k_cache: Tensor, v_cache_PBGE: Tensor, *_: object) -> Tensor:
+def _paged_attention_fake(
+    q_THD: Tensor, k_cache: Tensor, v_cache_PBGE: Tensor, *_: object
+) -> Tensor:
     return q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_cache_PBGE.shape[-1])
 
 

@@ -48,7 +48,9 @@ def inductor_waits() -> Iterator[None]:
     def wait(kernel: Any, buffer: Any, *accessed: str, consider_reads: bool = False) -> None:
         if kernel._enable_pdl_codegen():
             in_loop = kernel.inside_reduction and kernel.range_trees[-1].is_loop
-            (kernel.body if in_loop else buffer).writeline(kernel.GDC_WAIT)  # all but the first are dropped later
+            (kernel.body if in_loop else buffer).writeline(
+                kernel.GDC_WAIT
+            )  # all but the first are dropped later
 
     with patch.object(TritonKernel, "_handle_pdl_before_access", wait):
         yield

@@ -55,8 +55,14 @@ def kernel_calls(graph: Graph) -> list[KernelCall]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in KERNELS:
             args, kwargs = tree_map_only(Node, _shape, (node.args, node.kwargs))
-            if all(value.device.type == "cuda" for value in tree_leaves((args, kwargs)) if isinstance(value, _Shape)):
-                calls.setdefault(f"{node.target} {args} {kwargs}", KernelCall(KERNELS[node.target], args, kwargs))
+            if all(
+                value.device.type == "cuda"
+                for value in tree_leaves((args, kwargs))
+                if isinstance(value, _Shape)
+            ):
+                calls.setdefault(
+                    f"{node.target} {args} {kwargs}", KernelCall(KERNELS[node.target], args, kwargs)
+                )
     return list(calls.values())
 
 
@@ -78,7 +84,10 @@ def restore_kernels(files: KernelFiles) -> None:
 
     for folder, contents in files.items():
         manager = get_cache_manager(folder)
-        paths = {name: manager.get_file(name) or manager.put(content, name) for name, content in contents.items()}
+        paths = {
+            name: manager.get_file(name) or manager.put(content, name)
+            for name, content in contents.items()
+        }
         for name in paths:
             if name.endswith(".json") and manager.get_group(name) is None:
                 manager.put_group(name, paths)
@@ -101,7 +110,9 @@ def _launching_nothing(files: KernelFiles) -> Iterator[None]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:  # another engine's launch
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        args, kwargs = tree_map_only(Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs))
+        args, kwargs = tree_map_only(
+            Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs)
+        )
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         with patch.object(build, "get_cache_manager", noting):
             driver.active.launcher_cls(kernel.src, kernel.metadata)
@@ -121,5 +132,7 @@ def _launching_nothing(files: KernelFiles) -> Iterator[None]:
 
 def _read(folder: Path) -> dict[str, bytes]:
     return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in _KEPT and not path.name.startswith("__grp__")
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in _KEPT and not path.name.startswith("__grp__")
     }

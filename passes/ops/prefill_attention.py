@@ -23,7 +23,9 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     d = tl.arange(0, TILE_D)
     e = tl.arange(0, TILE_E)
     cached = (key >= oldest) & (key < length)
-    page = tl.load(pages + key // PAGE, mask=cached if MASKED else None, other=0 if MASKED else None).to(tl.int64)
+    page = tl.load(
+        pages + key // PAGE, mask=cached if MASKED else None, other=0 if MASKED else None
+    ).to(tl.int64)
     slot = (page * PAGE + key % PAGE) * G + group
     place_k = k_cache + slot[None, :] * D + d[:, None]
     place_v = v_cache + slot[:, None] * E + e[None, :]
@@ -66,7 +68,9 @@ def _prefill_attention_kernel(  # type: ignore[no-untyped-def]
     SEARCH_STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_Q queries of one sequence, with all the query heads of one key head as the TILE_M rows of a tile."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile of a sequence has most to do, so it starts first
+    tile = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    )  # the last tile of a sequence has most to do, so it starts first
     group = tl.program_id(1)
     # Sequence s starts at tile `query_start[s] // TILE_Q + s`, which leaves room for its last, partial tile:
     # find the last s whose first tile is not past ours.

@@ -35,7 +35,9 @@ SHORTLIST = 8192  # scores that the copy of a row has room for
 LANES = 256  # the search over the lanes' maxima is close enough when it is down to so many
 
 
-def sampling_cutoff_reference(scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor) -> Tensor:
+def sampling_cutoff_reference(
+    scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
+) -> Tensor:
     """Plain PyTorch, by sorting. Run eagerly it waits for the device and leaves out the rows that ask for nothing."""
     if torch.compiler.is_compiling():
         return _cutoff(scores_SV, top_k_S, top_p_S, min_p_S)
@@ -52,15 +54,23 @@ def _cutoff(scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
     ordered_SV = scores_SV.sort(-1, descending=True).values
     peak_S = ordered_SV[:, 0]
     off_S = (top_k_S <= 0) | (top_k_S >= V)
-    kth_S = ordered_SV.gather(1, top_k_S.clamp(1, V)[:, None] - 1)[:, 0].masked_fill(off_S, float("-inf"))
+    kth_S = ordered_SV.gather(1, top_k_S.clamp(1, V)[:, None] - 1)[:, 0].masked_fill(
+        off_S, float("-inf")
+    )
 
     # A row of nothing but -inf has no finite peak to subtract.
-    weight_SV = (ordered_SV - peak_S.clamp(min=torch.finfo(torch.float32).min)[:, None]).exp().double()
+    weight_SV = (
+        (ordered_SV - peak_S.clamp(min=torch.finfo(torch.float32).min)[:, None]).exp().double()
+    )
     weight_SV = weight_SV.masked_fill(ordered_SV < kth_S[:, None], 0)
     total_SV = weight_SV.cumsum(-1)
     # The last token that top-p keeps: those before it have less than the mass p.
-    kept_S = (total_SV - weight_SV < top_p_S.double()[:, None] * total_SV[:, -1:]).sum(-1).clamp(min=1)
-    nucleus_S = ordered_SV.gather(1, kept_S[:, None] - 1)[:, 0].masked_fill(top_p_S >= 1, float("-inf"))
+    kept_S = (
+        (total_SV - weight_SV < top_p_S.double()[:, None] * total_SV[:, -1:]).sum(-1).clamp(min=1)
+    )
+    nucleus_S = ordered_SV.gather(1, kept_S[:, None] - 1)[:, 0].masked_fill(
+        top_p_S >= 1, float("-inf")
+    )
     return torch.maximum(kth_S, nucleus_S).maximum(peak_S + min_p_S.log())
 
 
@@ -179,7 +189,9 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
                 if by_count:
                     low = _search(row, V, low, high, peak, limit, SHORTLIST, False, BLOCK)[0]
                 else:
-                    low, high, over = _search(row, V, low, high, peak, limit, SHORTLIST, True, BLOCK)
+                    low, high, over = _search(
+                        row, V, low, high, peak, limit, SHORTLIST, True, BLOCK
+                    )
                     limit -= over
                 n = _shorten(shortlist, row, V, low, high, SHORTLIST, BLOCK)
             source = shortlist
@@ -198,7 +210,9 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
     tl.store(cutoff + s, result)
 
 
-def sampling_cutoff_kernel(scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor) -> Tensor:
+def sampling_cutoff_kernel(
+    scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
+) -> Tensor:
     """Triton. Rows of scores, and the parameters, may have any stride; V up to 2 ** 24. The shortlists take 32 KiB a row."""
     S, V = scores_SV.shape
     if scores_SV.stride(1) != 1:

@@ -28,12 +28,19 @@ _SMALL = 2**23  # elements of a weight; a larger one takes longer to read than t
 
 
 def small_linear_reference(
-    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor,
+    weight: Tensor,
+    norm_K: Tensor | None,
+    eps: float,
+    residual_TN: Tensor | None,
+    gated: bool,
 ) -> Tensor:
     """Plain PyTorch, rounding where a model would."""
     if norm_K is not None:
         wide = x_TK.float()
-        x_TK = norm_K * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_TK.dtype)
+        x_TK = norm_K * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(
+            x_TK.dtype
+        )
     out = x_TK @ weight.T
     if gated:
         gate, up = out.chunk(2, -1)
@@ -55,7 +62,9 @@ def _finished(total, residual, live, dtype: tl.constexpr, HAS_RESIDUAL: tl.const
 def _gated(gate, up):  # type: ignore[no-untyped-def]
     """silu(gate) * up, rounded where a model would round."""
     wide = gate.to(tl.float32)
-    return ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    return ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(
+        gate.dtype
+    )
 
 
 @triton.jit
@@ -97,7 +106,9 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
             values *= tl.load(norm + k, mask=live, other=0.0).to(tl.float32)
         acc += tl.load(row + k, mask=n_live & live, other=0.0).to(tl.float32) * values
         if GATED:
-            acc_up += tl.load(row + N * K + k, mask=n_live & live, other=0.0).to(tl.float32) * values
+            acc_up += (
+                tl.load(row + N * K + k, mask=n_live & live, other=0.0).to(tl.float32) * values
+            )
     total = tl.sum(acc, 2)
     factor = 1.0
     if HAS_NORM:
@@ -107,14 +118,20 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     live = (t[:, None] < T) & (n[None, :] < N)
     if GATED:
         total = _gated(total.to(dtype), (tl.sum(acc_up, 2) * factor).to(dtype))
-    result = _finished(total, residual + t[:, None] * residual_stride + n[None, :], live, dtype, HAS_RESIDUAL)
+    result = _finished(
+        total, residual + t[:, None] * residual_stride + n[None, :], live, dtype, HAS_RESIDUAL
+    )
     tl.store(out + t[:, None] * N + n[None, :], result, mask=live)
 
 
 @triton.jit
 def _features_in(base, WARPS: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a tile that begins at base, the features of each warp's share: [WARPS, TILE_K / WARPS]."""
-    return base + tl.arange(0, WARPS)[:, None] * (TILE_K // WARPS) + tl.arange(0, TILE_K // WARPS)[None, :]
+    return (
+        base
+        + tl.arange(0, WARPS)[:, None] * (TILE_K // WARPS)
+        + tl.arange(0, TILE_K // WARPS)[None, :]
+    )
 
 
 @triton.jit
@@ -176,16 +193,25 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
         total *= tl.rsqrt(squares / K + eps)[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(total.to(dtype), [TILE_N // 2, 2, TILE_T]), 0, 2, 1))
+        gate, up = tl.split(
+            tl.permute(tl.reshape(total.to(dtype), [TILE_N // 2, 2, TILE_T]), 0, 2, 1)
+        )
         total = _gated(gate, up)
         n = tl.program_id(0) * (TILE_N // 2) + tl.arange(0, TILE_N // 2)
     live = (t[None, :] < T) & (n[:, None] < N)
-    result = _finished(total, residual + t[None, :] * residual_stride + n[:, None], live, dtype, HAS_RESIDUAL)
+    result = _finished(
+        total, residual + t[None, :] * residual_stride + n[:, None], live, dtype, HAS_RESIDUAL
+    )
     tl.store(out + t[None, :] * N + n[:, None], result, mask=live)
 
 
 def small_linear_kernel(
-    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor,
+    weight: Tensor,
+    norm_K: Tensor | None,
+    eps: float,
+    residual_TN: Tensor | None,
+    gated: bool,
 ) -> Tensor:
     """Triton. The whole weight is contiguous."""
     x_TK, residual_TN = _in_rows(x_TK), None if residual_TN is None else _in_rows(residual_TN)
@@ -194,15 +220,24 @@ def small_linear_kernel(
     N = rows // (1 + gated)
     assert weight.is_contiguous()
     out_TN = x_TK.new_empty(T, N)
-    flags = {"HAS_NORM": norm_K is not None, "HAS_RESIDUAL": residual_TN is not None, "GATED": gated, **early_launch()}
+    flags = {
+        "HAS_NORM": norm_K is not None,
+        "HAS_RESIDUAL": residual_TN is not None,
+        "GATED": gated,
+        **early_launch(),
+    }
     residual = out_TN if residual_TN is None else residual_TN
     arguments = (out_TN, x_TK, weight, norm_K, residual, x_TK.stride(0), residual.stride(0), eps)
     if T == 1 or (T <= _MAX_VECTOR_TOKENS and is_small(rows, K)):
         tiles = _vector_tiles(T, N, K, gated)
-        _vector_kernel[(triton.cdiv(N, tiles["TILE_N"]),)](*arguments, T=T, N=N, K=K, TILE_T=T, **tiles, **flags)
+        _vector_kernel[(triton.cdiv(N, tiles["TILE_N"]),)](
+            *arguments, T=T, N=N, K=K, TILE_T=T, **tiles, **flags
+        )
     else:
         tiles = _matrix_tiles(T, rows, K)
-        _matrix_kernel[(triton.cdiv(rows, tiles["TILE_N"]),)](*arguments, T=T, N=N, K=K, **tiles, **flags)
+        _matrix_kernel[(triton.cdiv(rows, tiles["TILE_N"]),)](
+            *arguments, T=T, N=N, K=K, **tiles, **flags
+        )
     return out_TN
 
 
@@ -243,7 +278,12 @@ def _matrix_tiles(T: int, rows: int, K: int) -> dict[str, int]:
         tile_n, first_k = 32, 512
     while first_k > max(16 * warps, K):
         first_k //= 2
-    tiles = {"TILE_T": max(8, triton.next_power_of_2(T)), "TILE_N": tile_n, "FIRST_K": first_k, "TILE_K": min(tile_k, first_k)}
+    tiles = {
+        "TILE_T": max(8, triton.next_power_of_2(T)),
+        "TILE_N": tile_n,
+        "FIRST_K": first_k,
+        "TILE_K": min(tile_k, first_k),
+    }
     return {**tiles, "STAGES": 3, "WARPS": warps, "num_warps": warps}
 
 
@@ -253,7 +293,12 @@ def _in_rows(tensor: Tensor) -> Tensor:
 
 
 def small_linear_cpu(
-    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor,
+    weight: Tensor,
+    norm_K: Tensor | None,
+    eps: float,
+    residual_TN: Tensor | None,
+    gated: bool,
 ) -> Tensor:
     """C++ in float32, else the reference."""
     x_TK, residual_TN = _in_rows(x_TK), None if residual_TN is None else _in_rows(residual_TN)
@@ -263,7 +308,12 @@ def small_linear_cpu(
 
 
 def _small_linear_fake(
-    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor,
+    weight: Tensor,
+    norm_K: Tensor | None,
+    eps: float,
+    residual_TN: Tensor | None,
+    gated: bool,
 ) -> Tensor:
     return x_TK.new_empty(x_TK.shape[0], weight.shape[0] // (1 + gated))
 

@@ -23,18 +23,24 @@ BLOCK = 4096
 ROWS = 16  # that the reference holds in float32 at once
 
 
-def top_logprobs_reference(logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def top_logprobs_reference(
+    logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, by sorting. Run eagerly it waits for the device and leaves out the rows that ask for nothing."""
     if torch.compiler.is_compiling():
         return _top_logprobs(logits_SV, chosen_S, count_S, most)
     values_SC = logits_SV.new_zeros(len(logits_SV), most + 1, dtype=torch.float32)
     ids_SC = torch.zeros_like(values_SC, dtype=torch.int64)
     for rows in (count_S >= 0).nonzero()[:, 0].split(ROWS):
-        values_SC[rows], ids_SC[rows] = _top_logprobs(logits_SV[rows], chosen_S[rows], count_S[rows], most)
+        values_SC[rows], ids_SC[rows] = _top_logprobs(
+            logits_SV[rows], chosen_S[rows], count_S[rows], most
+        )
     return values_SC, ids_SC
 
 
-def _top_logprobs(logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _top_logprobs(
+    logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
     logprobs_SV = logits_SV.float().log_softmax(-1)
     top_SM = logits_SV.sort(dim=-1, descending=True, stable=True).indices[:, :most]
     tokens_SC = torch.cat([chosen_S[:, None], top_SM], -1)
@@ -72,12 +78,16 @@ def _top_logprobs_kernel(  # type: ignore[no-untyped-def]
     best_token = tl.zeros([BLOCK], tl.int32) + V
     for base in range(0, V, BLOCK):
         token = base + lane
-        logit = tl.load(logits + token * stride_v, mask=token < V, other=float("nan")).to(tl.float32)
+        logit = tl.load(logits + token * stride_v, mask=token < V, other=float("nan")).to(
+            tl.float32
+        )
         better = (logit > best) | ((logit == best) & (best_token == V))
         best = tl.where(better, logit, best)
         best_token = tl.where(better, token, best_token)
         new_peaks = tl.maximum(peaks, best)
-        totals = totals * tl.exp(peaks - new_peaks) + tl.where(token < V, tl.exp(logit - new_peaks), 0.0)
+        totals = totals * tl.exp(peaks - new_peaks) + tl.where(
+            token < V, tl.exp(logit - new_peaks), 0.0
+        )
         peaks = new_peaks
         larger += tl.where(logit > choice, 1, 0)
     peak = tl.max(peaks)
@@ -89,10 +99,14 @@ def _top_logprobs_kernel(  # type: ignore[no-untyped-def]
         top = tl.max(best)
         top_token = tl.min(tl.where(best == top, best_token, V))
         tl.store(values + i, top - peak - log_total)
-        tl.store(ids + i, tl.minimum(top_token, V - 1).to(tl.int64))  # V where all are NaN; an id is an id even so
+        tl.store(
+            ids + i, tl.minimum(top_token, V - 1).to(tl.int64)
+        )  # V where all are NaN; an id is an id even so
         # The next one of the lane that it came from.
         token = top_token % BLOCK + tl.arange(0, DEPTH) * BLOCK
-        logit = tl.load(logits + token * stride_v, mask=token < V, other=float("nan")).to(tl.float32)
+        logit = tl.load(logits + token * stride_v, mask=token < V, other=float("nan")).to(
+            tl.float32
+        )
         after = (logit < top) | ((logit == top) & (token > top_token))
         following = tl.max(tl.where(after, logit, float("-inf")))
         following_token = tl.min(tl.where(after & (logit == following), token, V))
@@ -100,7 +114,9 @@ def _top_logprobs_kernel(  # type: ignore[no-untyped-def]
         best_token = tl.where(lane == top_token % BLOCK, following_token, best_token)
 
 
-def top_logprobs_kernel(logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def top_logprobs_kernel(
+    logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
     """Triton. The arguments may have any strides."""
     S, V = logits_SV.shape
     values_SC = logits_SV.new_empty(S, most + 1, dtype=torch.float32)
@@ -112,9 +128,13 @@ def top_logprobs_kernel(logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, mo
     return values_SC, ids_SC
 
 
-def _top_logprobs_fake(logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _top_logprobs_fake(
+    logits_SV: Tensor, chosen_S: Tensor, count_S: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
     shape = (logits_SV.shape[0], most + 1)
-    return logits_SV.new_empty(shape, dtype=torch.float32), logits_SV.new_empty(shape, dtype=torch.int64)
+    return logits_SV.new_empty(shape, dtype=torch.float32), logits_SV.new_empty(
+        shape, dtype=torch.int64
+    )
 
 
 top_logprobs = define(

@@ -11,7 +11,9 @@ from torch import Tensor
 from passes.ops.library import define
 
 
-def write_kv_reference(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor) -> None:
+def write_kv_reference(
+    k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor
+) -> None:
     """Plain PyTorch. `slots_T` is int64; both caches are written in place."""
     k_cache_PBGD.view(-1, *k_cache_PBGD.shape[2:])[slots_T] = k_TGD
     v_cache_PBGE.view(-1, *v_cache_PBGE.shape[2:])[slots_T] = v_TGE
@@ -34,7 +36,9 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(v_cache + (slot * G + head) * E + lane, value, mask=lane < E)
 
 
-def write_kv_kernel(k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor) -> None:
+def write_kv_kernel(
+    k_TGD: Tensor, v_TGE: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, slots_T: Tensor
+) -> None:
     """Triton. k and v may have any strides; the caches are contiguous."""
     T, G, D = k_TGD.shape
     E = v_TGE.shape[-1]

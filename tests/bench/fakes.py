@@ -19,7 +19,9 @@ class Fake:
         os.write(1, b"and from beneath Python\n")
         return 1.5
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         seconds = 0.010 * len(prompts) + 0.002 * max(output_lengths)
         return asdict(Generated(counts=list(output_lengths), seconds=seconds, counters={}))
 
@@ -39,7 +41,9 @@ class Fake:
 class Crashing(Fake):
     """Its process dies at the first request of two prompts."""
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         if len(prompts) == 2:
             os.write(2, b"a last word\n")
             os._exit(3)
@@ -56,5 +60,7 @@ class Unstartable(Fake):
 class Short(Fake):
     """Gives less than was asked for."""
 
-    def generate(self, prompts: list[list[int]], output_lengths: list[int], temperature: float) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], output_lengths: list[int], temperature: float
+    ) -> dict[str, Any]:
         return super().generate(prompts, [n - 1 for n in output_lengths], temperature)

@@ -27,9 +27,16 @@ def write_architecture(directory: Path, **changes: Any) -> Path:
 
 def tiny_config(directory: Path, **changes: Any) -> Config:
     """Uncompiled, on the CPU: 4 sequences, 64 tokens a step, 128 a sequence."""
-    model = {"name": str(write_architecture(directory)), "weights": "random", "device": "cpu", "dtype": "float32"}
+    model = {
+        "name": str(write_architecture(directory)),
+        "weights": "random",
+        "device": "cpu",
+        "dtype": "float32",
+    }
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128}
-    return parse_config({"model": model, "limits": limits, "compile": {"dispatch": "eager"}, **changes})
+    return parse_config(
+        {"model": model, "limits": limits, "compile": {"dispatch": "eager"}, **changes}
+    )
 
 
 def made_up_card(**changes: Any) -> Card:
@@ -50,7 +57,9 @@ class Local:
 
     def call(self, method: str, **arguments: Any) -> Any:
         try:
-            return json.loads(json.dumps(getattr(self.system, method)(**json.loads(json.dumps(arguments)))))
+            return json.loads(
+                json.dumps(getattr(self.system, method)(**json.loads(json.dumps(arguments))))
+            )
         except Exception as error:
             raise WorkerError(f"{type(error).__name__}: {error}", alive=True) from error
 
@@ -60,7 +69,12 @@ class Local:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

@@ -22,9 +22,21 @@ def _write(directory: Path) -> str:
 
 def test_latency_from_end_to_end(tmp_path: Path) -> None:
     """Through `compiled-llm bench`: a card, a table, a plot, a file, and the same object as the last line."""
-    arguments = ["--config", _write(tmp_path), "--systems", "ours-eager,transformers", "--batch", "1,4", "--context", "16"]
+    arguments = [
+        "--config",
+        _write(tmp_path),
+        "--systems",
+        "ours-eager,transformers",
+        "--batch",
+        "1,4",
+        "--context",
+        "16",
+    ]
     out = tmp_path / "results"
-    done = CliRunner().invoke(main_app, ["bench", "latency", *arguments, "--steps", "4", "--rounds", "2", "--out", str(out)])
+    done = CliRunner().invoke(
+        main_app,
+        ["bench", "latency", *arguments, "--steps", "4", "--rounds", "2", "--out", str(out)],
+    )
     assert done.exit_code == 0, done.output
     assert "ceiling at batch 1" in done.stdout
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -43,9 +55,15 @@ def test_latency_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["latency", "--systems", "ours,theirs"], "unknown system theirs: expected some of ours, ours-eager, ours-torch, transf"),
+        (
+            ["latency", "--systems", "ours,theirs"],
+            "unknown system theirs: expected some of ours, ours-eager, ours-torch, transf",
+        ),
         (["latency", "--batch", "1,x"], "--batch '1,x': expected positive numbers with commas"),
-        (["throughput", "--prompt-lengths", "9-3"], "--prompt-lengths '9-3': expected two numbers, the smaller first"),
+        (
+            ["throughput", "--prompt-lengths", "9-3"],
+            "--prompt-lengths '9-3': expected two numbers, the smaller first",
+        ),
         (["stream", "--systems", "transformers"], "expected some of ours, ours-eager, ours-torch"),
     ],
 )
@@ -57,7 +75,9 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the sizes are those of real models")
 def test_kernels_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark does not measure beside other tests
+    monkeypatch.delenv(
+        "PYTEST_XDIST_WORKER", raising=False
+    )  # pytest-benchmark does not measure beside other tests
     rows = kernel_runs.run(made_up_card(), only="sdpa or paged")
     assert [(row["kind"], row["kernel"]) for row in rows] == [
         (kind, kernel) for kind in ("decode", "prefill") for kernel in ("paged", "sdpa")

@@ -29,7 +29,9 @@ def test_a_ratio_compares_rounds_that_ran_side_by_side() -> None:
 def test_busy_and_idle_time_of_spans() -> None:
     spans = [(0.0, 4.0, 1), (2.0, 5.0, 1), (6.0, 8.0, 1), (10.0, 12.0, 2)]
     assert busy_us(spans) == 9.0
-    assert idle_between_launches(spans) == pytest.approx(2 / 12), "a gap within a launch is not one between two"
+    assert idle_between_launches(spans) == pytest.approx(2 / 12), (
+        "a gap within a launch is not one between two"
+    )
     assert idle_between_launches([]) is None
 
 
@@ -59,11 +61,20 @@ def test_the_lead_outlasts_the_prompts() -> None:
 
 
 def test_conversations_become_lengths(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "one two three"}, {"from": "gpt", "value": "four five"}, {"from": "human", "value": "six"}]
+    turns = [
+        {"from": "human", "value": "one two three"},
+        {"from": "gpt", "value": "four five"},
+        {"from": "human", "value": "six"},
+    ]
     entries = [
         {"conversations": turns},
         {"conversations": turns[:1]},
-        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b " * 50}]},
+        {
+            "conversations": [
+                {"from": "user", "value": "a"},
+                {"from": "assistant", "value": "b " * 50},
+            ]
+        },
         {"conversations": turns},
     ]
     path = tmp_path / "sharegpt.json"
@@ -71,7 +82,9 @@ def test_conversations_become_lengths(tmp_path: Path) -> None:
     count = lambda text: len(text.split())  # noqa: E731
     assert read_lengths(path, count, limit=10, longest=20) == [(3, 2), (3, 2)]
     assert read_lengths(path, count, limit=2, longest=100) == [(3, 2), (1, 50)]
-    with pytest.raises(ValueError, match="no conversation with a question and an answer of at most 2 tokens"):
+    with pytest.raises(
+        ValueError, match="no conversation with a question and an answer of at most 2 tokens"
+    ):
         read_lengths(path, count, limit=10, longest=2)
 
 
@@ -94,18 +107,33 @@ def test_results_are_dated_files_that_overwrite_nothing(tmp_path: Path) -> None:
     config = parse_config({"model": {"name": "Qwen/Qwen3-0.6B"}})
     record = make_record("latency", config, made_up_card(), {"rounds": 1}, {"rows": []})
     paths = [save(record, tmp_path / "results", model_name(config)) for _ in range(2)]
-    assert [path.name for path in paths] == [f"{record['date'][:10]}-latency-qwen3-0.6b{n}.json" for n in ("", "-2")]
+    assert [path.name for path in paths] == [
+        f"{record['date'][:10]}-latency-qwen3-0.6b{n}.json" for n in ("", "-2")
+    ]
     kept = json.loads(paths[1].read_text())
     assert kept["card"]["ceiling_tokens_per_second"] == 250
-    assert {"torch", "triton", "transformers", "driver", "commit", "python"} <= kept["versions"].keys()
+    assert {"torch", "triton", "transformers", "driver", "commit", "python"} <= kept[
+        "versions"
+    ].keys()
     assert kept["config"]["model"]["name"] == "Qwen/Qwen3-0.6B"
 
 
 def test_plots_are_png_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [{"x": 1, "y": 2.0, "s": "a"}, {"x": 2, "y": None, "s": "b"}, {"x": 4, "y": 3.0, "s": "a"}]
-    strips = [{"system": "a", "timeline": [(0.0, 1.0), (2.0, 3.0)]}, {"system": "b", "timeline": []}]
-    draws = [lines(rows, x="x", y="y", by="s", labels=("x", "y")), bars(rows, x="s", ys=["y", "x"], label="y"), timelines(strips)]
+    rows = [
+        {"x": 1, "y": 2.0, "s": "a"},
+        {"x": 2, "y": None, "s": "b"},
+        {"x": 4, "y": 3.0, "s": "a"},
+    ]
+    strips = [
+        {"system": "a", "timeline": [(0.0, 1.0), (2.0, 3.0)]},
+        {"system": "b", "timeline": []},
+    ]
+    draws = [
+        lines(rows, x="x", y="y", by="s", labels=("x", "y")),
+        bars(rows, x="s", ys=["y", "x"], label="y"),
+        timelines(strips),
+    ]
     path = save_figure(tmp_path / "plot.png", "a title", *draws)
     assert path is not None
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -14,8 +14,15 @@ from tests.helpers.tiny_models import tiny_model
 
 def test_a_card_of_a_tiny_model(tmp_path: Path) -> None:
     card = make_card(tiny_config(tmp_path))
-    assert (card.model, card.device, card.dtype, card.vocab_size) == ("LlamaForCausalLM", "cpu", "float32", 160)
-    assert card.weight_bytes == 4 * (card.parameters - 160 * 64), "one row of the input embedding is read, and all of the output's"
+    assert (card.model, card.device, card.dtype, card.vocab_size) == (
+        "LlamaForCausalLM",
+        "cpu",
+        "float32",
+        160,
+    )
+    assert card.weight_bytes == 4 * (card.parameters - 160 * 64), (
+        "one row of the input embedding is read, and all of the output's"
+    )
     assert card.kv_bytes == 2 * 2 * 2 * 16 * 4
     assert (card.max_num_seqs, card.max_num_batched_tokens, card.max_model_len) == (4, 64, 128)
     assert card.ceiling == pytest.approx(card.read_bandwidth / card.weight_bytes)

@@ -28,12 +28,19 @@ def _started(kind: Any, config: Config) -> Any:
 
 @pytest.mark.parametrize("kind", [Steps, TransformersEager, TransformersBatching])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_a_system_gives_exactly_the_tokens_asked_for(tmp_path: Path, kind: Any, temperature: float) -> None:
+def test_a_system_gives_exactly_the_tokens_asked_for(
+    tmp_path: Path, kind: Any, temperature: float
+) -> None:
     if kind is TransformersBatching and DEVICE.type == "cuda":
-        pytest.skip("its continuous batching plans for the GPU that it sees, though the model is on the CPU")
+        pytest.skip(
+            "its continuous batching plans for the GPU that it sees, though the model is on the CPU"
+        )
     system = _started(kind, tiny_config(tmp_path))
     try:
-        prompts = [*fresh_prompts(4, 5, vocab_size=160, seed=1), *fresh_prompts(2, 11, vocab_size=160, seed=2)]
+        prompts = [
+            *fresh_prompts(4, 5, vocab_size=160, seed=1),
+            *fresh_prompts(2, 11, vocab_size=160, seed=2),
+        ]
         lengths = [3, 1, 7, 2, 5, 4]
         for _ in range(2):
             generated = system.generate(prompts, lengths, temperature)
@@ -80,7 +87,14 @@ def test_on_a_cpu_the_stream_has_host_time_alone(tmp_path: Path) -> None:
     (row,) = stream.run(local, ["ours"], _CARD, batch=2, context=8, steps=3, rounds=2)
     assert row["launches"] is None
     assert row["host_us"] > 0
-    found = local.call("ours", "profile_workload", prompts=[[5] * 9] * 2, output_lengths=[80] * 2, temperature=0.0, steps=2)
+    found = local.call(
+        "ours",
+        "profile_workload",
+        prompts=[[5] * 9] * 2,
+        output_lengths=[80] * 2,
+        temperature=0.0,
+        steps=2,
+    )
     assert found == {"prefill": [], "decode": []}
     local.close()
 
@@ -91,10 +105,16 @@ def test_each_pass_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     sizes: dict[str, Any] = {"batches": [1, 2], "context": 8, "steps": 2, "rounds": 2}
     rows = passes.run(config, _CARD, Options(), only=["paged_attention"], **sizes)
     names = [passes.ALL, "without paged_attention", passes.AGAIN]
-    assert [(row["variant"], row["batch"]) for row in rows] == [(name, batch) for name in names for batch in (1, 2)]
+    assert [(row["variant"], row["batch"]) for row in rows] == [
+        (name, batch) for name in names for batch in (1, 2)
+    ]
     assert "earned_us" in rows[2]
     assert "earned_us" not in rows[0]
-    assert list(passes.variants(config, [])) == [passes.ALL, *(f"without {name}" for name in config.pass_order()), passes.AGAIN]
+    assert list(passes.variants(config, [])) == [
+        passes.ALL,
+        *(f"without {name}" for name in config.pass_order()),
+        passes.AGAIN,
+    ]
     with pytest.raises(ValueError, match="expected passes that the config has on: paged_attention"):
         passes.variants(config, ["nothing"])
 

@@ -12,7 +12,14 @@ from bench.worker_group import Options, Session
 from bench.workloads import offline
 from tests.bench.local import made_up_card, write_architecture
 
-_SETUP = Setup(config={}, dtype="float32", device="cpu", max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128)
+_SETUP = Setup(
+    config={},
+    dtype="float32",
+    device="cpu",
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    max_model_len=128,
+)
 
 
 def _session(monkeypatch: pytest.MonkeyPatch, **classes: str) -> Session:
@@ -42,7 +49,10 @@ def test_an_error_is_an_answer_and_a_death_has_a_reason() -> None:
 
 def test_a_call_that_takes_too_long_is_ended() -> None:
     began = time.perf_counter()
-    with Worker("tests.bench.fakes:Fake", {}, limit=1.0) as worker, pytest.raises(WorkerError, match="longer than --limit 1 s"):
+    with (
+        Worker("tests.bench.fakes:Fake", {}, limit=1.0) as worker,
+        pytest.raises(WorkerError, match="longer than --limit 1 s"),
+    ):
         worker.call("sleep", seconds=60)
     assert time.perf_counter() - began < 10
 
@@ -60,7 +70,9 @@ def test_an_unknown_target_is_an_error() -> None:
 
 
 def test_vllm_without_vllm_is_left_out_with_a_sentence() -> None:
-    with pytest.raises(WorkerError, match="vllm is not importable here: install it, or pass --vllm-pythonpath DIR"):
+    with pytest.raises(
+        WorkerError, match="vllm is not importable here: install it, or pass --vllm-pythonpath DIR"
+    ):
         Worker(SYSTEMS["vllm"], {**_fields(), "config": {}})
 
 
@@ -88,19 +100,29 @@ def test_vllm_is_found_in_a_path_of_its_own(tmp_path: Path) -> None:
     arguments = {**_fields(), "config": {"model": model}, "memory_share": 0.25}
     with Worker(SYSTEMS["vllm"], arguments, pythonpath=str(tmp_path)) as worker:
         assert worker.call("start") > 0
-        assert worker.call("generate", prompts=[[1], [2, 3]], output_lengths=[4, 5], temperature=0.6)["counts"] == [4, 5]
+        assert worker.call(
+            "generate", prompts=[[1], [2, 3]], output_lengths=[4, 5], temperature=0.6
+        )["counts"] == [4, 5]
         assert worker.call("describe") == {"version": "0.0"}
         worker.call("close")
 
 
-def test_one_system_s_crash_leaves_the_others_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = _session(monkeypatch, fake="Fake", crashing="Crashing", unstartable="Unstartable", short="Short")
+def test_one_system_s_crash_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = _session(
+        monkeypatch, fake="Fake", crashing="Crashing", unstartable="Unstartable", short="Short"
+    )
     plan = latency.Plan(batches=[1, 2, 8], context=8, steps=5, rounds=3)
     try:
-        cells = latency.run(session, ["fake", "crashing", "unstartable", "short"], plan, made_up_card())
+        cells = latency.run(
+            session, ["fake", "crashing", "unstartable", "short"], plan, made_up_card()
+        )
     finally:
         session.close()
-    rows = {(row["system"], row["batch"]): row for row in latency.table(cells, plan, made_up_card())}
+    rows = {
+        (row["system"], row["batch"]): row for row in latency.table(cells, plan, made_up_card())
+    }
     assert rows["fake", 2]["step_ms"] == pytest.approx(2.0)
     assert rows["fake", 2]["first_token_ms"] == pytest.approx(22.0)
     assert rows["fake", 2]["tokens_per_second"] == pytest.approx(1000)
@@ -127,4 +149,10 @@ def test_throughput_takes_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _fields() -> dict[str, object]:
-    return {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128}
+    return {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 128,
+    }

@@ -35,10 +35,14 @@ Lines = list[dict[str, Any]]
 def _tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte, and three special ones."""
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message.role == 'fool' %}{{ raise_exception('no fools') }}{% endif %}"
         "<s>{{ message.content }}</s>{% endfor %}"
@@ -56,7 +60,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> Iterator[CompiledLLM]:
-    config = small_config(compile={"dispatch": "eager"}, model={"dtype": "float32", "device": "cpu"})
+    config = small_config(
+        compile={"dispatch": "eager"}, model={"dtype": "float32", "device": "cpu"}
+    )
     with CompiledLLM.from_pretrained(model, config=config, progress=False) as engine:
         yield engine
 
@@ -72,7 +78,9 @@ def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
 
     def call(*options: str, model: Path | str = model) -> int:
-        monkeypatch.setattr(sys, "argv", _command(model, "--prompts", "in.jsonl", "--out", "out.jsonl", *options))
+        monkeypatch.setattr(
+            sys, "argv", _command(model, "--prompts", "in.jsonl", "--out", "out.jsonl", *options)
+        )
         with pytest.raises(SystemExit) as caught:
             cli.main()
         return int(caught.value.code or 0)
@@ -81,7 +89,9 @@ def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def _write(path: str | Path, *lines: object) -> None:
-    Path(path).write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    Path(path).write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
 
 
 def _read(path: str | Path) -> Lines:
@@ -97,7 +107,9 @@ def _ids(lines: Lines) -> dict[Any, list[list[int]]]:
     return found
 
 
-def test_each_kind_of_line_is_answered_as_the_api_would(run: Run, llm: CompiledLLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_kind_of_line_is_answered_as_the_api_would(
+    run: Run, llm: CompiledLLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     conversation = [{"role": "user", "content": "é\u2028?"}]
     _write(
         "in.jsonl",
@@ -106,7 +118,10 @@ def test_each_kind_of_line_is_answered_as_the_api_would(run: Run, llm: CompiledL
         {"prompt": [5, 6, 7], "id": "ids"},
         {"messages": conversation, "id": 7, "params": {"max_tokens": 3}},
         {"prompt": "two", "params": {"n": 2, "temperature": 1.0, "seed": 5}},
-        {"prompt": "bias", "params": {"logit_bias": {"9": 100}, "logprobs": 1, "prompt_logprobs": 0}},
+        {
+            "prompt": "bias",
+            "params": {"logit_bias": {"9": 100}, "logprobs": 1, "prompt_logprobs": 0},
+        },
     )
     assert run("--report") == 0
     assert '"héllo"' in Path("out.jsonl").read_text()
@@ -116,14 +131,23 @@ def test_each_kind_of_line_is_answered_as_the_api_would(run: Run, llm: CompiledL
     (expected,) = llm.chat([{"role": "user", "content": "héllo"}], greedy)
     assert lines[0]["prompt"] == "héllo"
     assert lines[0]["outputs"] == [
-        {"text": expected.text, "token_ids": expected.outputs[0].token_ids, "finish_reason": expected.outputs[0].finish_reason}
+        {
+            "text": expected.text,
+            "token_ids": expected.outputs[0].token_ids,
+            "finish_reason": expected.outputs[0].finish_reason,
+        }
     ]
     assert lines[0]["usage"] == expected.usage
     assert lines[0]["metrics"]["total"] >= lines[0]["metrics"]["time_to_first_token"] > 0
-    assert lines["ids"]["outputs"][0]["token_ids"] == llm.generate([5, 6, 7], greedy)[0].outputs[0].token_ids
+    assert (
+        lines["ids"]["outputs"][0]["token_ids"]
+        == llm.generate([5, 6, 7], greedy)[0].outputs[0].token_ids
+    )
     assert lines[7]["messages"] == conversation
     assert lines[7]["usage"]["completion_tokens"] <= 3
-    (sampled,) = llm.chat([{"role": "user", "content": "two"}], SamplingParams(n=2, seed=5, max_tokens=6))
+    (sampled,) = llm.chat(
+        [{"role": "user", "content": "two"}], SamplingParams(n=2, seed=5, max_tokens=6)
+    )
     assert _ids([lines[4]])[4] == [output.token_ids for output in sampled.outputs]
     assert lines[5]["outputs"][0]["token_ids"] == [9] * 6
     assert all("9" in at for at in lines[5]["outputs"][0]["logprobs"])
@@ -136,12 +160,30 @@ def test_each_kind_of_line_is_answered_as_the_api_would(run: Run, llm: CompiledL
 
 def test_raw_and_the_sampling_options_reach_the_model(run: Run, llm: CompiledLLM) -> None:
     _write("in.jsonl", '"abc"\n')
-    options = ("--temperature", "1.2", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.01", "--n", "2", "--stop", "!", "--raw")
+    options = (
+        "--temperature",
+        "1.2",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "40",
+        "--min-p",
+        "0.01",
+        "--n",
+        "2",
+        "--stop",
+        "!",
+        "--raw",
+    )
     assert run(*options, "--seed", "3") == 0
     (line,) = _read("out.jsonl")
-    params = SamplingParams(temperature=1.2, top_p=0.9, top_k=40, min_p=0.01, n=2, stop=["!"], seed=3, max_tokens=6)
+    params = SamplingParams(
+        temperature=1.2, top_p=0.9, top_k=40, min_p=0.01, n=2, stop=["!"], seed=3, max_tokens=6
+    )
     (expected,) = llm.generate("abc", params_of(params, 0, {}))
-    assert [output["text"] for output in line["outputs"]] == [output.text for output in expected.outputs]
+    assert [output["text"] for output in line["outputs"]] == [
+        output.text for output in expected.outputs
+    ]
     assert line["usage"]["prompt_tokens"] == 3
 
 
@@ -180,15 +222,22 @@ def test_a_run_goes_on_where_it_was(run: Run, capsys: pytest.CaptureFixture[str]
     assert Path("out.jsonl").read_bytes() == complete
 
 
-def test_a_failed_prompt_is_written_and_the_run_goes_on(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_prompt_is_written_and_the_run_goes_on(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     _write("in.jsonl", *(f'"prompt {number}"\n' for number in range(12)))
-    assert run("--set", "limits.max_waiting_seconds=0.000001", "--set", "limits.max_num_seqs=1") == 1
+    assert (
+        run("--set", "limits.max_waiting_seconds=0.000001", "--set", "limits.max_num_seqs=1") == 1
+    )
     lines = _read("out.jsonl")
     failed = [line["outputs"][0] for line in lines if "error" in line["outputs"][0]]
     assert sorted(_ids(lines)) == list(range(12))
     assert failed
     assert {output["finish_reason"] for output in failed} == {"abort"}
-    assert f'{len(failed)} of 12 prompts failed: see their "error" in out.jsonl' in capsys.readouterr().err
+    assert (
+        f'{len(failed)} of 12 prompts failed: see their "error" in out.jsonl'
+        in capsys.readouterr().err
+    )
     assert run() == 1
     assert _read("out.jsonl") == lines
 
@@ -201,18 +250,42 @@ def test_a_failed_prompt_is_written_and_the_run_goes_on(run: Run, capsys: pytest
         ("[" * 100_000, "expected JSON in UTF-8"),
         ("3", 'the line must be a JSON string, or an object with "prompt" or "messages", got 3'),
         ('{"id": 1}', 'expected exactly one of "prompt" and "messages", got neither'),
-        ('{"prompt": "a", "messages": []}', 'expected exactly one of "prompt" and "messages", got both'),
-        ('{"prompt": "a", "pramas": {}}', "unknown key 'pramas': expected id, prompt, messages, params"),
+        (
+            '{"prompt": "a", "messages": []}',
+            'expected exactly one of "prompt" and "messages", got both',
+        ),
+        (
+            '{"prompt": "a", "pramas": {}}',
+            "unknown key 'pramas': expected id, prompt, messages, params",
+        ),
         ('""', "prompt must be text or a list of token ids, not empty, got ''"),
-        ('{"prompt": [1, true]}', "prompt must be text or a list of token ids, not empty, got [1, True]"),
-        ('{"messages": [{"role": "user"}]}', "messages must be a list of objects with role and content"),
+        (
+            '{"prompt": [1, true]}',
+            "prompt must be text or a list of token ids, not empty, got [1, True]",
+        ),
+        (
+            '{"messages": [{"role": "user"}]}',
+            "messages must be a list of objects with role and content",
+        ),
         ('{"prompt": "a", "id": null}', "id must be a string or a whole number, got None"),
         ('{"prompt": "a", "id": 0}', "id 0 must be unique, and line 1 has it too"),
         ('{"prompt": "a", "params": []}', "params must be an object, got []"),
-        ('{"prompt": "a", "params": {"temprature": 1}}', "params: unknown field 'temprature': did you mean 'temperature'?"),
-        ('{"prompt": "a", "params": {"logits_processors": []}}', "params: unknown field 'logits_processors'"),
-        ('{"prompt": "a", "params": {"top_p": 2}}', "params: top_p must be a number above 0 and at most 1, got 2"),
-        ('{"prompt": "a", "params": {"logit_bias": {"x": 1}}}', "params: logit_bias must be a dict of token ids"),
+        (
+            '{"prompt": "a", "params": {"temprature": 1}}',
+            "params: unknown field 'temprature': did you mean 'temperature'?",
+        ),
+        (
+            '{"prompt": "a", "params": {"logits_processors": []}}',
+            "params: unknown field 'logits_processors'",
+        ),
+        (
+            '{"prompt": "a", "params": {"top_p": 2}}',
+            "params: top_p must be a number above 0 and at most 1, got 2",
+        ),
+        (
+            '{"prompt": "a", "params": {"logit_bias": {"x": 1}}}',
+            "params: logit_bias must be a dict of token ids",
+        ),
     ],
 )
 def test_a_bad_line_is_refused_before_the_model_is_loaded(
@@ -225,12 +298,17 @@ def test_a_bad_line_is_refused_before_the_model_is_loaded(
     assert not Path("out.jsonl").exists()
 
 
-def test_bytes_that_are_not_utf8_and_files_without_prompts_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_that_are_not_utf8_and_files_without_prompts_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(model="/no/such/model") == 2
     assert "error: in.jsonl cannot be read: No such file or directory" in capsys.readouterr().err
     _write("in.jsonl", "\n \n")
     assert run(model="/no/such/model") == 2
-    assert "error: in.jsonl holds no prompts: expected one on each line, as JSON" in capsys.readouterr().err
+    assert (
+        "error: in.jsonl holds no prompts: expected one on each line, as JSON"
+        in capsys.readouterr().err
+    )
     Path("in.jsonl").write_bytes(b'"\xff"\n')
     assert run(model="/no/such/model") == 2
     assert "error: in.jsonl:1: expected JSON in UTF-8" in capsys.readouterr().err
@@ -239,9 +317,15 @@ def test_bytes_that_are_not_utf8_and_files_without_prompts_are_refused(run: Run,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"prompt": "x" * 200}, "the prompt has 202 tokens, which limits.max_model_len=128 leaves no answer to"),
+        (
+            {"prompt": "x" * 200},
+            "the prompt has 202 tokens, which limits.max_model_len=128 leaves no answer to",
+        ),
         ({"prompt": [259]}, "token id 259 is out of range"),
-        ({"messages": [{"role": "fool", "content": "hi"}]}, "the chat template refuses the messages: no fools"),
+        (
+            {"messages": [{"role": "fool", "content": "hi"}]},
+            "the chat template refuses the messages: no fools",
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_served_is_refused_before_any_is_run(
@@ -249,7 +333,9 @@ def test_a_prompt_that_cannot_be_served_is_refused_before_any_is_run(
 ) -> None:
     _write("in.jsonl", '"fine"\n', line)
     assert run() == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: in.jsonl:2: {message}")
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: in.jsonl:2: {message}")
+    )
     assert Path("out.jsonl").read_bytes() == b""
 
 
@@ -259,11 +345,23 @@ ANSWER = '{"id": 0, "prompt": "fine", "outputs": [{"token_ids": [1]}]}\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ANSWER.replace("0", "5"), "out.jsonl:1: id 5 is not in in.jsonl: it answers another file's prompts"),
-        (ANSWER.replace("fine", "good"), "out.jsonl:1: id 0 answers another prompt than in.jsonl:1 asks now"),
-        (ANSWER.replace("prompt", "messages"), "out.jsonl:1: id 0 answers another prompt than in.jsonl:1 asks now"),
+        (
+            ANSWER.replace("0", "5"),
+            "out.jsonl:1: id 5 is not in in.jsonl: it answers another file's prompts",
+        ),
+        (
+            ANSWER.replace("fine", "good"),
+            "out.jsonl:1: id 0 answers another prompt than in.jsonl:1 asks now",
+        ),
+        (
+            ANSWER.replace("prompt", "messages"),
+            "out.jsonl:1: id 0 answers another prompt than in.jsonl:1 asks now",
+        ),
         (ANSWER + ANSWER, "out.jsonl:2: id 0 is answered twice: delete one of the lines"),
-        (ANSWER + "{}\n", "out.jsonl:2: the line must be an answer that an earlier run wrote, got {}"),
+        (
+            ANSWER + "{}\n",
+            "out.jsonl:2: the line must be an answer that an earlier run wrote, got {}",
+        ),
         ('{"id": 0, "outp\n' + ANSWER, "out.jsonl:1: expected JSON in UTF-8"),
         ("my diary, unfinished", "out.jsonl:1: expected JSON in UTF-8, got 'my diary, unfinished'"),
         ('{"my": "settings"}', "out.jsonl:1: the line must be an answer that an earlier run wrote"),
@@ -280,10 +378,15 @@ def test_a_file_of_other_answers_is_refused_and_left_alone(
     assert Path("out.jsonl").read_text() == text
 
 
-def test_places_that_cannot_be_written_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_cannot_be_written_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     _write("in.jsonl", '"fine"\n')
     for place, message in (
-        ("no/such/directory/out.jsonl", "no/such/directory/out.jsonl cannot be written: No such file or directory"),
+        (
+            "no/such/directory/out.jsonl",
+            "no/such/directory/out.jsonl cannot be written: No such file or directory",
+        ),
         (".", ". is not a regular file"),
         ("./in.jsonl", "--prompts and --out are the same file, in.jsonl"),
     ):
@@ -301,16 +404,28 @@ def test_places_that_cannot_be_written_are_refused(run: Run, capsys: pytest.Capt
     [
         ((), "expected either a prompt or --prompts, got neither"),
         (("--report",), "expected either a prompt or --prompts, got neither"),
-        (("hi", "--prompts", "in.jsonl", "--out", "out.jsonl"), "expected either a prompt or --prompts, got both"),
+        (
+            ("hi", "--prompts", "in.jsonl", "--out", "out.jsonl"),
+            "expected either a prompt or --prompts, got both",
+        ),
         (("--prompts", "in.jsonl"), "--prompts and --out go together, got only --prompts"),
         (("hi", "--out", "out.jsonl"), "--prompts and --out go together, got only --out"),
-        (("hi", "--n", "2", "--temperature", "1"), "a single prompt has one completion, got --n 2: use --prompts"),
-        (("--prompts", "in.jsonl", "--out", "out.jsonl", "--n", "2"), "n must be 1 when temperature is 0, got 2"),
+        (
+            ("hi", "--n", "2", "--temperature", "1"),
+            "a single prompt has one completion, got --n 2: use --prompts",
+        ),
+        (
+            ("--prompts", "in.jsonl", "--out", "out.jsonl", "--n", "2"),
+            "n must be 1 when temperature is 0, got 2",
+        ),
         (("hi", "--top-p", "0"), "top_p must be a number above 0 and at most 1, got 0.0"),
     ],
 )
 def test_the_command_line_refuses_what_does_not_go_together(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compiled-llm", "generate", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -319,13 +434,18 @@ def test_the_command_line_refuses_what_does_not_go_together(
     assert capsys.readouterr().err.strip().splitlines() == [f"error: {message}"]
 
 
-def test_outputs_come_as_they_are_completed_and_prompts_are_read_as_there_is_room(llm: CompiledLLM) -> None:
+def test_outputs_come_as_they_are_completed_and_prompts_are_read_as_there_is_room(
+    llm: CompiledLLM,
+) -> None:
     read: list[int] = []
 
     def prompts() -> Iterator[tuple[str, SamplingParams]]:
         for number in range(40):
             read.append(number)
-            yield f"prompt {number}", SamplingParams(temperature=0, max_tokens=24 if number == 0 else 3, ignore_eos=True)
+            yield (
+                f"prompt {number}",
+                SamplingParams(temperature=0, max_tokens=24 if number == 0 else 3, ignore_eos=True),
+            )
 
     outputs = llm.as_completed(prompts())
     first, _ = next(outputs)
@@ -348,7 +468,9 @@ def test_another_iterators_steps_lose_nothing(llm: CompiledLLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = "".join(llm.stream("abc", params))
     stream = llm.stream("abc", params)
-    outputs = llm.as_completed([("one", SamplingParams(temperature=0, max_tokens=2)), ("abc", params), ("abc", params)])
+    outputs = llm.as_completed(
+        [("one", SamplingParams(temperature=0, max_tokens=2)), ("abc", params), ("abc", params)]
+    )
     text, numbers = next(stream), [next(outputs)[0]]
     llm.generate("hello", SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     assert text + "".join(stream) == expected
@@ -357,10 +479,18 @@ def test_another_iterators_steps_lose_nothing(llm: CompiledLLM) -> None:
 
 def _kill_after(num_lines: int, command: list[str], out: Path) -> None:
     """Start a run, and kill it once the file has so many lines."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+    }
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
-        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= num_lines):
+        while process.poll() is None and not (
+            out.exists() and out.read_bytes().count(b"\n") >= num_lines
+        ):
             time.sleep(0.005)
         process.kill()
         _, err = process.communicate(timeout=30)
@@ -369,11 +499,19 @@ def _kill_after(num_lines: int, command: list[str], out: Path) -> None:
     assert process.returncode == -signal.SIGKILL, err
 
 
-def test_a_run_that_is_killed_twice_loses_and_repeats_nothing(model: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_killed_twice_loses_and_repeats_nothing(
+    model: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Half of the prompts greedy, half seeded; each run batches them in another way."""
     total, options = 300, ("--temperature", "1", "--seed", "11", "--set", "limits.max_num_seqs=2")
     changes: tuple[dict[str, Any], ...] = ({"temperature": 0, "max_tokens": 24}, {"max_tokens": 8})
-    _write("in.jsonl", *({"prompt": f"question {at}", "id": f"q{at}", "params": changes[at % 2]} for at in range(total)))
+    _write(
+        "in.jsonl",
+        *(
+            {"prompt": f"question {at}", "id": f"q{at}", "params": changes[at % 2]}
+            for at in range(total)
+        ),
+    )
     assert run("--temperature", "1", "--seed", "11", "--out", "whole.jsonl") == 0
     _, *arguments = _command(model, "--prompts", "in.jsonl", "--out", "out.jsonl", *options)
     command = [sys.executable, "-m", "compiled_llm.cli.main", *arguments]

@@ -22,27 +22,43 @@ sys.meta_path.insert(0, Interrupt())
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("", "True True"), ("import torch; ", "True False"), ("import gc; gc.disable(); ", "False False")],
+    [
+        ("", "True True"),
+        ("import torch; ", "True False"),
+        ("import gc; gc.disable(); ", "False False"),
+    ],
     ids=["alone", "after torch", "without collections"],
 )
 def test_garbage_is_collected_as_before(before: str, after: str) -> None:
     """What was imported is left out of collections, but not where a user's models may be among what is there."""
-    done = subprocess.run([sys.executable, "-c", before + _AFTER], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", before + _AFTER],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert done.stdout.split("\n")[-2] == after
 
 
 def test_the_package_alone_is_imported_without_torch() -> None:
-    code = (
-        "import compiled_llm, compiled_llm.cli.main, bench.cli, sys; print('torch' in sys.modules, 'CompiledLLM' in dir(compiled_llm))"
+    code = "import compiled_llm, compiled_llm.cli.main, bench.cli, sys; print('torch' in sys.modules, 'CompiledLLM' in dir(compiled_llm))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "False True\n"
 
 
 def test_an_interrupted_import_leaves_the_collector_on() -> None:
     attempt = "import gc\ntry:\n  from compiled_llm import CompiledLLM\nexcept KeyboardInterrupt:\n"
     code = f"{attempt}  print(gc.isenabled(), gc.get_freeze_count())"
-    done = subprocess.run([sys.executable, "-c", _INTERRUPTED + code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED + code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert done.stdout == "True 0\n"
 
 

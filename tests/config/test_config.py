@@ -23,16 +23,22 @@ def test_the_default_is_smollm2_on_a_cpu() -> None:
 
 
 def test_extends_merges_and_overrides_win(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("limits: {max_num_seqs: 3, max_model_len: 64}\ncache: {memory: 2MiB}\n")
+    (tmp_path / "base.yaml").write_text(
+        "limits: {max_num_seqs: 3, max_model_len: 64}\ncache: {memory: 2MiB}\n"
+    )
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nlimits: {max_num_seqs: 5}\n")
-    config = load_config(tmp_path / "child.yaml", ["limits.max_model_len=32", "passes.rotary_outer_product=off"])
+    config = load_config(
+        tmp_path / "child.yaml", ["limits.max_model_len=32", "passes.rotary_outer_product=off"]
+    )
     assert (config.limits.max_num_seqs, config.limits.max_model_len) == (5, 32)
     assert config.cache.memory == 2 * 2**20
     assert config.pass_order() == [name for name in PASSES if name != "rotary_outer_product"]
 
 
 def test_model_paths_are_relative_to_their_file() -> None:
-    assert load_config(CONFIGS / "qwen3-0.6b-random.yaml").model.name == str(CONFIGS / "architectures" / "qwen3-0.6b.json")
+    assert load_config(CONFIGS / "qwen3-0.6b-random.yaml").model.name == str(
+        CONFIGS / "architectures" / "qwen3-0.6b.json"
+    )
 
 
 def test_named_passes_run_first_in_their_order() -> None:
@@ -44,42 +50,123 @@ def test_named_passes_run_first_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("compile.dispath=torch", "config key 'compile.dispath': it is unknown: did you mean 'dispatch'?"),
+        (
+            "compile.dispath=torch",
+            "config key 'compile.dispath': it is unknown: did you mean 'dispatch'?",
+        ),
         ("modell.name=x", "config key 'modell': it is unknown: did you mean 'model'?"),
-        ("passes.paged_atention=off", "config key 'passes': unknown pass 'paged_atention': did you mean 'paged_attention'?"),
-        ("limits.max_num_seqs=0", "config key 'limits.max_num_seqs': Input should be greater than 0, got 0"),
-        ("cache.block_size=20", "config key 'cache.block_size': expected a power of two from 16 to 1024, got 20"),
-        ("cache.memory=2x", "config key 'cache.memory': expected auto or a size such as 512MiB or 2GiB, got '2x'"),
-        ("cache.block_size=1048576", "config key 'cache.block_size': expected a power of two from 16 to 1024, got 1048576"),
-        (f"cache.memory={'9' * 400}GiB", "config key 'cache.memory': Input should be less than or equal to 1125899906842624, got"),
+        (
+            "passes.paged_atention=off",
+            "config key 'passes': unknown pass 'paged_atention': did you mean 'paged_attention'?",
+        ),
+        (
+            "limits.max_num_seqs=0",
+            "config key 'limits.max_num_seqs': Input should be greater than 0, got 0",
+        ),
+        (
+            "cache.block_size=20",
+            "config key 'cache.block_size': expected a power of two from 16 to 1024, got 20",
+        ),
+        (
+            "cache.memory=2x",
+            "config key 'cache.memory': expected auto or a size such as 512MiB or 2GiB, got '2x'",
+        ),
+        (
+            "cache.block_size=1048576",
+            "config key 'cache.block_size': expected a power of two from 16 to 1024, got 1048576",
+        ),
+        (
+            f"cache.memory={'9' * 400}GiB",
+            "config key 'cache.memory': Input should be less than or equal to 1125899906842624, got",
+        ),
         (f"cache.memory={'9' * 5000}", "override 'cache.memory=999"),
-        ("limits.max_num_seqs=true", "config key 'limits.max_num_seqs': expected a whole number, got True"),
-        ("limits.max_num_seqs='4'", "config key 'limits.max_num_seqs': Input should be a valid integer, got '4'"),
-        ("limits.max_num_seqs=4.5", "config key 'limits.max_num_seqs': Input should be a valid integer, got 4.5"),
-        ("limits.max_model_len=99999999999999999999", "config key 'limits.max_model_len': Input should be less than or equal to"),
-        ("limits.max_waiting=1e99", "config key 'limits.max_waiting': Input should be less than 2147483648"),
-        ("limits.max_waiting_seconds=.inf", "config key 'limits.max_waiting_seconds': Input should be a finite number, got inf"),
-        ("limits.max_waiting_seconds=.nan", "config key 'limits.max_waiting_seconds': Input should be a finite number, got nan"),
-        ("limits.max_waiting_seconds='3'", "config key 'limits.max_waiting_seconds': Input should be a valid number, got '3'"),
-        ("cache.gpu_memory_utilization=true", "config key 'cache.gpu_memory_utilization': Input should be a valid number, got"),
+        (
+            "limits.max_num_seqs=true",
+            "config key 'limits.max_num_seqs': expected a whole number, got True",
+        ),
+        (
+            "limits.max_num_seqs='4'",
+            "config key 'limits.max_num_seqs': Input should be a valid integer, got '4'",
+        ),
+        (
+            "limits.max_num_seqs=4.5",
+            "config key 'limits.max_num_seqs': Input should be a valid integer, got 4.5",
+        ),
+        (
+            "limits.max_model_len=99999999999999999999",
+            "config key 'limits.max_model_len': Input should be less than or equal to",
+        ),
+        (
+            "limits.max_waiting=1e99",
+            "config key 'limits.max_waiting': Input should be less than 2147483648",
+        ),
+        (
+            "limits.max_waiting_seconds=.inf",
+            "config key 'limits.max_waiting_seconds': Input should be a finite number, got inf",
+        ),
+        (
+            "limits.max_waiting_seconds=.nan",
+            "config key 'limits.max_waiting_seconds': Input should be a finite number, got nan",
+        ),
+        (
+            "limits.max_waiting_seconds='3'",
+            "config key 'limits.max_waiting_seconds': Input should be a valid number, got '3'",
+        ),
+        (
+            "cache.gpu_memory_utilization=true",
+            "config key 'cache.gpu_memory_utilization': Input should be a valid number, got",
+        ),
         ("cache.memory=true", "config key 'cache.memory': expected a whole number, got True"),
-        ("buckets.decode=[1, true]", "config key 'buckets.decode': expected a whole number, got True"),
-        ("buckets.growth=1.0000001", "config key 'buckets.growth': Input should be greater than or equal to 1.05, got 1.0000001"),
+        (
+            "buckets.decode=[1, true]",
+            "config key 'buckets.decode': expected a whole number, got True",
+        ),
+        (
+            "buckets.growth=1.0000001",
+            "config key 'buckets.growth': Input should be greater than or equal to 1.05, got 1.0000001",
+        ),
         ("compile.level=true", "config key 'compile.level': expected a whole number, got True"),
         ("compile.level=[1]", "config key 'compile.level': Input should be 0, 1, 2 or 3, got [1]"),
-        ("compile.processes=true", "config key 'compile.processes': expected a whole number, got True"),
-        ("compile.artifact=''", "config key 'compile.artifact': Input should be 'auto' or 'off', got '' or expected a path"),
-        ("compile.options={a: 2026-01-01}", "config key 'compile.options': input was not a valid JSON value"),
-        ("model.seed=-1", "config key 'model.seed': Input should be greater than or equal to 0, got -1"),
-        ("model.name=''", "config key 'model.name': String should have at least 1 character, got ''"),
+        (
+            "compile.processes=true",
+            "config key 'compile.processes': expected a whole number, got True",
+        ),
+        (
+            "compile.artifact=''",
+            "config key 'compile.artifact': Input should be 'auto' or 'off', got '' or expected a path",
+        ),
+        (
+            "compile.options={a: 2026-01-01}",
+            "config key 'compile.options': input was not a valid JSON value",
+        ),
+        (
+            "model.seed=-1",
+            "config key 'model.seed': Input should be greater than or equal to 0, got -1",
+        ),
+        (
+            "model.name=''",
+            "config key 'model.name': String should have at least 1 character, got ''",
+        ),
         ("strict=1", "config key 'strict': Input should be a valid boolean, got 1"),
-        ("passes.lower_attention_marker='on'", "config key 'passes': Input should be a valid boolean, got 'on'"),
+        (
+            "passes.lower_attention_marker='on'",
+            "config key 'passes': Input should be a valid boolean, got 'on'",
+        ),
         ("passes={1: on}", "config key 'passes': Input should be a valid string, got 1"),
         ("limits", "override 'limits' must have the form a.b=c"),
-        ("buckets.decode=[1,2", "override 'buckets.decode=[1,2' is not valid YAML: while parsing a flow sequence"),
+        (
+            "buckets.decode=[1,2",
+            "override 'buckets.decode=[1,2' is not valid YAML: while parsing a flow sequence",
+        ),
         ("model={a: ", "override 'model={a: ' is not valid YAML"),
-        ("model.name=2026-13-45", "override 'model.name=2026-13-45' is not valid YAML: month must be in 1..12"),
-        ("strict={a: 2, a: 4}", "override 'strict={a: 2, a: 4}' is not valid YAML: key 'a' is given twice, in lines 1 and 1"),
+        (
+            "model.name=2026-13-45",
+            "override 'model.name=2026-13-45' is not valid YAML: month must be in 1..12",
+        ),
+        (
+            "strict={a: 2, a: 4}",
+            "override 'strict={a: 2, a: 4}' is not valid YAML: key 'a' is given twice, in lines 1 and 1",
+        ),
         (f"buckets.decode={'[' * 5000}", "override 'buckets.decode=[[["),
     ],
     ids=lambda text: text[:30],
@@ -100,7 +187,9 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop.yaml").write_text("extends: loop.yaml\n")
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "bad.yaml").write_text("a: [\n")
-    (tmp_path / "twice.yaml").write_text("limits:\n  max_num_seqs: 2\n  max_model_len: 64\n  max_num_seqs: 4\n")
+    (tmp_path / "twice.yaml").write_text(
+        "limits:\n  max_num_seqs: 2\n  max_model_len: 64\n  max_num_seqs: 4\n"
+    )
     (tmp_path / "numbers.yaml").write_text("1: 2\n")
     (tmp_path / "parents.yaml").write_text("extends: [list.yaml]\n")
     (tmp_path / "parent.yaml").write_text("extends: 3\n")
@@ -130,7 +219,14 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_as_json_has_them() -> None:
-    config = load_config(None, ["limits.max_num_seqs=1e3", "limits.max_num_batched_tokens=2.048E+3", "compile.options={a: 1e-3}"])
+    config = load_config(
+        None,
+        [
+            "limits.max_num_seqs=1e3",
+            "limits.max_num_batched_tokens=2.048E+3",
+            "compile.options={a: 1e-3}",
+        ],
+    )
     assert (config.limits.max_num_seqs, config.limits.max_num_batched_tokens) == (1000, 2048)
     assert isinstance(config.limits.max_num_seqs, int)
     assert config.compile.options == {"a": 0.001}
@@ -152,15 +248,25 @@ def test_values_that_hold_themselves_are_refused() -> None:
 
 
 def test_a_level_is_a_preset_and_what_is_given_wins() -> None:
-    eager, fast, usual, most = (parse_config({"compile": {"level": level}}).compile for level in range(4))
+    eager, fast, usual, most = (
+        parse_config({"compile": {"level": level}}).compile for level in range(4)
+    )
     assert (eager.dispatch, eager.capture) == ("eager", "start")
     assert (fast.dispatch, fast.capture) == ("direct", "lazy")
     assert usual == parse_config({}).compile
     assert most.options == {"max_autotune": True, "coordinate_descent_tuning": True}
-    given = {"level": 3, "capture": "lazy", "options": {"max_autotune": False, "epilogue_fusion": False}}
+    given = {
+        "level": 3,
+        "capture": "lazy",
+        "options": {"max_autotune": False, "epilogue_fusion": False},
+    }
     compiling = parse_config({"compile": given}).compile
     assert compiling.capture == "lazy"
-    assert compiling.options == {"max_autotune": False, "coordinate_descent_tuning": True, "epilogue_fusion": False}
+    assert compiling.options == {
+        "max_autotune": False,
+        "coordinate_descent_tuning": True,
+        "epilogue_fusion": False,
+    }
     assert parse_config({"compile": compiling.model_dump()}).compile == compiling
     with pytest.raises(ValueError, match=r"'compile.level'"):
         parse_config({"compile": {"level": 4}})

@@ -18,17 +18,38 @@ from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
 
 
-def scheduler_of(num_pages: int, *, max_num_seqs: int = 4, windows: Sequence[int] = (0,), max_model_len: int = 1024) -> Scheduler:
+def scheduler_of(
+    num_pages: int,
+    *,
+    max_num_seqs: int = 4,
+    windows: Sequence[int] = (0,),
+    max_model_len: int = 1024,
+) -> Scheduler:
     """Blocks of 16 tokens, and 64 tokens a step."""
-    groups = [PageGroup(window=window, layers=(n,), num_pages=1 + num_pages) for n, window in enumerate(windows)]
-    cache = KVCache(groups, block_size=16, max_num_seqs=max_num_seqs, max_blocks=max_model_len // 16, sharing=True)
+    groups = [
+        PageGroup(window=window, layers=(n,), num_pages=1 + num_pages)
+        for n, window in enumerate(windows)
+    ]
+    cache = KVCache(
+        groups,
+        block_size=16,
+        max_num_seqs=max_num_seqs,
+        max_blocks=max_model_len // 16,
+        sharing=True,
+    )
     limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[64], decodes_apart=True)
     return Scheduler(Rows(max_num_seqs, max_model_len), cache, limits)
 
 
 def request_of(length: int, priority: int = 0, **options: Any) -> Request:
     params = options.pop("params", SamplingParams())
-    return Request(prompt_token_ids=[priority + 7] * length, params=params, priority=priority, max_tokens=20, **options)
+    return Request(
+        prompt_token_ids=[priority + 7] * length,
+        params=params,
+        priority=priority,
+        max_tokens=20,
+        **options,
+    )
 
 
 def served(scheduler: Scheduler) -> list[Request]:
@@ -59,7 +80,9 @@ def test_an_urgent_prompt_goes_before_a_long_one_that_has_begun() -> None:
 
 @pytest.mark.parametrize("lacking", ["rows", "pages"])
 def test_prompts_that_have_begun_go_on_while_an_urgent_one_cannot_be_admitted(lacking: str) -> None:
-    scheduler = scheduler_of(25 if lacking == "pages" else 200, max_num_seqs=1 if lacking == "rows" else 4)
+    scheduler = scheduler_of(
+        25 if lacking == "pages" else 200, max_num_seqs=1 if lacking == "rows" else 4
+    )
     long, urgent = request_of(300), request_of(200, priority=-1)
     scheduler.add(long)
     assert served(scheduler) == [long]
@@ -76,7 +99,11 @@ def test_the_urgent_prompt_of_a_model_with_states_goes_first() -> None:
     scheduler.add(long)
     assert served(scheduler) == [long]
     scheduler.add(urgent)
-    assert [served(scheduler) for _ in range(3)] == [[urgent], [urgent], [long]]  # one decodes in between
+    assert [served(scheduler) for _ in range(3)] == [
+        [urgent],
+        [urgent],
+        [long],
+    ]  # one decodes in between
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
@@ -91,8 +118,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
     return calls
 
 
-def test_a_prompt_that_waits_for_pages_is_hashed_once_and_tried_when_pages_may_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, tried = count_calls(monkeypatch, kv_cache_manager, "chain"), count_calls(monkeypatch, KVCache, "_num_shared")
+def test_a_prompt_that_waits_for_pages_is_hashed_once_and_tried_when_pages_may_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed, tried = (
+        count_calls(monkeypatch, kv_cache_manager, "chain"),
+        count_calls(monkeypatch, KVCache, "_num_shared"),
+    )
     scheduler = scheduler_of(70)
     running = [request_of(150), request_of(150, priority=1)]
     for request in running:
@@ -161,12 +193,18 @@ def test_each_block_is_looked_up_once(windows: tuple[int, ...]) -> None:
 
         def shared(count: int) -> bool:
             begins = [cache._first_needed(window, 16 * count) for window in windows]
-            return all(keys[b] in pool._pages for pool, begin in zip(cache.pools, begins, strict=True) for b in range(begin, count))
+            return all(
+                keys[b] in pool._pages
+                for pool, begin in zip(cache.pools, begins, strict=True)
+                for b in range(begin, count)
+            )
 
         assert count == next(count for count in range(1000, -1, -1) if shared(count))
 
 
-def test_ten_thousand_waiting_requests_cost_no_more_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_waiting_requests_cost_no_more_than_a_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Counted in requests of the queue that a step, an abort or an expiry looks at."""
     looked_at = count_calls(monkeypatch, Request, "__hash__")
     costs = {}
@@ -230,5 +268,7 @@ def test_the_queue_keeps_its_order() -> None:
         assert list(queue) == waiting
         assert len(queue) == len(waiting)
         assert queue.first == next(iter(waiting), None)
-        new = sorted((r for r in waiting if r.timings.scheduled is None), key=lambda r: places[r][1])
+        new = sorted(
+            (r for r in waiting if r.timings.scheduled is None), key=lambda r: places[r][1]
+        )
         assert list(queue.new) == new

@@ -137,9 +137,21 @@ class CacheMachine(RuleBasedStateMachine):
         sharing=st.sampled_from([True, True, True, False]),
     )
     def make(self, windows: list[int], spare: list[int], sharing: bool) -> None:
-        sizes = [1 + _pages_of_a_sequence(window) + more for window, more in zip(windows, spare, strict=False)]
-        groups = [PageGroup(window=w, layers=(n,), num_pages=size) for n, (w, size) in enumerate(zip(windows, sizes, strict=True))]
-        self.cache = KVCache(groups, block_size=BLOCK_SIZE, max_num_seqs=NUM_ROWS, max_blocks=MAX_BLOCKS, sharing=sharing)
+        sizes = [
+            1 + _pages_of_a_sequence(window) + more
+            for window, more in zip(windows, spare, strict=False)
+        ]
+        groups = [
+            PageGroup(window=w, layers=(n,), num_pages=size)
+            for n, (w, size) in enumerate(zip(windows, sizes, strict=True))
+        ]
+        self.cache = KVCache(
+            groups,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=NUM_ROWS,
+            max_blocks=MAX_BLOCKS,
+            sharing=sharing,
+        )
         self.windows, self.sharing = windows, sharing
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
@@ -149,16 +161,24 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def decoding(self) -> list[int]:
-        return [row for row, tokens in sorted(self.tokens.items()) if self.computed[row] == len(tokens) < MAX_BLOCKS * BLOCK_SIZE]
+        return [
+            row
+            for row, tokens in sorted(self.tokens.items())
+            if self.computed[row] == len(tokens) < MAX_BLOCKS * BLOCK_SIZE
+        ]
 
     @property
     def prefilling(self) -> list[int]:
-        return [row for row, tokens in sorted(self.tokens.items()) if self.computed[row] < len(tokens)]
+        return [
+            row for row, tokens in sorted(self.tokens.items()) if self.computed[row] < len(tokens)
+        ]
 
     def cached(self, tokens: list[int]) -> int:
         """How many tokens of a prompt can be shared."""
         for count in range((len(tokens) - 1) // BLOCK_SIZE, 0, -1):
-            ends = [range(_first_seen(window, count * BLOCK_SIZE), count) for window in self.windows]
+            ends = [
+                range(_first_seen(window, count * BLOCK_SIZE), count) for window in self.windows
+            ]
             if all(
                 tuple(tokens[: (block + 1) * BLOCK_SIZE]) in contents.values()
                 for blocks, contents in zip(ends, self.contents, strict=True)
@@ -177,7 +197,9 @@ class CacheMachine(RuleBasedStateMachine):
     def still_seen(self) -> list[list[int]]:
         """Of each group and row, the pages that the next query sees."""
         return [
-            table[row, _first_seen(window, self.computed[row]) : -(-self.computed[row] // BLOCK_SIZE)].tolist()
+            table[
+                row, _first_seen(window, self.computed[row]) : -(-self.computed[row] // BLOCK_SIZE)
+            ].tolist()
             for window, table in zip(self.windows, self.cache.tables, strict=True)
             for row in sorted(self.tokens)
         ]
@@ -190,7 +212,12 @@ class CacheMachine(RuleBasedStateMachine):
         may_hit=st.sampled_from([True, True, True, False]),
     )
     def admit(self, tokens: list[int], margin: int, may_hit: bool) -> None:
-        self.try_to_admit(tokens, margin, may_hit, self.cache.candidate(np.array(tokens, np.int32), may_hit=may_hit))
+        self.try_to_admit(
+            tokens,
+            margin,
+            may_hit,
+            self.cache.candidate(np.array(tokens, np.int32), may_hit=may_hit),
+        )
 
     @precondition(lambda self: self.waiting is not None and len(self.tokens) < NUM_ROWS)
     @rule(margin=st.integers(0, 2))
@@ -201,9 +228,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.try_to_admit(tokens, margin, may_hit, candidate)
         if self.waiting is not None and not any(self.windows):
             row = min(set(range(NUM_ROWS)) - set(self.tokens))
-            assert anew.admit(row, anew.candidate(np.array(tokens, np.int32), may_hit=may_hit), margin=margin) is None
+            assert (
+                anew.admit(
+                    row, anew.candidate(np.array(tokens, np.int32), may_hit=may_hit), margin=margin
+                )
+                is None
+            )
 
-    def try_to_admit(self, tokens: list[int], margin: int, may_hit: bool, candidate: Candidate) -> None:
+    def try_to_admit(
+        self, tokens: list[int], margin: int, may_hit: bool, candidate: Candidate
+    ) -> None:
         row = min(set(range(NUM_ROWS)) - set(self.tokens))
         before, free = self.cache.tables.copy(), self.cache.num_free
         cached = self.cache.admit(row, candidate, margin=margin)
@@ -215,8 +249,14 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert cached == (self.cached(tokens) if self.sharing and may_hit else 0)
         assert all(count >= margin for count in self.cache.num_free)
-        self.tokens[row], self.computed[row], self.registered[row] = tokens, cached, cached // BLOCK_SIZE
-        for window, table, contents in zip(self.windows, self.cache.tables, self.contents, strict=True):
+        self.tokens[row], self.computed[row], self.registered[row] = (
+            tokens,
+            cached,
+            cached // BLOCK_SIZE,
+        )
+        for window, table, contents in zip(
+            self.windows, self.cache.tables, self.contents, strict=True
+        ):
             for block in range(_first_seen(window, cached), cached // BLOCK_SIZE):
                 assert contents[int(table[row, block])] == tuple(tokens[: (block + 1) * BLOCK_SIZE])
         self.took(before)
@@ -240,7 +280,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.decoding)
     @rule(data=st.data(), register=st.booleans())
     def decode(self, data: st.DataObject, register: bool) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(self.decoding), unique=True, min_size=1).map(sorted))
+        chosen = data.draw(
+            st.lists(st.sampled_from(self.decoding), unique=True, min_size=1).map(sorted)
+        )
         rows, positions = np.array(chosen), np.array([self.computed[row] for row in chosen])
         before, seen = self.cache.tables.copy(), self.still_seen()
         changed = self.cache.grow_decoding(rows, positions)
@@ -249,7 +291,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.still_seen() == seen
             return
         new = np.argwhere((self.cache.tables != before) & (self.cache.tables != TRASH_PAGE))
-        assert sorted(map(tuple, new.tolist())) == sorted(zip(*(part.tolist() for part in changed), strict=True))
+        assert sorted(map(tuple, new.tolist())) == sorted(
+            zip(*(part.tolist() for part in changed), strict=True)
+        )
         self.took(before)
         for row in chosen:
             self.tokens[row].append(data.draw(st.sampled_from([1, 1, 1, 2])))
@@ -261,9 +305,14 @@ class CacheMachine(RuleBasedStateMachine):
     def register(self, row: int) -> None:
         self.cache.register(row, np.array(self.tokens[row][: self.computed[row]], np.int32))
         blocks = range(self.registered[row], self.computed[row] // BLOCK_SIZE)
-        for table, contents in zip(self.cache.tables if self.sharing else [], self.contents, strict=False):
+        for table, contents in zip(
+            self.cache.tables if self.sharing else [], self.contents, strict=False
+        ):
             for block in blocks:
-                page, content = int(table[row, block]), tuple(self.tokens[row][: (block + 1) * BLOCK_SIZE])
+                page, content = (
+                    int(table[row, block]),
+                    tuple(self.tokens[row][: (block + 1) * BLOCK_SIZE]),
+                )
                 if page != TRASH_PAGE and content not in contents.values():
                     contents[page] = content
         self.registered[row] = max(self.registered[row], blocks.stop)
@@ -271,7 +320,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        for row in data.draw(st.lists(st.sampled_from(sorted(self.tokens)), unique=True, min_size=1)):
+        for row in data.draw(
+            st.lists(st.sampled_from(sorted(self.tokens)), unique=True, min_size=1)
+        ):
             self.cache.release(row)
             del self.tokens[row], self.computed[row], self.registered[row]
             assert (self.cache.tables[:, row] == TRASH_PAGE).all()
@@ -297,7 +348,10 @@ class CacheMachine(RuleBasedStateMachine):
             holders: dict[int, Any] = {}
             for row, block in np.argwhere(table != TRASH_PAGE).tolist():
                 content = self.tokens[row][: (block + 1) * BLOCK_SIZE]
-                assert holders.setdefault(int(table[row, block]), (block, content)) == (block, content)
+                assert holders.setdefault(int(table[row, block]), (block, content)) == (
+                    block,
+                    content,
+                )
 
     def teardown(self) -> None:
         for row in list(self.tokens):

@@ -30,23 +30,40 @@ TEXTS = {
 }
 BYTES = {byte: 10 + byte for byte in range(256)}
 WORDS = {"<s>": 0, "▁Hello": 1, "▁world": 2, "s": 3}
-unicode_text = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("🙂👩‍🏽é中 \n")), min_size=1, max_size=40)
-property_test = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+unicode_text = st.text(
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from("🙂👩‍🏽é中 \n")),
+    min_size=1,
+    max_size=40,
+)
+property_test = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     path = default_model()
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name
+    )
     return loaded
 
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> PreTrainedTokenizerBase:
     """Words with a space before them and single bytes, decoded as Llama 2 does."""
-    backend = Tokenizer(models.WordLevel({**WORDS, **{f"<0x{byte:02X}>": id for byte, id in BYTES.items()}}, unk_token="<s>"))
+    backend = Tokenizer(
+        models.WordLevel(
+            {**WORDS, **{f"<0x{byte:02X}>": id for byte, id in BYTES.items()}}, unk_token="<s>"
+        )
+    )
     backend.add_special_tokens([AddedToken("<s>", special=True)])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
 
@@ -61,11 +78,18 @@ def byte_ids(text: str) -> list[int]:
 
 
 def stream(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, prompt: Sequence[int] = (), **params: Any
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    *,
+    prompt: Sequence[int] = (),
+    **params: Any,
 ) -> tuple[Detokenizer, list[str]]:
     """Push one token at a time, take after each, and check what must always hold."""
     chosen = SamplingParams(**params)
-    one, all_at_once = Detokenizer(tokenizer, chosen, prompt), Detokenizer(tokenizer, chosen, prompt)
+    one, all_at_once = (
+        Detokenizer(tokenizer, chosen, prompt),
+        Detokenizer(tokenizer, chosen, prompt),
+    )
     pieces, stopped = [], False
     for token in ids:
         stopped = one.push([token])
@@ -83,7 +107,9 @@ def stream(
 def test_pieces_join_to_the_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     text = TEXTS[name]
     ids = encode(tokenizer, text)
-    detokenizer, pieces = stream(tokenizer, ids, prompt=encode(tokenizer, "Say:"), skip_special_tokens=False)
+    detokenizer, pieces = stream(
+        tokenizer, ids, prompt=encode(tokenizer, "Say:"), skip_special_tokens=False
+    )
     assert detokenizer.text == text
     assert detokenizer.num_tokens == len(ids)
     assert sum(piece != "" for piece in pieces) > 3
@@ -99,21 +125,31 @@ def test_any_text_survives(tokenizer: PreTrainedTokenizerBase, text: str, prompt
     ids = encode(tokenizer, text)
     decoded = str(tokenizer.decode(ids))
     assume("\ufffd" not in decoded)
-    assert stream(tokenizer, ids, prompt=encode(tokenizer, prompt), skip_special_tokens=False)[0].text == decoded
+    assert (
+        stream(tokenizer, ids, prompt=encode(tokenizer, prompt), skip_special_tokens=False)[0].text
+        == decoded
+    )
 
 
 @property_test
-@given(ids=st.lists(st.integers(0, 49_200), min_size=1, max_size=30), prompt=st.lists(st.integers(0, 49_151), max_size=10))
+@given(
+    ids=st.lists(st.integers(0, 49_200), min_size=1, max_size=30),
+    prompt=st.lists(st.integers(0, 49_151), max_size=10),
+)
 def test_any_tokens_give_a_prefix_of_what_they_decode_to(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt: list[int]
 ) -> None:
-    assert str(tokenizer.decode(ids)).startswith(stream(tokenizer, ids, skip_special_tokens=False)[0].text)
+    assert str(tokenizer.decode(ids)).startswith(
+        stream(tokenizer, ids, skip_special_tokens=False)[0].text
+    )
     stream(tokenizer, ids, prompt=prompt)
 
 
 @property_test
 @given(text=unicode_text, data=st.data())
-def test_any_stop_string_cuts(tokenizer: PreTrainedTokenizerBase, text: str, data: st.DataObject) -> None:
+def test_any_stop_string_cuts(
+    tokenizer: PreTrainedTokenizerBase, text: str, data: st.DataObject
+) -> None:
     ids = encode(tokenizer, text)
     decoded = str(tokenizer.decode(ids))
     assume("\ufffd" not in decoded)
@@ -122,16 +158,25 @@ def test_any_stop_string_cuts(tokenizer: PreTrainedTokenizerBase, text: str, dat
     found = decoded.find(stop)
     cut, _ = stream(tokenizer, ids, stop=stop, skip_special_tokens=False)
     assert cut.text == decoded[:found]
-    kept, _ = stream(tokenizer, ids, stop=[stop], include_stop_str_in_output=True, skip_special_tokens=False)
+    kept, _ = stream(
+        tokenizer, ids, stop=[stop], include_stop_str_in_output=True, skip_special_tokens=False
+    )
     assert kept.text == decoded[: found + len(stop)]
     assert kept.num_tokens == cut.num_tokens
     before = str(tokenizer.decode(ids[: cut.num_tokens - 1], skip_special_tokens=False))
-    assert stop not in before or before.endswith("\ufffd")  # with a character's first bytes, their token's text waits
+    assert stop not in before or before.endswith(
+        "\ufffd"
+    )  # with a character's first bytes, their token's text waits
 
 
 @property_test
-@given(text=st.text("abc ", min_size=1), stops=st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=4))
-def test_stop_strings_do_not_depend_on_tokens(tokenizer: PreTrainedTokenizerBase, text: str, stops: list[str]) -> None:
+@given(
+    text=st.text("abc ", min_size=1),
+    stops=st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=4),
+)
+def test_stop_strings_do_not_depend_on_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, stops: list[str]
+) -> None:
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text[: min(found)[1]] if found else text
     assert stream(tokenizer, encode(tokenizer, text), stop=stops)[0].text == expected
@@ -149,10 +194,16 @@ def test_stop_strings_do_not_depend_on_tokens(tokenizer: PreTrainedTokenizerBase
         ("aaab", "aab", "a"),
         ("one two three four", ["four", "two", "three"], "one "),
         ("one two three four", ["two three", "o th", "three"], "one tw"),  # the one that ends first
-        ("one two three four", ["three", "two three"], "one "),  # of those that end together, the longest
+        (
+            "one two three four",
+            ["three", "two three"],
+            "one ",
+        ),  # of those that end together, the longest
     ],
 )
-def test_stop_strings(tokenizer: PreTrainedTokenizerBase, text: str, stop: str | list[str], expected: str) -> None:
+def test_stop_strings(
+    tokenizer: PreTrainedTokenizerBase, text: str, stop: str | list[str], expected: str
+) -> None:
     detokenizer, _ = stream(tokenizer, encode(tokenizer, text), stop=stop)
     assert detokenizer.text == expected
 
@@ -168,12 +219,21 @@ def test_the_tokens_up_to_the_stop_are_counted(tokenizer: PreTrainedTokenizerBas
 
 def test_what_may_become_a_stop_string_is_held_back(tokenizer: PreTrainedTokenizerBase) -> None:
     detokenizer = Detokenizer(tokenizer, SamplingParams(stop=["abc", "bd"]), [])
-    for text, shown in [("xa", "x"), ("b", ""), ("xab", "abx"), ("b", "ab"), ("z", "bz"), ("a", "")]:
+    for text, shown in [
+        ("xa", "x"),
+        ("b", ""),
+        ("xab", "abx"),
+        ("b", "ab"),
+        ("z", "bz"),
+        ("a", ""),
+    ]:
         assert not detokenizer.push(encode(tokenizer, text))
         assert detokenizer.take() == shown
     assert detokenizer.text == "xabxabbza"
     assert detokenizer.take(final=True) == "a"
-    included = Detokenizer(tokenizer, SamplingParams(stop="abc", include_stop_str_in_output=True), [])
+    included = Detokenizer(
+        tokenizer, SamplingParams(stop="abc", include_stop_str_in_output=True), []
+    )
     included.push(encode(tokenizer, "xa"))
     assert included.take() == "xa"
     assert included.push(encode(tokenizer, "bc"))
@@ -183,9 +243,18 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer: PreTrainedTokeniz
 def test_no_stop_string_ends_within_min_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = encode(tokenizer, "one two one two one")
     assert len(ids) == 5
-    ends = {least: stream(tokenizer, ids, stop="one", min_tokens=least, include_stop_str_in_output=True)[0] for least in range(6)}
+    ends = {
+        least: stream(
+            tokenizer, ids, stop="one", min_tokens=least, include_stop_str_in_output=True
+        )[0]
+        for least in range(6)
+    }
     assert [end.num_tokens for end in ends.values()] == [1, 3, 3, 5, 5, 5]
-    assert [end.text for end in ends.values()] == ["one", *["one two one"] * 2, *["one two one two one"] * 3]
+    assert [end.text for end in ends.values()] == [
+        "one",
+        *["one two one"] * 2,
+        *["one two one two one"] * 3,
+    ]
     across, _ = stream(tokenizer, ids, stop="one two", min_tokens=1)
     assert across.text == ""
 
@@ -204,11 +273,15 @@ def test_the_prompt_may_end_within_a_character(
 ) -> None:
     whole = byte_ids("中文🙂")
     prompt, rest = whole[: 6 + size], whole[6 + size :]
-    assert stream(sentencepiece, [*rest, 2], prompt=prompt)[0].text == ("🙂 world" if rest else " world")
+    assert stream(sentencepiece, [*rest, 2], prompt=prompt)[0].text == (
+        "🙂 world" if rest else " world"
+    )
     assert stream(sentencepiece, [1, 2], prompt=[1, *prompt[6:]])[0].text == " Hello world"
     ids, hello = encode(tokenizer, "中文👩"), encode(tokenizer, " hello")
     prompt, rest = ids[:-size], ids[-size:]
-    assert "中文👩".endswith(stream(tokenizer, [*rest, *hello], prompt=prompt)[0].text.removesuffix(" hello"))
+    assert "中文👩".endswith(
+        stream(tokenizer, [*rest, *hello], prompt=prompt)[0].text.removesuffix(" hello")
+    )
     assert stream(tokenizer, hello, prompt=prompt)[0].text == " hello"
 
 
@@ -218,13 +291,25 @@ def test_nothing_of_the_prompt_is_given(tokenizer: PreTrainedTokenizerBase) -> N
         assert stream(tokenizer, encode(tokenizer, "b 🙂"), prompt=prompt)[0].text == "b 🙂"
 
 
-def test_bytes_after_a_window_that_begins_within_a_character(sentencepiece: PreTrainedTokenizerBase) -> None:
+def test_bytes_after_a_window_that_begins_within_a_character(
+    sentencepiece: PreTrainedTokenizerBase,
+) -> None:
     for text in ("中文字中文字", "🙂🙃🙂🙃"):
-        assert stream(sentencepiece, [*byte_ids("文"), 2], prompt=byte_ids(text))[0].text == "文 world"
+        assert (
+            stream(sentencepiece, [*byte_ids("文"), 2], prompt=byte_ids(text))[0].text == "文 world"
+        )
 
 
-def test_bytes_that_are_no_character_do_not_end_the_stream(sentencepiece: PreTrainedTokenizerBase) -> None:
-    ids = [1, *byte_ids("🙂"), BYTES[0xE4], 3, 2]  # the lone byte undoes the emoji, whose text was given
+def test_bytes_that_are_no_character_do_not_end_the_stream(
+    sentencepiece: PreTrainedTokenizerBase,
+) -> None:
+    ids = [
+        1,
+        *byte_ids("🙂"),
+        BYTES[0xE4],
+        3,
+        2,
+    ]  # the lone byte undoes the emoji, whose text was given
     assert stream(sentencepiece, ids)[0].text == "Hello🙂s world"
 
 
@@ -272,7 +357,9 @@ def test_a_slow_tokenizer_decodes_a_bounded_number_of_tokens_at_once() -> None:
             decoded.append(len(ids))
             if any(token >= 200 for token in ids):
                 raise IndexError("piece id is out of range.")
-            return "".join(f" {token}" for token in ids).removeprefix(" ")  # as sentencepiece leaves out the first space
+            return "".join(f" {token}" for token in ids).removeprefix(
+                " "
+            )  # as sentencepiece leaves out the first space
 
     ids = [7 + number % 150 for number in range(2000)]
     slow: Any = Slow()

@@ -13,7 +13,9 @@ from tests.helpers.tiny_models import Reference, small_config, tiny_model
 pytestmark = pytest.mark.gpu
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 640}
-A_SEQUENCE_AND_A_BIT = 44 * 16 * 2 * 2 * 2 * 16 * 4  # pages, tokens, layers, keys and values, heads, dim, bytes
+A_SEQUENCE_AND_A_BIT = (
+    44 * 16 * 2 * 2 * 2 * 16 * 4
+)  # pages, tokens, layers, keys and values, heads, dim, bytes
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,9 @@ def llm() -> Iterator[CompiledLLM]:
         cache={"memory": A_SEQUENCE_AND_A_BIT},
         buckets={"decode": [8], "prefill": [64], "samplers": ["greedy", "full"]},
     )
-    with CompiledLLM(tiny_model("llama", max_position_embeddings=1024), None, config, progress=False) as engine:
+    with CompiledLLM(
+        tiny_model("llama", max_position_embeddings=1024), None, config, progress=False
+    ) as engine:
         yield engine
 
 
@@ -32,17 +36,28 @@ def _check(case: Case, expected: Request, request: Request) -> None:
         assert case.abort_after is not None
         assert request.token_ids == expected.token_ids[: len(request.token_ids)]
         return
-    assert (request.token_ids, request.finish_reason) == (expected.token_ids, expected.finish_reason)
+    assert (request.token_ids, request.finish_reason) == (
+        expected.token_ids,
+        expected.finish_reason,
+    )
     for got, wanted in zip(request.logprobs or [], expected.logprobs or [], strict=True):
-        assert {token: entry.rank for token, entry in got.items()} == {token: entry.rank for token, entry in wanted.items()}
-        assert [e.logprob for e in got.values()] == pytest.approx([e.logprob for e in wanted.values()], abs=1e-4)
+        assert {token: entry.rank for token, entry in got.items()} == {
+            token: entry.rank for token, entry in wanted.items()
+        }
+        assert [e.logprob for e in got.values()] == pytest.approx(
+            [e.logprob for e in wanted.values()], abs=1e-4
+        )
 
 
 def test_tokens_do_not_depend_on_what_else_runs(llm: CompiledLLM) -> None:
     cases = random_cases(200, longest=600, max_tokens=80)
     alone = [run_alone(llm, case) for case in cases]
     reference = Reference(tiny_model("llama", max_position_embeddings=1024))
-    plain = [n for n, case in enumerate(cases) if case.params.sampler == "greedy" and case.params.ignore_eos]
+    plain = [
+        n
+        for n, case in enumerate(cases)
+        if case.params.sampler == "greedy" and case.params.ignore_eos
+    ]
     assert len(plain) > 20
     for number in plain[:20]:
         assert alone[number].token_ids == reference(cases[number].prompt, alone[number].max_tokens)
@@ -80,13 +95,18 @@ def test_a_window_of_pages_serves_sequences_of_any_length() -> None:
     """All layers slide: the cache holds far fewer pages than the tokens of one sequence would need."""
     model = tiny_model("phi3", max_position_embeddings=1024)
     config = small_config(
-        limits={"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 640}, compile={"dispatch": "eager"}
+        limits={"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 640},
+        compile={"dispatch": "eager"},
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         (pages,) = llm.engine.cache.num_free
         assert pages < 2 * 640 // 16 // 4
         (case,) = random_cases(
-            1, longest=600, max_tokens=30, seed=3, samplings=[{"temperature": 0, "max_tokens": 30, "ignore_eos": True}]
+            1,
+            longest=600,
+            max_tokens=30,
+            seed=3,
+            samplings=[{"temperature": 0, "max_tokens": 30, "ignore_eos": True}],
         )
         case = replace(case, prompt=(case.prompt * 600)[:600])
         assert run_alone(llm, case).token_ids == Reference(model)(case.prompt, 30)
@@ -97,13 +117,20 @@ def test_ten_thousand_tiny_requests_leave_nothing_behind() -> None:
 
     model = tiny_model("llama", num_hidden_layers=1)
     config = small_config(
-        limits={"max_num_seqs": 64, "max_num_batched_tokens": 128, "max_model_len": 64}, compile={"dispatch": "eager"}
+        limits={"max_num_seqs": 64, "max_num_batched_tokens": 128, "max_model_len": 64},
+        compile={"dispatch": "eager"},
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         free, process = llm.engine.cache.num_free, psutil.Process()
 
         def run(count: int, seed: int) -> int:
-            cases = random_cases(count, longest=3, max_tokens=2, seed=seed, samplings=[{"temperature": 0}, {"temperature": 1.0}])
+            cases = random_cases(
+                count,
+                longest=3,
+                max_tokens=2,
+                seed=seed,
+                samplings=[{"temperature": 0}, {"temperature": 1.0}],
+            )
             outputs = llm.generate([case.prompt for case in cases], [case.params for case in cases])
             assert all(1 <= len(output.outputs[0].token_ids) <= 2 for output in outputs)
             assert llm.engine.cache.num_free == free

@@ -56,7 +56,10 @@ def finish(job: Job, token_ids: list[int]) -> None:
 
 def test_a_text_that_is_far_too_long_is_refused_by_its_beginning() -> None:
     letters = Letters()
-    with pytest.raises(ValueError, match=r"the prompt has 10000000 characters, and its first 128 are 128 tokens already, which "):
+    with pytest.raises(
+        ValueError,
+        match=r"the prompt has 10000000 characters, and its first 128 are 128 tokens already, which ",
+    ):
         jobs_of(letters).make("a" * 10_000_000)
     assert letters.lengths == [128]
 
@@ -83,7 +86,10 @@ def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
 
 @pytest.mark.parametrize(
     ("tokenizer", "error"),
-    [(Broken(), "ValueError: no text today"), (Panicking(), "RuntimeError: the tokenizer failed: index out of bounds")],
+    [
+        (Broken(), "ValueError: no text today"),
+        (Panicking(), "RuntimeError: the tokenizer failed: index out of bounds"),
+    ],
 )
 def test_a_tokenizer_that_fails_ends_the_request_with_an_error(tokenizer: Any, error: str) -> None:
     jobs = jobs_of(tokenizer)
@@ -111,9 +117,13 @@ class CountingList(list[Any]):
 
 
 def test_an_output_that_is_not_read_copies_no_tokens() -> None:
-    job = jobs_of(None, max_model_len=10_000).make(list(range(5000)), SamplingParams(logprobs=1), streaming=True)
+    job = jobs_of(None, max_model_len=10_000).make(
+        list(range(5000)), SamplingParams(logprobs=1), streaming=True
+    )
     jobs, request = jobs_of(None), job.requests[0]
-    request.prompt_token_ids, request.token_ids, request.logprobs = (CountingList(range(n)) for n in (5000, 3000, 3000))
+    request.prompt_token_ids, request.token_ids, request.logprobs = (
+        CountingList(range(n)) for n in (5000, 3000, 3000)
+    )
     outputs = []
     for token in range(10):
         outputs.append(jobs.output(job))
@@ -135,8 +145,14 @@ def test_an_output_that_is_not_read_copies_no_tokens() -> None:
 def test_outputs_compare_and_print_as_what_they_hold() -> None:
     logprobs = [{1: Logprob(logprob=-0.5, rank=1)}]
     lazy = CompletionOutput(
-        index=0, text="a", token_ids=Beginning([1, 2, 3], 2), logprobs=Beginning(logprobs, 1), finish_reason=None
+        index=0,
+        text="a",
+        token_ids=Beginning([1, 2, 3], 2),
+        logprobs=Beginning(logprobs, 1),
+        finish_reason=None,
     )
-    plain = CompletionOutput(index=0, text="a", token_ids=[1, 2], logprobs=logprobs, finish_reason=None)
+    plain = CompletionOutput(
+        index=0, text="a", token_ids=[1, 2], logprobs=logprobs, finish_reason=None
+    )
     assert repr(lazy) == repr(plain)
     assert lazy == plain

@@ -26,20 +26,41 @@ BAD: dict[str, list[Any]] = {
     "max_tokens": [0, 1.5, -3, True],
     "min_tokens": [-1, 1.5, True, None, 17],
     "stop": ["", ["a", ""], [1], 7, b"a"],
-    "stop_token_ids": [("a",), [1.0], [True], [-1], [2**31], "12", b"12", bytearray(b"12"), 5, None],
+    "stop_token_ids": [
+        ("a",),
+        [1.0],
+        [True],
+        [-1],
+        [2**31],
+        "12",
+        b"12",
+        bytearray(b"12"),
+        5,
+        None,
+    ],
     "ignore_eos": [1, None, "yes"],
     "include_stop_str_in_output": [0],
     "skip_special_tokens": ["no"],
     "logprobs": [-1, MAX_LOGPROBS + 1, True, 1.0],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, True],
-    "logit_bias": [{"1": 1.0}, {-1: 1.0}, {True: 1.0}, {1: math.nan}, {1: math.inf}, {1: None}, [(1, 1.0)]],
+    "logit_bias": [
+        {"1": 1.0},
+        {-1: 1.0},
+        {True: 1.0},
+        {1: math.nan},
+        {1: math.inf},
+        {1: None},
+        [(1, 1.0)],
+    ],
     "allowed_token_ids": [[], ["a"], [-1], [True], 3, b"12", bytearray(b"12"), memoryview(b"12")],
     "bad_words": ["word", [""], [3], None],
     "logits_processors": [[3], len, None],
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD.items() for value in values]
+)
 def test_bad_sampling_parameters_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be .*, got ") as caught:
         SamplingParams(**{field: value})
@@ -57,7 +78,11 @@ def test_bad_combinations_are_refused() -> None:
 def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
     """Check a request of the prompt 5, 6, in a vocabulary of 8 tokens, whose bad words are already token ids."""
     request = Request(
-        prompt_token_ids=[5, 6], params=SamplingParams(**params), stop_token_ids=frozenset(stop), bad_words=words, max_tokens=4
+        prompt_token_ids=[5, 6],
+        params=SamplingParams(**params),
+        stop_token_ids=frozenset(stop),
+        bad_words=words,
+        max_tokens=4,
     )
     check(request, vocab_size=8, max_model_len=16)
 
@@ -65,9 +90,24 @@ def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
 @pytest.mark.parametrize(
     ("stop", "words", "params", "message"),
     [
-        ({2}, [], {"allowed_token_ids": [2], "min_tokens": 2}, "allowed_token_ids and min_tokens=2: allow other tokens or set"),
-        ({2, 7}, [], {"allowed_token_ids": [7, 2, 2], "min_tokens": 1}, "allowed_token_ids and min_tokens=1: allow other"),
-        ({*range(9)}, [], {"min_tokens": 1}, "min_tokens=1: set min_tokens=0 or fewer stop tokens (or ignore_eos=True)"),
+        (
+            {2},
+            [],
+            {"allowed_token_ids": [2], "min_tokens": 2},
+            "allowed_token_ids and min_tokens=2: allow other tokens or set",
+        ),
+        (
+            {2, 7},
+            [],
+            {"allowed_token_ids": [7, 2, 2], "min_tokens": 1},
+            "allowed_token_ids and min_tokens=1: allow other",
+        ),
+        (
+            {*range(9)},
+            [],
+            {"min_tokens": 1},
+            "min_tokens=1: set min_tokens=0 or fewer stop tokens (or ignore_eos=True)",
+        ),
         (
             set(),
             [[3], [4]],
@@ -75,9 +115,24 @@ def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
             "allowed_token_ids and bad_words: allow other tokens or ban fewer words",
         ),
         (set(), [[n] for n in range(8)], {"logit_bias": {3: 100.0}}, "bad_words: ban fewer words"),
-        ({2}, [[n] for n in range(8) if n != 2], {"min_tokens": 1}, "bad_words and min_tokens=1: ban fewer words or set"),
-        ({2}, [[3]], {"allowed_token_ids": [2, 3], "min_tokens": 1}, "allowed_token_ids and bad_words and min_tokens=1: allow"),
-        (set(), [[5, 6, 3]], {"allowed_token_ids": [3]}, "allowed_token_ids and bad_words: allow other tokens or ban fewer words"),
+        (
+            {2},
+            [[n] for n in range(8) if n != 2],
+            {"min_tokens": 1},
+            "bad_words and min_tokens=1: ban fewer words or set",
+        ),
+        (
+            {2},
+            [[3]],
+            {"allowed_token_ids": [2, 3], "min_tokens": 1},
+            "allowed_token_ids and bad_words and min_tokens=1: allow",
+        ),
+        (
+            set(),
+            [[5, 6, 3]],
+            {"allowed_token_ids": [3]},
+            "allowed_token_ids and bad_words: allow other tokens or ban fewer words",
+        ),
     ],
 )
 def test_parameters_that_ban_every_token_are_refused(
@@ -100,7 +155,9 @@ def test_parameters_that_ban_every_token_are_refused(
         (set(), [], {"logit_bias": dict.fromkeys(range(8), -1000.0), "min_tokens": 2}),
     ],
 )
-def test_parameters_that_leave_a_token_are_served(stop: set[int], words: list[list[int]], params: dict[str, Any]) -> None:
+def test_parameters_that_leave_a_token_are_served(
+    stop: set[int], words: list[list[int]], params: dict[str, Any]
+) -> None:
     _check(stop, words, **params)
 
 
@@ -111,7 +168,12 @@ def test_every_field_has_a_bad_value_here() -> None:
 def test_values_are_kept_in_one_form() -> None:
     bias = {5: 1, 6: -1000.0, 7: 1000}
     params = SamplingParams(
-        top_k=-1, stop="end", stop_token_ids=[1, 2], logit_bias=bias, allowed_token_ids=range(3), bad_words=["no"]
+        top_k=-1,
+        stop="end",
+        stop_token_ids=[1, 2],
+        logit_bias=bias,
+        allowed_token_ids=range(3),
+        bad_words=["no"],
     )
     assert (params.top_k, params.stop, params.stop_token_ids) == (0, ("end",), (1, 2))
     assert (params.allowed_token_ids, params.bad_words) == ((0, 1, 2), ("no",))
@@ -147,7 +209,9 @@ def test_records_are_immutable_comparable_and_travel() -> None:
     ],
 )
 @pytest.mark.parametrize("temperature", [0, 0.5])
-def test_what_looks_at_logits_needs_the_full_sampler(temperature: float, field: dict[str, Any]) -> None:
+def test_what_looks_at_logits_needs_the_full_sampler(
+    temperature: float, field: dict[str, Any]
+) -> None:
     assert SamplingParams(temperature=temperature, **field).sampler == "full"
 
 
@@ -156,21 +220,44 @@ def test_the_cheapest_sampler_is_chosen() -> None:
     for field in truncating:
         assert SamplingParams(temperature=0, **field).sampler == "greedy"
         assert SamplingParams(**field).sampler == "full"
-    harmless: dict[str, Any] = {"prompt_logprobs": 5, "stop": "a", "stop_token_ids": [1], "top_k": -1, "logit_bias": {}, "seed": 1}
+    harmless: dict[str, Any] = {
+        "prompt_logprobs": 5,
+        "stop": "a",
+        "stop_token_ids": [1],
+        "top_k": -1,
+        "logit_bias": {},
+        "seed": 1,
+    }
     assert SamplingParams(temperature=0, **harmless).sampler == "greedy"
     assert SamplingParams(**harmless).sampler == "random"
 
 
 def test_a_generation_config_gives_what_it_sets() -> None:
     from_config = SamplingParams.from_generation_config
-    assert from_config(None) == from_config(GenerationConfig()) == from_config(GenerationConfig(do_sample=True)) == SamplingParams()
-    config = GenerationConfig(
-        do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.1, max_new_tokens=99, num_beams=4
+    assert (
+        from_config(None)
+        == from_config(GenerationConfig())
+        == from_config(GenerationConfig(do_sample=True))
+        == SamplingParams()
     )
-    expected = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.1, max_tokens=99)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        max_new_tokens=99,
+        num_beams=4,
+    )
+    expected = SamplingParams(
+        temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.1, max_tokens=99
+    )
     assert from_config(config) == expected
     assert from_config(config, top_k=0, seed=7) == dataclasses.replace(expected, top_k=0, seed=7)
     assert from_config(GenerationConfig(do_sample=False)) == SamplingParams(temperature=0)
-    assert from_config(GenerationConfig(do_sample=False), temperature=0.5) == SamplingParams(temperature=0.5)
+    assert from_config(GenerationConfig(do_sample=False), temperature=0.5) == SamplingParams(
+        temperature=0.5
+    )
     with pytest.raises(TypeError, match="top_q"):
         from_config(None, top_q=1)

@@ -20,7 +20,11 @@ from compiled_llm.sampling_params import SamplingParams
 from tests.helpers.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
 
 STOPS = {"none": (), "two": (3, 5), "many": tuple(range(18))}
-SAMPLINGS = {"greedy": {"temperature": 0}, "random": {}, "external": {"logits_processors": (lambda ids, logits: logits,)}}
+SAMPLINGS = {
+    "greedy": {"temperature": 0},
+    "random": {},
+    "external": {"logits_processors": (lambda ids, logits: logits,)},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +49,20 @@ class Setup:
             max_model_len=self.max_model_len,
         )
         tokens = limits.max_num_batched_tokens
-        buckets = None if self.smaller_buckets is None else {size for size in self.smaller_buckets if size < tokens} | {tokens}
+        buckets = (
+            None
+            if self.smaller_buckets is None
+            else {size for size in self.smaller_buckets if size < tokens} | {tokens}
+        )
         groups = [
-            PageGroup(window=window, layers=(number,), num_pages=1 + _pages_of_a_sequence(window, self.block_size, limits) + spare)
-            for number, (window, spare) in enumerate(zip(self.windows, self.spare_pages, strict=False))
+            PageGroup(
+                window=window,
+                layers=(number,),
+                num_pages=1 + _pages_of_a_sequence(window, self.block_size, limits) + spare,
+            )
+            for number, (window, spare) in enumerate(
+                zip(self.windows, self.spare_pages, strict=False)
+            )
         ]
         sizes = sorted(buckets or ())
         return SimulatedRuntime(
@@ -84,7 +98,9 @@ class Case:
     def prompt(self) -> list[int]:
         same, own = random.Random(self.beginning), random.Random(10 + self.seed)
         shared = min(self.shared, self.length)
-        return [rng.randrange(VOCAB_SIZE) for rng in [same] * shared + [own] * (self.length - shared)]
+        return [
+            rng.randrange(VOCAB_SIZE) for rng in [same] * shared + [own] * (self.length - shared)
+        ]
 
     def request(self, max_model_len: int) -> Request:
         params = SamplingParams(
@@ -133,7 +149,11 @@ class Driver:
             self._step()
             self.step += 1
             assert self.step < 10_000, "no end in sight"
-        assert self.engine.cache.num_free == free == [pool.capacity for pool in self.engine.cache.pools]
+        assert (
+            self.engine.cache.num_free
+            == free
+            == [pool.capacity for pool in self.engine.cache.pools]
+        )
         stats, requests = self.runtime.report.scheduling, self.requests.values()
         assert stats.tokens == self.runtime.num_tokens
         assert stats.preemptions == sum(request.num_preemptions for request in requests)
@@ -142,28 +162,47 @@ class Driver:
             self._check_result(case, self.requests[number])
 
     def _step(self) -> None:
-        scheduled = {request for request in self.requests.values() if request.timings.scheduled is not None}
+        scheduled = {
+            request for request in self.requests.values() if request.timings.scheduled is not None
+        }
         had_work, before = self.engine.has_work, (self.runtime.num_tokens, self.runtime.num_reads)
         news = self.engine.step()
-        assert news or not had_work or before != (self.runtime.num_tokens, self.runtime.num_reads), "a step did nothing"
+        assert (
+            news or not had_work or before != (self.runtime.num_tokens, self.runtime.num_reads)
+        ), "a step did nothing"
         assert all(request.finish_reason is not None or request.token_ids for request in news)
         self._check_places()
         self._check_order(scheduled)
 
     def _check_order(self, scheduled: set[Request]) -> None:
         """The queue keeps its order, and who came last makes room first."""
-        order = {request: (request.priority, number) for number, request in enumerate(self.requests.values())}
-        waiting, running = self.engine._scheduler.waiting, [r for r in self.engine._rows.requests if r is not None]
+        order = {
+            request: (request.priority, number)
+            for number, request in enumerate(self.requests.values())
+        }
+        waiting, running = (
+            self.engine._scheduler.waiting,
+            [r for r in self.engine._rows.requests if r is not None],
+        )
         first_waiting = min((order[request] for request in waiting), default=(99, 0))
-        first_preempted = min((order[request] for request in waiting if request.num_preemptions), default=(99, 0))
-        assert all(order[request] < first_waiting for request in running if request not in scheduled)
+        first_preempted = min(
+            (order[request] for request in waiting if request.num_preemptions), default=(99, 0)
+        )
+        assert all(
+            order[request] < first_waiting for request in running if request not in scheduled
+        )
         assert all(order[request] < first_preempted for request in running)
 
     def _check_places(self) -> None:
         """Each request that has not ended is in one place, and nobody else holds pages."""
         self.engine.cache.check()
-        places = [*self.engine._scheduler.waiting, *(r for r in self.engine._rows.requests if r is not None)]
-        unfinished = [request for request in self.requests.values() if request.finish_reason is None]
+        places = [
+            *self.engine._scheduler.waiting,
+            *(r for r in self.engine._rows.requests if r is not None),
+        ]
+        unfinished = [
+            request for request in self.requests.values() if request.finish_reason is None
+        ]
         assert len(places) == len(unfinished)
         assert set(places) == set(unfinished)
 
@@ -176,10 +215,15 @@ class Driver:
             return
         assert (request.token_ids, request.finish_reason) == (expected, reason)
         if case.scored:
-            path = self.runtime.sequences.path(self.runtime.sequences.extend(0, case.prompt)).tolist()
+            path = self.runtime.sequences.path(
+                self.runtime.sequences.extend(0, case.prompt)
+            ).tolist()
             assert request.prompt_logprobs is not None
             assert request.prompt_logprobs[0] is None
-            scores = [entry[token].logprob for entry, token in zip(request.prompt_logprobs[1:], case.prompt[1:], strict=True)]
+            scores = [
+                entry[token].logprob
+                for entry, token in zip(request.prompt_logprobs[1:], case.prompt[1:], strict=True)
+            ]
             assert scores == path[:-1]
 
 
@@ -214,9 +258,19 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(setup=setups, cases=st.lists(cases, min_size=1, max_size=12), forget_at=st.none() | st.integers(0, 40))
-def test_each_request_gets_what_it_gives_alone(setup: Setup, cases: list[Case], forget_at: int | None) -> None:
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    setup=setups,
+    cases=st.lists(cases, min_size=1, max_size=12),
+    forget_at=st.none() | st.integers(0, 40),
+)
+def test_each_request_gets_what_it_gives_alone(
+    setup: Setup, cases: list[Case], forget_at: int | None
+) -> None:
     Driver(setup, cases, forget_at).run()
 
 
@@ -246,18 +300,40 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
 
 def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> None:
     rows = Rows(max_num_seqs=4, max_model_len=128)
-    cache = KVCache([PageGroup(window=0, layers=(0,), num_pages=100)], block_size=16, max_num_seqs=4, max_blocks=8, sharing=False)
-    limits = SchedulerLimits(max_num_batched_tokens=8, prefill_sizes=[8], decodes_apart=True, prefills_alone=True)
+    cache = KVCache(
+        [PageGroup(window=0, layers=(0,), num_pages=100)],
+        block_size=16,
+        max_num_seqs=4,
+        max_blocks=8,
+        sharing=False,
+    )
+    limits = SchedulerLimits(
+        max_num_batched_tokens=8, prefill_sizes=[8], decodes_apart=True, prefills_alone=True
+    )
     scheduler = Scheduler(rows, cache, limits)
     for length in (20, 17):
-        scheduler.add(Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20))
+        scheduler.add(
+            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        )
     sizes = []
     for _ in range(9):
         plan = scheduler.plan()
         assert plan is not None
-        sizes.append(("prefill", len(plan.batch.ids)) if isinstance(plan.batch, PrefillBatch) else ("decode", len(plan.rows)))
+        sizes.append(
+            ("prefill", len(plan.batch.ids))
+            if isinstance(plan.batch, PrefillBatch)
+            else ("decode", len(plan.rows))
+        )
     first = [("prefill", 4), ("prefill", 8), ("prefill", 8)]
-    assert sizes == [*first, ("decode", 1), ("prefill", 1), ("decode", 1), ("prefill", 8), ("decode", 1), ("prefill", 8)]
+    assert sizes == [
+        *first,
+        ("decode", 1),
+        ("prefill", 1),
+        ("decode", 1),
+        ("prefill", 8),
+        ("decode", 1),
+        ("prefill", 8),
+    ]
 
 
 @pytest.mark.parametrize("window", [12, 20, 28])
@@ -287,19 +363,25 @@ def test_shared_pages_of_a_window_leave_room_for_the_rest(window: int) -> None:
         (8, [16], 16),  # 8 tokens, twice
     ],
 )
-def test_a_full_bucket_is_preferred_to_a_slight_spill(num_decoding: int, lengths: list[int], expected: int) -> None:
+def test_a_full_bucket_is_preferred_to_a_slight_spill(
+    num_decoding: int, lengths: list[int], expected: int
+) -> None:
     rows = Rows(max_num_seqs=32, max_model_len=128)
     group = PageGroup(window=0, layers=(0,), num_pages=1000)
     cache = KVCache([group], block_size=16, max_num_seqs=32, max_blocks=8, sharing=False)
     limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[16, 64], decodes_apart=True)
     scheduler = Scheduler(rows, cache, limits)
     for length in [1] * num_decoding:
-        scheduler.add(Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20))
+        scheduler.add(
+            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        )
     while num_decoding > rows.decoding.sum():
         assert scheduler.plan() is not None
     left = sum(lengths)
     for length in lengths:
-        scheduler.add(Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20))
+        scheduler.add(
+            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        )
     sizes = []
     while left:
         plan = scheduler.plan()

@@ -52,7 +52,9 @@ class LineCounter:
 
 
 @contextmanager
-def failing_call(owner: Any, name: str, number: int, error: type[BaseException], *, after: bool = False) -> Iterator[list[int]]:
+def failing_call(
+    owner: Any, name: str, number: int, error: type[BaseException], *, after: bool = False
+) -> Iterator[list[int]]:
     """Raise in the n-th call of an attribute, counted from 0, before it runs or after it has run; yields the number of calls."""
     original: Callable[..., Any] = getattr(owner, name)
     calls = [0]

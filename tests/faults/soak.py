@@ -65,36 +65,57 @@ def lazy_config() -> Config:
 
 def alone(model: PreTrainedModel, cases: list[Case]) -> list[tuple[list[int], str | None]]:
     """What each request gives by itself, eagerly."""
-    with CompiledLLM(model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         requests = [run_alone(llm, case) for case in cases]
     return [(request.token_ids, request.finish_reason) for request in requests]
 
 
 async def serve(
-    soak: Soak, name: str, model: PreTrainedModel, cases: list[Case], want: list[tuple[list[int], str | None]], seed: int
+    soak: Soak,
+    name: str,
+    model: PreTrainedModel,
+    cases: list[Case],
+    want: list[tuple[list[int], str | None]],
+    seed: int,
 ) -> None:
     """Lives of an asynchronous engine, one after another."""
     rng = random.Random(seed)
     while not soak.over:
-        llm = await asyncio.to_thread(AsyncCompiledLLM, lambda: CompiledLLM(model, None, lazy_config(), progress=False))
+        llm = await asyncio.to_thread(
+            AsyncCompiledLLM, lambda: CompiledLLM(model, None, lazy_config(), progress=False)
+        )
         free = await llm.call(lambda engine: engine.engine.cache.num_free)
         for _ in range(ROUNDS_A_LIFE):
             if soak.over:
                 break
             numbers = rng.sample(range(len(cases)), 20)
-            tasks = [one(soak, name, llm, cases[number], want[number], rng.random()) for number in numbers]
+            tasks = [
+                one(soak, name, llm, cases[number], want[number], rng.random())
+                for number in numbers
+            ]
             await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
             await llm.call(lambda engine: engine.engine.cache.check())
             now = await llm.call(lambda engine: engine.engine.cache.num_free)
             soak.check(now == free, f"{name}: {now} pages are free, expected {free}")
             soak.counts[f"{name} rounds"] += 1
         report = await llm.report()
-        soak.counts[f"{name} captures"] += sum(bucket.mode in ("graph", "compiled") for bucket in report.buckets)
+        soak.counts[f"{name} captures"] += sum(
+            bucket.mode in ("graph", "compiled") for bucket in report.buckets
+        )
         soak.counts[f"{name} preemptions"] += report.scheduling.preemptions
         await asyncio.to_thread(llm.close)
 
 
-async def one(soak: Soak, name: str, llm: AsyncCompiledLLM, case: Case, want: tuple[list[int], str | None], chance: float) -> None:
+async def one(
+    soak: Soak,
+    name: str,
+    llm: AsyncCompiledLLM,
+    case: Case,
+    want: tuple[list[int], str | None],
+    chance: float,
+) -> None:
     """A request that arrives at some time, and in one case of five is withdrawn."""
     await asyncio.sleep(0.2 * chance)
     stream = await llm.add(case.prompt, case.params, streaming=chance < 0.5)
@@ -106,15 +127,25 @@ async def one(soak: Soak, name: str, llm: AsyncCompiledLLM, case: Case, want: tu
         return
     *_, last = [output async for output in stream]
     done = last.outputs[0]
-    soak.check((done.token_ids, done.finish_reason) == want, f"{name}: {case} gave {done}, alone {want}")
+    soak.check(
+        (done.token_ids, done.finish_reason) == want, f"{name}: {case} gave {done}, alone {want}"
+    )
     soak.counts[f"{name} requests"] += 1
 
 
-def interrupt(soak: Soak, model: PreTrainedModel, cases: list[Case], want: list[tuple[list[int], str | None]], seed: int) -> None:
+def interrupt(
+    soak: Soak,
+    model: PreTrainedModel,
+    cases: list[Case],
+    want: list[tuple[list[int], str | None]],
+    seed: int,
+) -> None:
     """In the main thread, which alone gets signals: interrupted and whole calls of a synchronous engine, in turns."""
     rng = random.Random(seed)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    with CompiledLLM(model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         free, seconds = llm.engine.cache.num_free, 1.0
         while not soak.over:
             numbers = rng.sample(range(len(cases)), 6)
@@ -128,14 +159,19 @@ def interrupt(soak: Soak, model: PreTrainedModel, cases: list[Case], want: list[
                 signal.setitimer(signal.ITIMER_REAL, 0)
             found = generate(llm, [cases[number] for number in numbers])
             seconds = 0.9 * (time.monotonic() - began)
-            soak.check(found == [want[number] for number in numbers], f"after an interrupt: {numbers} gave {found}")
+            soak.check(
+                found == [want[number] for number in numbers],
+                f"after an interrupt: {numbers} gave {found}",
+            )
             llm.engine.cache.check()
             soak.check(llm.engine.cache.num_free == free, "after an interrupt, pages are not free")
             soak.counts["calls"] += 1
 
 
 def generate(llm: CompiledLLM, cases: list[Case]) -> list[tuple[list[int], str | None]]:
-    outputs = llm.generate([case.prompt for case in cases], [case.params for case in cases], progress=False)
+    outputs = llm.generate(
+        [case.prompt for case in cases], [case.params for case in cases], progress=False
+    )
     return [(output.outputs[0].token_ids, output.outputs[0].finish_reason) for output in outputs]
 
 
@@ -148,7 +184,9 @@ def guarded(soak: Soak, name: str, work: Callable[[], None]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Random requests, aborts, interrupts and lazy captures on three engines at once.")
+    parser = argparse.ArgumentParser(
+        description="Random requests, aborts, interrupts and lazy captures on three engines at once."
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -171,7 +209,9 @@ def main() -> int:
     for thread in threads:
         thread.start()
     sync_model = tiny_model(FAMILIES[0])
-    guarded(soak, "interrupted", lambda: interrupt(soak, sync_model, cases, wanted[0], options.seed))
+    guarded(
+        soak, "interrupted", lambda: interrupt(soak, sync_model, cases, wanted[0], options.seed)
+    )
     for thread in threads:
         thread.join(PATIENCE)
         soak.check(not thread.is_alive(), f"{thread.name} hangs")

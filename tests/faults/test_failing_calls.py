@@ -65,7 +65,9 @@ def want() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[CompiledLLM]:
-    with CompiledLLM(tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False) as engine:
+    with CompiledLLM(
+        tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as engine:
         yield engine
 
 
@@ -75,14 +77,18 @@ def _tokens(llm: CompiledLLM) -> list[list[int]]:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_step_whose_call_fails(llm: CompiledLLM, want: list[list[int]], call: str, after: bool) -> None:
+def test_a_step_whose_call_fails(
+    llm: CompiledLLM, want: list[list[int]], call: str, after: bool
+) -> None:
     owner, name = CALLS[call]
     free = llm.engine.cache.num_free
     assert _tokens(llm) == want  # so that all runs below find the same blocks shared
     with failing_call(owner, name, -1, OSError) as calls:
         assert _tokens(llm) == want
     assert calls[0], "the call is not made"
-    for turn, number in enumerate(sorted({0, 1, calls[0] // 2, calls[0] - 1} & set(range(calls[0])))):
+    for turn, number in enumerate(
+        sorted({0, 1, calls[0] // 2, calls[0] - 1} & set(range(calls[0])))
+    ):
         error = ERRORS[turn % len(ERRORS)]
         with failing_call(owner, name, number, error, after=after), pytest.raises(error):
             _tokens(llm)
@@ -94,7 +100,9 @@ def test_a_step_whose_call_fails(llm: CompiledLLM, want: list[list[int]], call: 
 
 def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
     """It says so, ends what runs and what waits, and refuses everything but to be closed."""
-    with CompiledLLM(tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         stream_job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
         llm.engine.add(stream_job.requests[0])
         with (
@@ -107,13 +115,16 @@ def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
         assert llm.engine.broken is not None
         for call in (lambda: greedy(llm, PROMPTS, 12), llm.engine.step, llm.reset_prefix_cache):
             with pytest.raises(
-                EngineBrokenError, match=r"this engine is broken: after RuntimeError: injected it could not recover"
+                EngineBrokenError,
+                match=r"this engine is broken: after RuntimeError: injected it could not recover",
             ):
                 call()
 
 
 def test_steps_that_fail_for_no_request_break_the_engine() -> None:
-    with CompiledLLM(tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
         llm.engine.add(job.requests[0])
         with pytest.MonkeyPatch.context() as patched:
@@ -131,40 +142,57 @@ def _raise(*_: object) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, SystemExit])
-@pytest.mark.parametrize(("owner", "name"), [(DecodeStep, "forward"), (PrefillStep, "forward"), (Readback, "tokens")])
-def test_an_asynchronous_engine_outlives_a_step(owner: Any, name: str, error: type[BaseException], want: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"), [(DecodeStep, "forward"), (PrefillStep, "forward"), (Readback, "tokens")]
+)
+def test_an_asynchronous_engine_outlives_a_step(
+    owner: Any, name: str, error: type[BaseException], want: list[list[int]]
+) -> None:
     """Whoever ran in it is told; the others, and those who come after, get their tokens; nobody waits for ever."""
 
-    async def one(llm: AsyncCompiledLLM, prompt: list[int]) -> tuple[list[int], str | None, str | None]:
+    async def one(
+        llm: AsyncCompiledLLM, prompt: list[int]
+    ) -> tuple[list[int], str | None, str | None]:
         *_, last = [output async for output in await llm.add(prompt, SamplingParams(**PARAMS))]
         done = last.outputs[0]
         return done.token_ids, done.finish_reason, done.error
 
     async def main() -> None:
         config = small_config(compile={"dispatch": "eager"})
-        async with AsyncCompiledLLM(lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False)) as llm:
+        async with AsyncCompiledLLM(
+            lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False)
+        ) as llm:
             with failing_call(owner, name, 3, error):
-                found = await asyncio.wait_for(asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)), 60)
+                found = await asyncio.wait_for(
+                    asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)), 60
+                )
             failed = [why for _, reason, why in found if reason == "error"]
             assert 1 <= len(failed) <= 4, "of five, four run at once"
             assert all(why is not None and f"{error.__name__}: injected" in why for why in failed)
             for (tokens, reason, _), right in zip(found, want, strict=True):
                 assert reason == "error" or tokens == right
-            again = await asyncio.wait_for(asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)), 60)
+            again = await asyncio.wait_for(
+                asyncio.gather(*(one(llm, prompt) for prompt in PROMPTS)), 60
+            )
             assert [tokens for tokens, _, _ in again] == want
 
     with pytest.warns(UserWarning, match="a step failed"):
         asyncio.run(main())
 
 
-def test_a_processor_that_exits_ends_its_request_alone(llm: CompiledLLM, want: list[list[int]]) -> None:
+def test_a_processor_that_exits_ends_its_request_alone(
+    llm: CompiledLLM, want: list[list[int]]
+) -> None:
     def leave(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         raise SystemExit(3)
 
     params = [SamplingParams(**PARAMS), SamplingParams(**PARAMS, logits_processors=[leave])]
     plain, leaving = llm.generate(PROMPTS[:2], params)
     assert plain.outputs[0].token_ids == want[0]
-    assert (leaving.outputs[0].finish_reason, leaving.outputs[0].error) == ("error", "SystemExit: 3")
+    assert (leaving.outputs[0].finish_reason, leaving.outputs[0].error) == (
+        "error",
+        "SystemExit: 3",
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +219,9 @@ def test_an_engine_is_not_called_from_within_a_step(
     assert not llm.engine.has_work
 
 
-def test_an_abort_from_within_a_step_waits_for_its_end(llm: CompiledLLM, want: list[list[int]]) -> None:
+def test_an_abort_from_within_a_step_waits_for_its_end(
+    llm: CompiledLLM, want: list[list[int]]
+) -> None:
     """A finalizer may run in the middle of anything."""
     other = llm.jobs.make(PROMPTS[0], SamplingParams(**PARAMS))
     llm.engine.add(other.requests[0])

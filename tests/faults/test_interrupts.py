@@ -25,9 +25,14 @@ NUM_PAGES = 24
 
 def _simulated() -> Engine:
     """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
-    groups = [PageGroup(window=0, layers=(0,), num_pages=NUM_PAGES), PageGroup(window=24, layers=(1,), num_pages=NUM_PAGES)]
+    groups = [
+        PageGroup(window=0, layers=(0,), num_pages=NUM_PAGES),
+        PageGroup(window=24, layers=(1,), num_pages=NUM_PAGES),
+    ]
     limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
-    runtime = SimulatedRuntime(groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True)
+    runtime = SimulatedRuntime(
+        groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True
+    )
     return Engine(runtime, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
 
 
@@ -36,13 +41,23 @@ def _jobs() -> list[Job]:
     beginning = [1 + number % 20 for number in range(40)]
     jobs = []
     for number in range(6):
-        params = SamplingParams(temperature=1.0 * (number % 2), seed=number, max_tokens=30, min_tokens=5 * (number % 3))
+        params = SamplingParams(
+            temperature=1.0 * (number % 2), seed=number, max_tokens=30, min_tokens=5 * (number % 3)
+        )
         prompt = [*beginning[: 40 - 5 * (number % 2)], 1 + number]
         stops = frozenset({3}) if number % 3 else frozenset()
         jobs.append(
             Job(
                 prompt=None,
-                requests=[Request(prompt_token_ids=prompt, params=params, seed=number, max_tokens=30, stop_token_ids=stops)],
+                requests=[
+                    Request(
+                        prompt_token_ids=prompt,
+                        params=params,
+                        seed=number,
+                        max_tokens=30,
+                        stop_token_ids=stops,
+                    )
+                ],
             )
         )
     return jobs

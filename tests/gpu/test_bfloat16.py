@@ -47,7 +47,9 @@ def test_one_bucket_gives_the_same_bits_in_any_order() -> None:
     buckets = {"decode": [], "prefill": [64], "samplers": ["full"]}
     cache = {"memory": 44 * 16 * 2 * 2 * 2 * 32 * 2}  # a sequence and a bit
     cases = random_cases(120, longest=500, max_tokens=80)
-    with CompiledLLM(model, None, small_config(limits=LIMITS, buckets=buckets, cache=cache), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(limits=LIMITS, buckets=buckets, cache=cache), progress=False
+    ) as llm:
         alone = [run_alone(llm, case) for case in cases]
         for arranged in (cases, rearranged(cases, 1), rearranged(cases, 2)):
             for expected, request in zip(alone, run_together(llm, arranged), strict=True):

@@ -61,11 +61,15 @@ def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
             prompts = [prompt_of(length) for length in lengths]
             for prompt, (tokens, logits) in zip(prompts, generate(llm, prompts), strict=True):
                 right = _logits(exact, prompt, tokens)
-                errors.append((_relative(logits, right), _relative(_logits(theirs, prompt, tokens), right)))
+                errors.append(
+                    (_relative(logits, right), _relative(_logits(theirs, prompt, tokens), right))
+                )
         report = llm.report()
     ours, eager = (torch.cat(found) for found in zip(*errors, strict=True))
     for share in (0.5, 0.9):
-        assert ours.quantile(share) <= 1.5 * eager.quantile(share) + 0.005, f"at {share:.0%} of the tokens"
+        assert ours.quantile(share) <= 1.5 * eager.quantile(share) + 0.005, (
+            f"at {share:.0%} of the tokens"
+        )
     return report
 
 

@@ -34,7 +34,10 @@ def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]
 
 def _add(llm: CompiledLLM, lengths: list[int], **params: Any) -> list[Request]:
     wanted = SamplingParams(**{"temperature": 0, "max_tokens": 60, "ignore_eos": True, **params})
-    requests = [Request(prompt_token_ids=prompt_of(length), params=wanted, max_tokens=60, seed=7) for length in lengths]
+    requests = [
+        Request(prompt_token_ids=prompt_of(length), params=wanted, max_tokens=60, seed=7)
+        for length in lengths
+    ]
     for request in requests:
         llm.engine.add(request)
     return requests
@@ -61,27 +64,44 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
         assert not any(report.graph_events.values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="for Hopper and later")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="for Hopper and later",
+)
 def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes() -> None:
     """All of a decode step's, so that none can overtake one that ran before the one before it."""
     codes: list[str] = []
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_model_len": 128}
-    config = small_config(limits=limits, buckets={"decode": [4], "prefill": [128], "samplers": ["full"]})
+    config = small_config(
+        limits=limits, buckets={"decode": [4], "prefill": [128], "samplers": ["full"]}
+    )
     with (
         fresh_cache(),
         mock.patch.object(GraphLowering, "save_output_code", codes.append),
         CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm,
     ):
-        assert [bucket.bucket for bucket in llm.report().buckets] == ["prefill-128-full", "decode-4-full"]
-    kernels = [re.findall(r"async_compile\.triton\('\w+', \'\'\'(.*?)\'\'\'", code, re.DOTALL) for code in codes]
+        assert [bucket.bucket for bucket in llm.report().buckets] == [
+            "prefill-128-full",
+            "decode-4-full",
+        ]
+    kernels = [
+        re.findall(r"async_compile\.triton\('\w+', \'\'\'(.*?)\'\'\'", code, re.DOTALL)
+        for code in codes
+    ]
     usual, early = sorted(kernels, key=lambda of_bucket: "launch_pdl': True" in of_bucket[0])
     assert not any("gdc_wait" in kernel for kernel in usual)
     assert len(early) > 5
     for kernel in early:
         assert "'launch_pdl': True" in kernel
         body = kernel[kernel.index("\ndef triton_") :]
-        for branch in re.split(r"\n    (?:el)?if pid", body)[body.count("\n    if pid") :]:  # of kernels that are one launch
-            assert 0 < branch.index("gdc_wait()") < re.search(r"tl\.(load|store|atomic_add)\(", branch).start()
+        for branch in re.split(r"\n    (?:el)?if pid", body)[
+            body.count("\n    if pid") :
+        ]:  # of kernels that are one launch
+            assert (
+                0
+                < branch.index("gdc_wait()")
+                < re.search(r"tl\.(load|store|atomic_add)\(", branch).start()
+            )
 
 
 def test_the_host_runs_ahead_of_the_device() -> None:
@@ -102,12 +122,16 @@ def test_the_host_runs_ahead_of_the_device() -> None:
 @pytest.mark.parametrize("dispatch", ["direct", "torch"])
 def test_replay_equals_eager_as_lengths_tables_and_batches_change(dispatch: str) -> None:
     batches = [[5], [16, 1], [15, 17, 16], [31, 32, 33, 1], [60, 3]]
-    prompts = [[prompt_of(length, seed) for length in lengths] for seed, lengths in enumerate(batches)]
+    prompts = [
+        [prompt_of(length, seed) for length in lengths] for seed, lengths in enumerate(batches)
+    ]
     model = tiny_model("qwen3")
     reference = Reference(model)
     tokens = {}
     for mode in (dispatch, "eager"):
-        with CompiledLLM(model, None, small_config(compile={"dispatch": mode}), progress=False) as llm:
+        with CompiledLLM(
+            model, None, small_config(compile={"dispatch": mode}), progress=False
+        ) as llm:
             before, tokens[mode] = graph_events(model.device), []
             for batch in prompts:
                 poison(llm)
@@ -145,7 +169,9 @@ def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.Monk
         assert not before.report().fallbacks
 
 
-def _check_failed_captures(model: PreTrainedModel, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+def _check_failed_captures(
+    model: PreTrainedModel, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = step.sample_greedy
 
     def failing(logits: torch.Tensor) -> torch.Tensor:
@@ -155,7 +181,8 @@ def _check_failed_captures(model: PreTrainedModel, reference: Reference, monkeyp
     # The decode buckets are 4 (which fails), 2 and 1; of the prefill buckets, 8 fails too, since it has 4 sequences. Prompts
     # of more than 3 tokens are prefilled eagerly, as many tokens a step as the limit allows, so only the last fits the other.
     config = small_config(
-        limits={"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 128}, buckets={"decode": [1, 2], "prefill": [3]}
+        limits={"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 128},
+        buckets={"decode": [1, 2], "prefill": [3]},
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         for lengths in ([5, 9, 30], [12], [6, 7], [3, 3, 3, 3], [2]):
@@ -168,8 +195,13 @@ def _check_failed_captures(model: PreTrainedModel, reference: Reference, monkeyp
         "prefill-3-greedy": "graph", "prefill-8-greedy": "eager", "decode-1-greedy": "graph", "decode-2-greedy": "graph",
         "decode-4-greedy": "eager",
     }, failures  # fmt: skip
-    assert sorted(reason[: reason.index(" failed: ")] for reason in report.fallbacks) == ["decode-4-greedy", "prefill-8-greedy"]
-    assert [bucket.bucket for bucket in report.buckets if bucket.mode == "graph" and not bucket.replays] == []
+    assert sorted(reason[: reason.index(" failed: ")] for reason in report.fallbacks) == [
+        "decode-4-greedy",
+        "prefill-8-greedy",
+    ]
+    assert [
+        bucket.bucket for bucket in report.buckets if bucket.mode == "graph" and not bucket.replays
+    ] == []
 
 
 def test_closing_gives_the_memory_back() -> None:

@@ -45,7 +45,12 @@ class Case:
 
 
 def random_cases(
-    count: int, *, longest: int, max_tokens: int, seed: int = 0, samplings: Sequence[dict[str, Any]] = SAMPLINGS
+    count: int,
+    *,
+    longest: int,
+    max_tokens: int,
+    seed: int = 0,
+    samplings: Sequence[dict[str, Any]] = SAMPLINGS,
 ) -> list[Case]:
     """Prompts of 1 to `longest` tokens, a third of them with a shared beginning, arriving over many steps; a tenth is aborted."""
     rng = random.Random(seed)
@@ -73,7 +78,10 @@ def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
     """The same requests in another order of arrival, with other ones withdrawn."""
     rng = random.Random(seed)
     aborts = [rng.randint(0, 30) if rng.random() < 0.1 else None for _ in cases]
-    return [replace(case, arrival=rng.randint(0, len(cases)), abort_after=abort) for case, abort in zip(cases, aborts, strict=True)]
+    return [
+        replace(case, arrival=rng.randint(0, len(cases)), abort_after=abort)
+        for case, abort in zip(cases, aborts, strict=True)
+    ]
 
 
 def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
@@ -86,7 +94,11 @@ def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
                 jobs[number] = llm._jobs.make(case.prompt, case.params)
                 llm.engine.check(jobs[number].requests[0])
                 llm.engine.add(jobs[number].requests[0])
-            if number in jobs and case.abort_after is not None and step >= case.arrival + case.abort_after:
+            if (
+                number in jobs
+                and case.abort_after is not None
+                and step >= case.arrival + case.abort_after
+            ):
                 llm.engine.abort(jobs[number].requests[0])
         llm.engine.step()
         llm.engine.cache.check()

@@ -56,7 +56,9 @@ class Sequences:
 
     def draw(self, sequence: int, seed: int, banned: Collection[int] = ()) -> int:
         """The token that follows."""
-        drawn = ((hash((self._hashes[sequence], seed, number)) >> 7) % VOCAB_SIZE for number in count())
+        drawn = (
+            (hash((self._hashes[sequence], seed, number)) >> 7) % VOCAB_SIZE for number in count()
+        )
         return next(token for token in drawn if token not in banned)
 
 
@@ -83,7 +85,11 @@ class SimulatedRuntime:
         states: bool = False,
     ) -> None:
         self.groups, self.limits, self.block_size = groups, limits, block_size
-        self.prefill_sizes, self.decodes_apart, self.has_states = prefill_sizes, apart or states, states
+        self.prefill_sizes, self.decodes_apart, self.has_states = (
+            prefill_sizes,
+            apart or states,
+            states,
+        )
         cache = CacheConfig.model_construct(block_size=block_size, prefix_caching=sharing)
         self.config, self.report = Config(limits=LimitsConfig(), cache=cache), Report()
         self.memory = self.state = self
@@ -142,9 +148,15 @@ class SimulatedRuntime:
         self._tables[:, rows], self._params[rows] = batch.tables, batch.params
         ids = np.where(batch.ids < 0, self._tokens[np.repeat(rows, batch.lengths)], batch.ids)
         pieces = np.split(ids, np.cumsum(batch.lengths)[:-1])
-        computed = self._compute(rows.tolist(), [piece.tolist() for piece in pieces], (batch.starts + batch.lengths).tolist())
+        computed = self._compute(
+            rows.tolist(),
+            [piece.tolist() for piece in pieces],
+            (batch.starts + batch.lengths).tolist(),
+        )
         for number in np.flatnonzero(fresh & (batch.samples > 0)):
-            assert batch.recent[number].tolist() == self.sequences.recent(int(self._last[rows[number]]))
+            assert batch.recent[number].tolist() == self.sequences.recent(
+                int(self._last[rows[number]])
+            )
         self._scored = computed if batch.sampler == "scoring" else []
         return self._sample(rows.tolist(), rows[batch.samples > 0].tolist(), batch.sampler)
 
@@ -185,7 +197,9 @@ class SimulatedRuntime:
             path = self.sequences.path(int(self._last[row]))
             for number, group in enumerate(self.groups):
                 first = max(0, end - len(piece) - group.window + 1) if group.window else 0
-                assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), "a query sees what is not its own"
+                assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), (
+                    "a query sees what is not its own"
+                )
         self.num_tokens += len(computed)
         return computed
 
@@ -210,7 +224,9 @@ class SimulatedRuntime:
     def _look(self, group: int, row: int, first: int, end: int) -> NDArray[np.int64]:
         return self._caches[group][self._slots(group, row, max(first, 0), end)]
 
-    def _slots(self, group: int, row: int, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _slots(
+        self, group: int, row: int, first: int, end: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         positions = np.arange(first, end)
         pages = self._tables[group, row, positions // self.block_size]
         assert (pages != TRASH_PAGE).all(), "a live token's page is the trash page"

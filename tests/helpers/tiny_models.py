@@ -22,7 +22,12 @@ _ALTERNATING = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 32},
-    "gemma2": {"head_dim": 32, "sliding_window": 24, "layer_types": _ALTERNATING, "query_pre_attn_scalar": 32},
+    "gemma2": {
+        "head_dim": 32,
+        "sliding_window": 24,
+        "layer_types": _ALTERNATING,
+        "query_pre_attn_scalar": 32,
+    },
     "gpt_oss": {
         "head_dim": 32,
         "sliding_window": 24,
@@ -47,7 +52,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
             if key not in {"hidden_size", "num_hidden_layers", "max_position_embeddings"}
         }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **values), dtype=torch.float32
+    )
     return model.to(DEVICE).eval()
 
 

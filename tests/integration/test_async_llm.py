@@ -45,7 +45,9 @@ SHORT = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
 
 def make_llm(**changes: Any) -> CompiledLLM:
-    return CompiledLLM(tiny_model("llama"), None, small_config(**{"compile": EAGER, **changes}), progress=False)
+    return CompiledLLM(
+        tiny_model("llama"), None, small_config(**{"compile": EAGER, **changes}), progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +106,38 @@ def mixed_params(number: int) -> SamplingParams:
     return SamplingParams(max_tokens=5 + 3 * number % 20, **kinds[number % len(kinds)])
 
 
-def test_concurrent_requests_give_what_the_synchronous_api_gives(llm: AsyncCompiledLLM, synchronous: CompiledLLM) -> None:
-    prompts, params = [prompt_of(3 + 4 * n, n) for n in range(20)], [mixed_params(n) for n in range(20)]
+def test_concurrent_requests_give_what_the_synchronous_api_gives(
+    llm: AsyncCompiledLLM, synchronous: CompiledLLM
+) -> None:
+    prompts, params = (
+        [prompt_of(3 + 4 * n, n) for n in range(20)],
+        [mixed_params(n) for n in range(20)],
+    )
     expected = synchronous.generate(prompts, params, progress=False)
 
     async def main() -> list[RequestOutput]:
-        streams = [await llm.add(p, w, priority=n % 3, streaming=n % 2 == 0) for n, (p, w) in enumerate(zip(prompts, params))]  # noqa: B905
+        streams = [
+            await llm.add(p, w, priority=n % 3, streaming=n % 2 == 0)
+            for n, (p, w) in enumerate(zip(prompts, params))
+        ]  # noqa: B905
         return await asyncio.gather(*map(last, streams))
 
     for output, wanted in zip(asyncio.run(main()), expected, strict=True):
         assert output.finished
-        got = [(c.index, c.token_ids, c.finish_reason, c.error, len(c.logprobs or [])) for c in output.outputs]
-        assert got == [(c.index, c.token_ids, c.finish_reason, c.error, len(c.logprobs or [])) for c in wanted.outputs]
+        got = [
+            (c.index, c.token_ids, c.finish_reason, c.error, len(c.logprobs or []))
+            for c in output.outputs
+        ]
+        assert got == [
+            (c.index, c.token_ids, c.finish_reason, c.error, len(c.logprobs or []))
+            for c in wanted.outputs
+        ]
         assert len(output.prompt_logprobs or []) == len(wanted.prompt_logprobs or [])
 
 
-def test_outputs_grow_and_a_slow_consumer_gets_the_latest(llm: AsyncCompiledLLM, reference: Reference) -> None:
+def test_outputs_grow_and_a_slow_consumer_gets_the_latest(
+    llm: AsyncCompiledLLM, reference: Reference
+) -> None:
     expected = reference(prompt_of(9), 100)
 
     async def consume(seconds: float) -> list[RequestOutput]:
@@ -139,7 +157,10 @@ def test_outputs_grow_and_a_slow_consumer_gets_the_latest(llm: AsyncCompiledLLM,
     for outputs in (fast, slow):
         lengths = [len(output.outputs[0].token_ids) for output in outputs]
         assert lengths == sorted(set(lengths))
-        assert all(output.outputs[0].token_ids == expected[:length] for output, length in zip(outputs, lengths, strict=True))
+        assert all(
+            output.outputs[0].token_ids == expected[:length]
+            for output, length in zip(outputs, lengths, strict=True)
+        )
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     assert len(slow) < len(fast)
     assert (fast[-1].request_id, slow[-1].request_id) == ("after 0", "after 0.1")
@@ -194,7 +215,9 @@ async def leave_by_cancelling(llm: AsyncCompiledLLM) -> None:
     began = asyncio.Event()
 
     async def consume() -> None:
-        async for _ in llm.generate(prompt_of(60), SamplingParams(n=3, max_tokens=60, ignore_eos=True)):
+        async for _ in llm.generate(
+            prompt_of(60), SamplingParams(n=3, max_tokens=60, ignore_eos=True)
+        ):
             began.set()
 
     task = asyncio.create_task(consume())
@@ -237,15 +260,25 @@ async def leave_by_abort(llm: AsyncCompiledLLM) -> None:
         leave_by_abort,
     ],
 )
-def test_whoever_leaves_frees_the_pages(llm: AsyncCompiledLLM, reference: Reference, leave: Leave) -> None:
+def test_whoever_leaves_frees_the_pages(
+    llm: AsyncCompiledLLM, reference: Reference, leave: Leave
+) -> None:
     async def main() -> None:
         before = await free_pages(llm)
-        other = await llm.add(prompt_of(20), SamplingParams(temperature=0, max_tokens=105, ignore_eos=True), request_id="other")
+        other = await llm.add(
+            prompt_of(20),
+            SamplingParams(temperature=0, max_tokens=105, ignore_eos=True),
+            request_id="other",
+        )
         await anext(other)
         await leave(llm)
-        for _ in range(5):  # an abandoned generator's finalizer is a task, which the loop has to make and to run
+        for _ in range(
+            5
+        ):  # an abandoned generator's finalizer is a task, which the loop has to make and to run
             await asyncio.sleep(0)
-        running = await llm.call(lambda engine: len(engine.engine._rows.running) + engine.engine.num_waiting)
+        running = await llm.call(
+            lambda engine: len(engine.engine._rows.running) + engine.engine.num_waiting
+        )
         assert running == 1
         await llm.abort("other")
         assert await free_pages(llm) == before
@@ -285,21 +318,31 @@ def test_a_storm_of_cancellations(llm: AsyncCompiledLLM, reference: Reference) -
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt is empty: expected at least one token"),
-        (prompt_of(128), {}, "the prompt has 128 tokens, which limits.max_model_len=128 leaves no answer to"),
+        (
+            prompt_of(128),
+            {},
+            "the prompt has 128 tokens, which limits.max_model_len=128 leaves no answer to",
+        ),
         ([VOCAB_SIZE], {}, f"token id {VOCAB_SIZE} is out of range"),
         ("text", {}, "this model has no tokenizer"),
         (b"abc", {}, "a prompt must be text or a list of token ids, got bytes: decode it to text"),
         ([True], {}, "token ids must be whole numbers, got True"),
         ([[5], [6]], {}, "token ids must be whole numbers, got [5]"),
         (["a", "b"], {}, "token ids must be whole numbers, got 'a'"),
-        ({"role": "user", "content": "a"}, {}, "a prompt must be text or a list of token ids, got dict: pass messages as a list"),
+        (
+            {"role": "user", "content": "a"},
+            {},
+            "a prompt must be text or a list of token ids, got dict: pass messages as a list",
+        ),
         ([5], {"request_id": 7}, "request_id must be text or None, got 7"),
         ([5], {"params": {"max_tokens": 5}}, "params must be SamplingParams, got dict"),
         ([5], {"priority": "high"}, "priority must be a whole number, got 'high'"),
         ([5], {"request_id": "taken"}, "request_id 'taken' is that of a running request"),
     ],
 )
-def test_bad_input_is_refused_alone(llm: AsyncCompiledLLM, reference: Reference, prompt: Any, options: Any, message: str) -> None:
+def test_bad_input_is_refused_alone(
+    llm: AsyncCompiledLLM, reference: Reference, prompt: Any, options: Any, message: str
+) -> None:
     async def main() -> None:
         other = await llm.add(prompt_of(20), LONG, request_id="taken")
         with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
@@ -316,12 +359,19 @@ def test_bad_input_is_refused_alone(llm: AsyncCompiledLLM, reference: Reference,
 
 
 def test_streams_of_text_are_refused_where_there_is_none(llm: AsyncCompiledLLM) -> None:
-    with pytest.raises(ValueError, match=r"stream\(\) yields text, and this model has no tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"stream\(\) yields text, and this model has no tokenizer"
+    ):
         asyncio.run(anext(llm.stream([5])))
 
 
 def test_a_full_queue_refuses_before_anything_runs(reference: Reference) -> None:
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 2}
+    limits = {
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 128,
+        "max_waiting": 2,
+    }
 
     async def main() -> None:
         async with AsyncCompiledLLM(lambda: make_llm(limits=limits)) as llm:
@@ -330,30 +380,45 @@ def test_a_full_queue_refuses_before_anything_runs(reference: Reference) -> None
                 running.append(await llm.add(prompt_of(9, number), LONG))
                 await anext(running[-1])
             waiting = [await llm.add(prompt_of(9, 2), SHORT)]
-            with pytest.raises(QueueFullError, match=r"1 requests are waiting, 2 more exceed limits\.max_waiting=2"):
-                await llm.add(prompt_of(9), SamplingParams(n=2, max_tokens=5))  # all of it or nothing
+            with pytest.raises(
+                QueueFullError, match=r"1 requests are waiting, 2 more exceed limits\.max_waiting=2"
+            ):
+                await llm.add(
+                    prompt_of(9), SamplingParams(n=2, max_tokens=5)
+                )  # all of it or nothing
             waiting.append(await llm.add(prompt_of(9, 3), SHORT))
             with pytest.raises(QueueFullError, match="2 requests are waiting"):
                 await anext(llm.generate(prompt_of(9), SHORT))
             for number, output in enumerate(await asyncio.gather(*map(last, [*running, *waiting]))):
-                assert output.outputs[0].token_ids == reference(prompt_of(9, number), 100 if number < 2 else 5)
+                assert output.outputs[0].token_ids == reference(
+                    prompt_of(9, number), 100 if number < 2 else 5
+                )
 
     asyncio.run(main())
 
 
-def test_a_failing_logits_processor_ends_its_request_alone(llm: AsyncCompiledLLM, reference: Reference) -> None:
+def test_a_failing_logits_processor_ends_its_request_alone(
+    llm: AsyncCompiledLLM, reference: Reference
+) -> None:
     def fail(ids: torch.LongTensor, logits: torch.FloatTensor) -> torch.FloatTensor:
         if ids.shape[1] == 12:
             raise KeyError("no such thing")
         return logits
 
     async def main() -> tuple[RequestOutput, RequestOutput]:
-        failing = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logits_processors=[fail])
-        first, second = await asyncio.gather(last(llm.generate(prompt_of(9), failing)), last(llm.generate(prompt_of(20), LONG)))
+        failing = SamplingParams(
+            temperature=0, max_tokens=20, ignore_eos=True, logits_processors=[fail]
+        )
+        first, second = await asyncio.gather(
+            last(llm.generate(prompt_of(9), failing)), last(llm.generate(prompt_of(20), LONG))
+        )
         return first, second
 
     failed, other = asyncio.run(main())
-    assert (failed.outputs[0].finish_reason, failed.outputs[0].error) == ("error", "KeyError: 'no such thing'")
+    assert (failed.outputs[0].finish_reason, failed.outputs[0].error) == (
+        "error",
+        "KeyError: 'no such thing'",
+    )
     assert failed.outputs[0].token_ids == reference(prompt_of(9), 3)
     assert other.outputs[0].token_ids == reference(prompt_of(20), 100)
 
@@ -382,9 +447,16 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
             assert isinstance(error, EngineBrokenError)
         with pytest.raises(StopAsyncIteration):
             await anext(streams[0])
-        for late in (llm.add([5]), anext(llm.generate([5])), anext(llm.stream([5])), llm.abort("mine"), llm.report()):
+        for late in (
+            llm.add([5]),
+            anext(llm.generate([5])),
+            anext(llm.stream([5])),
+            llm.abort("mine"),
+            llm.report(),
+        ):
             with pytest.raises(
-                RuntimeError, match="this AsyncCompiledLLM has failed, EngineBrokenError: the device is gone"
+                RuntimeError,
+                match="this AsyncCompiledLLM has failed, EngineBrokenError: the device is gone",
             ) as caught:
                 await late
             assert isinstance(caught.value.__cause__, EngineBrokenError)
@@ -422,7 +494,9 @@ class NoLetters(Letters):
 
 def spelling(tokenizer: Letters, **changes: Any) -> AsyncCompiledLLM:
     config = small_config(**{"compile": EAGER, **changes})
-    return AsyncCompiledLLM(lambda: CompiledLLM(tiny_model("llama"), tokenizer, config, progress=False))  # type: ignore[arg-type]
+    return AsyncCompiledLLM(
+        lambda: CompiledLLM(tiny_model("llama"), tokenizer, config, progress=False)
+    )  # type: ignore[arg-type]
 
 
 def test_tokens_that_the_tokenizer_does_not_know_have_no_text(reference: Reference) -> None:
@@ -430,16 +504,34 @@ def test_tokens_that_the_tokenizer_does_not_know_have_no_text(reference: Referen
         async with spelling(Letters()) as llm:
             outputs = await asyncio.gather(
                 last(llm.generate(prompt_of(20), LONG)),
-                last(llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=3))),
-                last(llm.generate(prompt_of(30), SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=3, ignore_eos=True))),
+                last(
+                    llm.generate(
+                        prompt_of(9),
+                        SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=3),
+                    )
+                ),
+                last(
+                    llm.generate(
+                        prompt_of(30),
+                        SamplingParams(
+                            temperature=0, max_tokens=9, prompt_logprobs=3, ignore_eos=True
+                        ),
+                    )
+                ),
             )
             for output, (length, count) in zip(outputs, [(20, 100), (9, 9), (30, 9)], strict=True):
                 expected = reference(prompt_of(length), count)
                 assert (output.outputs[0].token_ids, output.outputs[0].error) == (expected, None)
                 assert output.text == "".join(chr(97 + token) for token in expected if token < 26)
-            for entry in [*(outputs[1].outputs[0].logprobs or []), *(outputs[2].prompt_logprobs or [])[1:]]:
+            for entry in [
+                *(outputs[1].outputs[0].logprobs or []),
+                *(outputs[2].prompt_logprobs or [])[1:],
+            ]:
                 assert entry is not None
-                assert all(one.decoded_token == (chr(97 + token) if token < 26 else "") for token, one in entry.items())
+                assert all(
+                    one.decoded_token == (chr(97 + token) if token < 26 else "")
+                    for token, one in entry.items()
+                )
 
     asyncio.run(main())
 
@@ -453,7 +545,10 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(reference: Reference) -> 
             other = await llm.add(prompt_of(9), LONG, streaming=False)
             failing = SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=0)
             output = await last(await llm.add(prompt, failing))
-            assert (output.outputs[0].finish_reason, output.outputs[0].error) == ("error", "ValueError: no text for 7")
+            assert (output.outputs[0].finish_reason, output.outputs[0].error) == (
+                "error",
+                "ValueError: no text for 7",
+            )
             assert (await last(other)).outputs[0].token_ids == reference(prompt_of(9), 100)
             assert await free_pages(llm) == before
 
@@ -462,7 +557,14 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(reference: Reference) -> 
 
 @pytest.mark.parametrize(
     "error",
-    [SystemExit(3), KeyboardInterrupt(), StopIteration(1), asyncio.CancelledError(), FutureCancelledError(), GeneratorExit()],
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        StopIteration(1),
+        asyncio.CancelledError(),
+        FutureCancelledError(),
+        GeneratorExit(),
+    ],
 )
 def test_whatever_a_call_raises_its_caller_is_told_and_the_thread_goes_on(
     llm: AsyncCompiledLLM, reference: Reference, error: BaseException
@@ -471,7 +573,9 @@ def test_whatever_a_call_raises_its_caller_is_told_and_the_thread_goes_on(
         raise error
 
     async def main() -> None:
-        with pytest.raises(RuntimeError, match=f"{type(error).__name__} was raised in the engine's thread") as caught:
+        with pytest.raises(
+            RuntimeError, match=f"{type(error).__name__} was raised in the engine's thread"
+        ) as caught:
             await llm.call(fail)
         assert caught.value.__cause__ is error
         assert await tokens(llm, prompt_of(9), SHORT) == reference(prompt_of(9), 5)
@@ -482,7 +586,11 @@ def test_whatever_a_call_raises_its_caller_is_told_and_the_thread_goes_on(
 @pytest.mark.parametrize("error", [KeyError("lost"), SystemExit(3), MemoryError()])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_an_output_that_cannot_be_made_ends_its_request_alone(
-    llm: AsyncCompiledLLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException, streaming: bool
+    llm: AsyncCompiledLLM,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    streaming: bool,
 ) -> None:
     make = Jobs.output
 
@@ -495,7 +603,10 @@ def test_an_output_that_cannot_be_made_ends_its_request_alone(
         monkeypatch.setattr(Jobs, "output", output)
         before = await free_pages(llm)
         bad = await llm.add(
-            prompt_of(30), SamplingParams(n=2, max_tokens=9, ignore_eos=True), request_id="bad", streaming=streaming
+            prompt_of(30),
+            SamplingParams(n=2, max_tokens=9, ignore_eos=True),
+            request_id="bad",
+            streaming=streaming,
         )
         good = await llm.add(prompt_of(20), LONG)
         with pytest.raises(type(error) if isinstance(error, Exception) else RuntimeError):
@@ -508,7 +619,9 @@ def test_an_output_that_cannot_be_made_ends_its_request_alone(
     asyncio.run(main())
 
 
-def test_an_event_loop_that_fails_hurts_no_other(llm: AsyncCompiledLLM, reference: Reference) -> None:
+def test_an_event_loop_that_fails_hurts_no_other(
+    llm: AsyncCompiledLLM, reference: Reference
+) -> None:
     class Failing:
         def is_closed(self) -> bool:
             return False
@@ -533,7 +646,9 @@ def test_a_stream_is_refused_in_another_event_loop(llm: AsyncCompiledLLM) -> Non
         asyncio.run(last(stream))
 
 
-def test_a_fork_is_refused_instead_of_waiting_for_a_thread_that_it_has_not(llm: AsyncCompiledLLM) -> None:
+def test_a_fork_is_refused_instead_of_waiting_for_a_thread_that_it_has_not(
+    llm: AsyncCompiledLLM,
+) -> None:
     async def use(method: Callable[[], Any]) -> bool:
         try:
             await asyncio.wait_for(method(), 5)
@@ -566,7 +681,12 @@ def test_a_fork_is_refused_instead_of_waiting_for_a_thread_that_it_has_not(llm: 
 
 
 def test_nothing_is_made_of_what_the_queue_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 3}
+    limits = {
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 128,
+        "max_waiting": 3,
+    }
     tokenizer, made = Letters(), list[int]()
 
     class Counted(Request):
@@ -577,12 +697,17 @@ def test_nothing_is_made_of_what_the_queue_does_not_take(monkeypatch: pytest.Mon
     async def main() -> None:
         async with spelling(tokenizer, limits=limits) as llm:
             monkeypatch.setattr("compiled_llm.engine.processor.Request", Counted)
-            with pytest.raises(ValueError, match=r"n must be at most 5 here, got 16384: limits.max_num_seqs=2 may run"):
+            with pytest.raises(
+                ValueError,
+                match=r"n must be at most 5 here, got 16384: limits.max_num_seqs=2 may run",
+            ):
                 await llm.add("hello", SamplingParams(n=16_384))
             running = [await llm.add(prompt_of(9), LONG) for _ in range(2)]
             for stream in running:
                 await anext(stream)
-            with pytest.raises(QueueFullError, match=r"0 requests are waiting, 4 more exceed limits\.max_waiting=3"):
+            with pytest.raises(
+                QueueFullError, match=r"0 requests are waiting, 4 more exceed limits\.max_waiting=3"
+            ):
                 await llm.add("hello", SamplingParams(n=4))
             waiting = [await llm.add("hello", SHORT) for _ in range(3)]
             assert (len(made), tokenizer.num_texts) == (5, 3)
@@ -595,7 +720,9 @@ def test_nothing_is_made_of_what_the_queue_does_not_take(monkeypatch: pytest.Mon
 
 
 def test_what_the_start_raises_the_constructor_raises() -> None:
-    with pytest.raises(ValueError, match=r"limits.max_model_len=300, but the model has only 256 positions"):
+    with pytest.raises(
+        ValueError, match=r"limits.max_model_len=300, but the model has only 256 positions"
+    ):
         AsyncCompiledLLM(lambda: make_llm(limits={"max_model_len": 300}))
 
 
@@ -608,7 +735,12 @@ def test_closing_ends_what_runs(reference: Reference) -> None:
         await asyncio.sleep(0)
         llm.close()
         llm.close()
-        outputs = [await last(streams[0]), await last(streams[1]), await waiting, *[await last(s) for s in streams[3:]]]
+        outputs = [
+            await last(streams[0]),
+            await last(streams[1]),
+            await waiting,
+            *[await last(s) for s in streams[3:]],
+        ]
         for number, output in enumerate(outputs):
             assert output.outputs[0].finish_reason == "abort"
             got = output.outputs[0].token_ids
@@ -627,9 +759,13 @@ def _num_engine_threads() -> int:
     return sum(thread.name == "compiled-llm-engine" for thread in threading.enumerate())
 
 
-def test_several_threads_and_event_loops_at_once(llm: AsyncCompiledLLM, reference: Reference) -> None:
+def test_several_threads_and_event_loops_at_once(
+    llm: AsyncCompiledLLM, reference: Reference
+) -> None:
     async def several(first: int) -> list[list[int]]:
-        return await asyncio.gather(*(tokens(llm, prompt_of(9 + n, n), SHORT) for n in range(first, first + 5)))
+        return await asyncio.gather(
+            *(tokens(llm, prompt_of(9 + n, n), SHORT) for n in range(first, first + 5))
+        )
 
     def abandon(_: int) -> None:
         """A loop that is closed while its request runs."""
@@ -670,7 +806,11 @@ def test_the_report_and_the_prefix_cache(llm: AsyncCompiledLLM) -> None:
 def tokenizer() -> PreTrainedTokenizerBase:
     """A token for each byte, from 3 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: 3 + number for number, character in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(
+            vocab={character: 3 + number for number, character in enumerate(alphabet)}, merges=[]
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -684,7 +824,9 @@ def speaking(tokenizer: PreTrainedTokenizerBase) -> Iterator[AsyncCompiledLLM]:
     engine.close()
 
 
-def saying(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, **params: Any) -> SamplingParams:
+def saying(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, **params: Any
+) -> SamplingParams:
     """Params that make the model give this answer."""
     begin, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(answer)["input_ids"]
 
@@ -694,10 +836,14 @@ def saying(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, **param
         return forced  # type: ignore[return-value]
 
     processors: list[LogitsProcessor] = [force]
-    return SamplingParams(temperature=0, max_tokens=len(ids), logits_processors=processors, **params)
+    return SamplingParams(
+        temperature=0, max_tokens=len(ids), logits_processors=processors, **params
+    )
 
 
-def test_text_comes_in_whole_characters_and_stays(speaking: AsyncCompiledLLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_comes_in_whole_characters_and_stays(
+    speaking: AsyncCompiledLLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
     answer, kept = "Grüße 🙂 an ST und STO, STOP: nicht mehr", "Grüße 🙂 an ST und STO, "
     params = saying(tokenizer, "Hallo", answer, stop="STOP")
 
@@ -714,19 +860,27 @@ def test_text_comes_in_whole_characters_and_stays(speaking: AsyncCompiledLLM, to
     assert len(pieces) > 5
     assert all(kept.startswith(text) for text in texts)
     assert "\ufffd" not in "".join(texts)
-    with pytest.raises(ValueError, match=r"stream\(\) yields one completion, got n=2: use generate\(\)"):
+    with pytest.raises(
+        ValueError, match=r"stream\(\) yields one completion, got n=2: use generate\(\)"
+    ):
         asyncio.run(anext(speaking.stream("Hallo", SamplingParams(n=2))))
 
 
-def test_many_streams_of_text_at_once(speaking: AsyncCompiledLLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_many_streams_of_text_at_once(
+    speaking: AsyncCompiledLLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
     answers = [f"{number}: " + "äöü🙂ß" * (number % 4 + 1) for number in range(12)]
 
     async def read(number: int, answer: str) -> str:
         prompt = f"Frage {number}"
-        return "".join([piece async for piece in speaking.stream(prompt, saying(tokenizer, prompt, answer))])
+        return "".join(
+            [piece async for piece in speaking.stream(prompt, saying(tokenizer, prompt, answer))]
+        )
 
     async def main() -> list[str]:
-        return await asyncio.gather(*(read(number, answer) for number, answer in enumerate(answers)))
+        return await asyncio.gather(
+            *(read(number, answer) for number, answer in enumerate(answers))
+        )
 
     assert asyncio.run(main()) == answers
 
@@ -764,11 +918,19 @@ def test_what_is_not_closed_does_not_keep_the_interpreter() -> None:
         asyncio.run(main())
         print("done")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr[-2000:]) == (0, "done\n", "")
 
 
-def test_a_forked_process_is_refused_and_does_not_hang(llm: AsyncCompiledLLM, synchronous: CompiledLLM) -> None:
+def test_a_forked_process_is_refused_and_does_not_hang(
+    llm: AsyncCompiledLLM, synchronous: CompiledLLM
+) -> None:
     async def ask() -> None:
         with pytest.raises(RuntimeError, match="fork of it"):
             await llm.add([5, 6])

@@ -23,7 +23,9 @@ def _engine(model: PreTrainedModel, **compiling: str) -> CompiledLLM:
 def _is_given_back(model: PreTrainedModel) -> bool:
     ids = torch.tensor([prompt_of(5)], device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-    return model.config._attn_implementation != ATTENTION_NAME and all(p.requires_grad for p in model.parameters())
+    return model.config._attn_implementation != ATTENTION_NAME and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("first_to_close", [0, 1])
@@ -59,7 +61,9 @@ def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("phase", ["examine", "merged", "Runtime", "_facts"])
-def test_a_start_that_fails_gives_the_model_back(phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_gives_the_model_back(
+    phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama")
 
     def fail(*_: object, **__: object) -> None:
@@ -107,7 +111,9 @@ CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_was_changed_under_its_engine_is_refused(change: Callable[[PreTrainedModel], None]) -> None:
+def test_a_model_that_was_changed_under_its_engine_is_refused(
+    change: Callable[[PreTrainedModel], None],
+) -> None:
     """Recorded graphs know weights by their addresses, and would go on with what lies there."""
     model, prompt = tiny_model("llama"), prompt_of(20)
     with _engine(model, **LAZY) as llm:

@@ -32,13 +32,17 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[CompiledLLM]:
-    config = small_config(buckets={"decode": [4], "prefill": [48], "samplers": ["greedy", "random"]})
+    config = small_config(
+        buckets={"decode": [4], "prefill": [48], "samplers": ["greedy", "random"]}
+    )
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
         yield engine
 
 
 def test_one_prompt_or_many_with_one_or_many_params(llm: CompiledLLM, reference: Reference) -> None:
-    (single,) = llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    (single,) = llm.generate(
+        prompt_of(9), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    )
     assert single.prompt is None
     assert single.prompt_token_ids == prompt_of(9)
     assert single.outputs[0].token_ids == reference(prompt_of(9), 5)
@@ -50,7 +54,9 @@ def test_one_prompt_or_many_with_one_or_many_params(llm: CompiledLLM, reference:
     assert llm.generate([]) == []
 
 
-def test_requests_stop_at_stop_tokens_and_at_the_length_limit(llm: CompiledLLM, reference: Reference) -> None:
+def test_requests_stop_at_stop_tokens_and_at_the_length_limit(
+    llm: CompiledLLM, reference: Reference
+) -> None:
     expected = reference(prompt_of(9), 12)
     stop = expected[4]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=(stop,))
@@ -64,23 +70,39 @@ def test_requests_stop_at_stop_tokens_and_at_the_length_limit(llm: CompiledLLM, 
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
-    params = [SamplingParams(temperature=1.5, max_tokens=10, seed=seed, ignore_eos=True) for seed in range(7)]
+    params = [
+        SamplingParams(temperature=1.5, max_tokens=10, seed=seed, ignore_eos=True)
+        for seed in range(7)
+    ]
     prompts = [prompt_of(5 + 9 * seed, seed) for seed in range(7)]
     together = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-    alone = [llm.generate(prompt, wanted)[0].outputs[0].token_ids for prompt, wanted in zip(prompts, params, strict=True)]
-    backwards = [output.outputs[0].token_ids for output in llm.generate(prompts[::-1], params[::-1])]
+    alone = [
+        llm.generate(prompt, wanted)[0].outputs[0].token_ids
+        for prompt, wanted in zip(prompts, params, strict=True)
+    ]
+    backwards = [
+        output.outputs[0].token_ids for output in llm.generate(prompts[::-1], params[::-1])
+    ]
     assert together == alone == backwards[::-1]
-    other = llm.generate(prompts[0], SamplingParams(temperature=1.5, max_tokens=10, seed=99, ignore_eos=True))
+    other = llm.generate(
+        prompts[0], SamplingParams(temperature=1.5, max_tokens=10, seed=99, ignore_eos=True)
+    )
     assert other[0].outputs[0].token_ids != alone[0]
     unseeded = SamplingParams(temperature=1.5, max_tokens=10, ignore_eos=True)
-    assert len({tuple(llm.generate(prompts[0], unseeded)[0].outputs[0].token_ids) for _ in range(4)}) > 1
+    assert (
+        len({tuple(llm.generate(prompts[0], unseeded)[0].outputs[0].token_ids) for _ in range(4)})
+        > 1
+    )
 
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
         ([[]], "prompt 0: the prompt is empty: expected at least one token"),
-        ([[5], prompt_of(128)], "prompt 1: the prompt has 128 tokens, which limits.max_model_len=128 leaves no answer to"),
+        (
+            [[5], prompt_of(128)],
+            "prompt 1: the prompt has 128 tokens, which limits.max_model_len=128 leaves no answer to",
+        ),
         ([[5], [3, VOCAB_SIZE]], f"prompt 1: token id {VOCAB_SIZE} is out of range"),
         ([[-1]], "prompt 0: token id -1 is out of range"),
         ([[1.5]], "prompt 0: token ids must be whole numbers, got 1.5"),
@@ -88,18 +110,39 @@ def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
         ([None], "prompt 0: a prompt must be text or a list of token ids, got NoneType"),
         (None, "prompts must be text, token ids, or a list of these, got NoneType"),
         (5, "prompts must be text, token ids, or a list of these, got 5"),
-        (b"abc", "prompt 0: a prompt must be text or a list of token ids, got bytes: decode it to text"),
-        (bytearray(b"abc"), "prompt 0: a prompt must be text or a list of token ids, got bytearray: decode it to text"),
-        (memoryview(b"abc"), "prompt 0: a prompt must be text or a list of token ids, got memoryview: decode it to text"),
-        ([[5], b"abc"], "prompt 1: a prompt must be text or a list of token ids, got bytes: decode it to text"),
-        ({"role": "user", "content": "a"}, "prompts must be text, token ids, or a list of these, got dict"),
+        (
+            b"abc",
+            "prompt 0: a prompt must be text or a list of token ids, got bytes: decode it to text",
+        ),
+        (
+            bytearray(b"abc"),
+            "prompt 0: a prompt must be text or a list of token ids, got bytearray: decode it to text",
+        ),
+        (
+            memoryview(b"abc"),
+            "prompt 0: a prompt must be text or a list of token ids, got memoryview: decode it to text",
+        ),
+        (
+            [[5], b"abc"],
+            "prompt 1: a prompt must be text or a list of token ids, got bytes: decode it to text",
+        ),
+        (
+            {"role": "user", "content": "a"},
+            "prompts must be text, token ids, or a list of these, got dict",
+        ),
         (
             [{"role": "user", "content": "a"}],
             "prompt 0: a prompt must be text or a list of token ids, got dict: pass messages as a list",
         ),
-        ((prompt for prompt in [[5], [6]]), "prompts must be text, token ids, or a list of these, got generator"),
+        (
+            (prompt for prompt in [[5], [6]]),
+            "prompts must be text, token ids, or a list of these, got generator",
+        ),
         ({5, 6}, "prompts must be text, token ids, or a list of these, got set"),
-        ([[5], (token for token in [6])], "prompt 1: a prompt must be text or a list of token ids, got generator"),
+        (
+            [[5], (token for token in [6])],
+            "prompt 1: a prompt must be text or a list of token ids, got generator",
+        ),
         ([5, "a"], "prompt 0: token ids must be whole numbers, got 'a'"),
         ([[5], 6], "prompt 1: a prompt must be text or a list of token ids, got int"),
         ([True, False], "prompt 0: a prompt must be text or a list of token ids, got bool"),
@@ -107,12 +150,17 @@ def test_seeded_sampling_does_not_depend_on_the_batch(llm: CompiledLLM) -> None:
         ([[[5, 6]]], "prompt 0: token ids must be whole numbers, got [5, 6]"),
         (np.array([5.0, 6.0]), "prompt 0: token ids must be whole numbers, got 5.0"),
         (torch.tensor([True, False]), "prompt 0: token ids must be whole numbers, got True"),
-        (torch.tensor([[5, 6], [7, 0]]), "prompt 0: an array of token ids must have one dimension, got shape (2, 2): pass a list"),
+        (
+            torch.tensor([[5, 6], [7, 0]]),
+            "prompt 0: an array of token ids must have one dimension, got shape (2, 2): pass a list",
+        ),
         ([np.array(5), np.array([6])], "prompt 0: token ids must be whole numbers, got array([6])"),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
-def test_bad_prompts_are_refused_and_the_engine_goes_on(llm: CompiledLLM, reference: Reference, prompts, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_prompts_are_refused_and_the_engine_goes_on(
+    llm: CompiledLLM, reference: Reference, prompts, message: str
+) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
         llm.generate(prompts)
     assert str(caught.value).startswith(message)
@@ -128,8 +176,12 @@ def _range(ids: list[int]) -> range:
     return range(ids[0], ids[-1] + 1)
 
 
-@pytest.mark.parametrize("form", [torch.tensor, np.array, np.uint8, tuple, _range, _scalars, partial(array, "q")])
-def test_token_ids_come_in_any_sequence_or_array(llm: CompiledLLM, form: Callable[[list[int]], Any]) -> None:
+@pytest.mark.parametrize(
+    "form", [torch.tensor, np.array, np.uint8, tuple, _range, _scalars, partial(array, "q")]
+)
+def test_token_ids_come_in_any_sequence_or_array(
+    llm: CompiledLLM, form: Callable[[list[int]], Any]
+) -> None:
     ids = [5, 6, 7]
     expected = greedy(llm, [ids, ids], 4)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -137,7 +189,9 @@ def test_token_ids_come_in_any_sequence_or_array(llm: CompiledLLM, form: Callabl
     assert [alone.outputs[0].token_ids] == expected[:1]
     assert alone.prompt_token_ids == ids
     assert {type(token) for token in alone.prompt_token_ids} == {int}
-    assert [output.outputs[0].token_ids for output in llm.generate([form(ids), form(ids)], params)] == expected
+    assert [
+        output.outputs[0].token_ids for output in llm.generate([form(ids), form(ids)], params)
+    ] == expected
 
 
 @pytest.mark.parametrize(
@@ -152,14 +206,19 @@ def test_token_ids_come_in_any_sequence_or_array(llm: CompiledLLM, form: Callabl
         ({"role": "user", "content": "a"}, "got dict"),
         ((entry for entry in [{"role": "user", "content": "a"}]), "got generator"),
         ([[]], "got [] as conversation 0: use generate() for other prompts"),
-        ([[{"role": "user", "content": "a"}], "x"], "got 'x' as conversation 1: use generate() for other prompts"),
+        (
+            [[{"role": "user", "content": "a"}], "x"],
+            "got 'x' as conversation 1: use generate() for other prompts",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_conversation_is_refused(llm: CompiledLLM, messages: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
         llm.chat(messages)
-    assert str(caught.value) == f"chat() takes a list of messages, or a list of such lists, {message}"
+    assert (
+        str(caught.value) == f"chat() takes a list of messages, or a list of such lists, {message}"
+    )
     assert llm.chat([]) == []
 
 
@@ -168,8 +227,14 @@ def test_what_is_no_conversation_is_refused(llm: CompiledLLM, messages: Any, mes
     [
         ("x", "a message must be a dict with role and content, got 'x'"),
         ({"role": "user"}, "a message must be a dict with role and content, got {'role': 'user'}"),
-        ({"role": 1, "content": "a"}, "a message's role must be text, and its content text or a list of parts, got {'role': 1"),
-        ({"role": "user", "content": b"a"}, "a message's role must be text, and its content text or a list of parts, got"),
+        (
+            {"role": 1, "content": "a"},
+            "a message's role must be text, and its content text or a list of parts, got {'role': 1",
+        ),
+        (
+            {"role": "user", "content": b"a"},
+            "a message's role must be text, and its content text or a list of parts, got",
+        ),
     ],
 )
 def test_what_is_no_message_is_refused(message: Any, expected: str) -> None:
@@ -183,9 +248,13 @@ def test_what_is_no_message_is_refused(message: Any, expected: str) -> None:
 def test_params_must_fit_the_prompts(llm: CompiledLLM) -> None:
     with pytest.raises(ValueError, match="2 prompts were given 3 sampling params"):
         llm.generate([[5], [6]], [SamplingParams()] * 3)
-    with pytest.raises(ValueError, match="sampling params must be a list with one for each prompt, got dict"):
+    with pytest.raises(
+        ValueError, match="sampling params must be a list with one for each prompt, got dict"
+    ):
         llm.generate([[5], [6]], {"max_tokens": 3})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="priorities must be a list with one for each prompt, got 3"):
+    with pytest.raises(
+        ValueError, match="priorities must be a list with one for each prompt, got 3"
+    ):
         llm.generate([[5], [6]], priority=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompt 0: priority must be a whole number, got True"):
         llm.generate([[5]], priority=[True])
@@ -212,7 +281,9 @@ def test_another_thread_is_refused(llm: CompiledLLM) -> None:
 
 def test_another_thread_does_not_close_what_generates(reference: Reference) -> None:
     """While the owner generates, in a step or between two of them, it is refused; afterwards it is allowed."""
-    llm = CompiledLLM(tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False)
+    llm = CompiledLLM(
+        tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
+    )
     caught: list[str] = []
 
     def close() -> None:
@@ -254,9 +325,14 @@ def test_another_thread_does_not_close_what_generates(reference: Reference) -> N
 
 def test_strict_refuses_a_request_whose_steps_would_have_no_bucket(reference: Reference) -> None:
     """Before anything runs, so that it harms no other."""
-    config = small_config(strict=True, buckets={"decode": [], "prefill": [48], "samplers": ["greedy"]})
+    config = small_config(
+        strict=True, buckets={"decode": [], "prefill": [48], "samplers": ["greedy"]}
+    )
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
-        with pytest.raises(ValueError, match=r"no prefill bucket serves the scoring sampler.*add scoring to buckets\.samplers"):
+        with pytest.raises(
+            ValueError,
+            match=r"no prefill bucket serves the scoring sampler.*add scoring to buckets\.samplers",
+        ):
             llm.generate([prompt_of(9)], SamplingParams(temperature=0, prompt_logprobs=1))
         with pytest.raises(ValueError, match="no prefill bucket serves the random sampler"):
             llm.generate([prompt_of(9)], SamplingParams(temperature=0.5))
@@ -279,28 +355,41 @@ def test_scores_that_are_not_finite_end_their_request_alone(
 ) -> None:
     plain = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     bad = SamplingParams(temperature=temperature, max_tokens=6, logits_processors=[processor])
-    good, failed = (output.outputs[0] for output in llm.generate([prompt_of(9), prompt_of(20)], [plain, bad]))
+    good, failed = (
+        output.outputs[0] for output in llm.generate([prompt_of(9), prompt_of(20)], [plain, bad])
+    )
     assert good.token_ids == reference(prompt_of(9), 6)
     assert (failed.token_ids, failed.finish_reason) == ([], "error")
     assert "its next token are not finite" in str(failed.error)
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logprobs": 1}])
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logprobs": 1}],
+)
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_logits_that_are_not_finite_end_their_request_alone(reference: Reference, params: dict[str, Any], bad: str) -> None:
+def test_logits_that_are_not_finite_end_their_request_alone(
+    reference: Reference, params: dict[str, Any], bad: str
+) -> None:
     """One row of the output head makes them; the prompt that does not fail has been computed before it was broken."""
     model = tiny_model("llama")
-    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         right = model.lm_head.weight[5].clone()
         with torch.no_grad():
             model.lm_head.weight[5] = float(bad)
-        output = llm.generate([prompt_of(20)], SamplingParams(**{"max_tokens": 6, "seed": 1, **params}))[0].outputs[0]
+        output = llm.generate(
+            [prompt_of(20)], SamplingParams(**{"max_tokens": 6, "seed": 1, **params})
+        )[0].outputs[0]
         assert (output.token_ids, output.finish_reason) == ([], "error")
         with torch.no_grad():
             model.lm_head.weight[5] = right
         assert greedy(llm, [prompt_of(20)], 6) == [reference(prompt_of(20), 6)]
         (again,) = llm.generate([prompt_of(20)], SamplingParams(temperature=0, max_tokens=1))
-        assert again.num_cached_tokens == 16, "what the request that succeeded has computed is shared"
+        assert again.num_cached_tokens == 16, (
+            "what the request that succeeded has computed is shared"
+        )
 
 
 def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Reference) -> None:
@@ -321,26 +410,42 @@ def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Refere
 
 def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> None:
     """Pages for one and a half sequences: requests are put off and computed again, and nothing is lost."""
-    config = small_config(compile={"dispatch": "eager"}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4})
+    config = small_config(
+        compile={"dispatch": "eager"}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4}
+    )
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
         assert engine.engine.cache.num_free == [12]
         prompts = [prompt_of(length) for length in (60, 45, 10, 50, 100, 30, 14)]
         assert greedy(engine, prompts, 25) == [reference(prompt, 25) for prompt in prompts]
         assert engine.report().scheduling.preemptions
         assert engine.engine.cache.num_free == [12]
-    with pytest.raises(ValueError, match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory"):
+    with pytest.raises(
+        ValueError,
+        match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory",
+    ):
         CompiledLLM(tiny_model("llama"), None, small_config(cache={"memory": 1000}), progress=False)
 
 
 def test_a_length_beyond_the_models_positions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"limits.max_model_len=300, but the model has only 256 positions: lower it"):
-        CompiledLLM(tiny_model("llama"), None, small_config(limits={"max_model_len": 300}), progress=False)
+    with pytest.raises(
+        ValueError,
+        match=r"limits.max_model_len=300, but the model has only 256 positions: lower it",
+    ):
+        CompiledLLM(
+            tiny_model("llama"), None, small_config(limits={"max_model_len": 300}), progress=False
+        )
 
 
 def test_an_unknown_inductor_option_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no option 'coordinate_descent_tunning': did you mean 'coordinate_descent_tuning'\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"no option 'coordinate_descent_tunning': did you mean 'coordinate_descent_tuning'\?",
+    ):
         CompiledLLM(
-            tiny_model("llama"), None, small_config(compile={"options": {"coordinate_descent_tunning": True}}), progress=False
+            tiny_model("llama"),
+            None,
+            small_config(compile={"options": {"coordinate_descent_tunning": True}}),
+            progress=False,
         )
 
 
@@ -364,7 +469,12 @@ def eager_llm(limits: dict[str, Any]) -> CompiledLLM:
 
 
 def test_a_request_that_waited_too_long_is_aborted(reference: Reference) -> None:
-    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting_seconds": 0.05}
+    limits = {
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 128,
+        "max_waiting_seconds": 0.05,
+    }
     with eager_llm(limits) as engine:
         params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
         first, second = engine.generate([prompt_of(9), prompt_of(20)], params)
@@ -375,9 +485,17 @@ def test_a_request_that_waited_too_long_is_aborted(reference: Reference) -> None
 
 
 def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: Reference) -> None:
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 128, "max_waiting": 1}
+    limits = {
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 128,
+        "max_waiting": 1,
+    }
     with eager_llm(limits) as engine:
-        requests = [job.requests[0] for job in engine._make_jobs([prompt_of(9)] * 4, None, None, streaming=False)]
+        requests = [
+            job.requests[0]
+            for job in engine._make_jobs([prompt_of(9)] * 4, None, None, streaming=False)
+        ]
         for request in requests[:3]:
             engine.engine.add(request)
         with pytest.raises(QueueFullError, match=r"3 requests are waiting.*limits.max_waiting"):
@@ -388,7 +506,9 @@ def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: 
         assert greedy(engine, prompts, 5) == [reference(prompt, 5) for prompt in prompts]
 
 
-def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, reference: Reference) -> None:
+def test_a_failing_detokenizer_ends_its_request_alone(
+    llm: CompiledLLM, reference: Reference
+) -> None:
     class Failing:
         text = ""
 
@@ -400,7 +520,10 @@ def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, referenc
     bad.requests[0].detokenizer = Failing()  # type: ignore[assignment]
     for _ in run(llm.engine, [bad, good]):
         pass
-    assert (bad.requests[0].finish_reason, bad.requests[0].error) == ("error", "KeyError: 'no such token'")
+    assert (bad.requests[0].finish_reason, bad.requests[0].error) == (
+        "error",
+        "KeyError: 'no such token'",
+    )
     assert good.requests[0].token_ids == reference(prompt_of(20), 8)
     llm.engine.cache.check()
 
@@ -408,8 +531,14 @@ def test_a_failing_detokenizer_ends_its_request_alone(llm: CompiledLLM, referenc
 def test_higher_priorities_go_first() -> None:
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 48, "max_model_len": 128}
     with eager_llm(limits) as engine:
-        outputs = engine.generate([prompt_of(9)] * 4, SamplingParams(temperature=0, max_tokens=3), priority=[2, 1, 0, 1])
-        began = [output.outputs[0].metrics.queue for output in outputs if output.outputs[0].metrics is not None]
+        outputs = engine.generate(
+            [prompt_of(9)] * 4, SamplingParams(temperature=0, max_tokens=3), priority=[2, 1, 0, 1]
+        )
+        began = [
+            output.outputs[0].metrics.queue
+            for output in outputs
+            if output.outputs[0].metrics is not None
+        ]
         assert sorted(range(4), key=lambda number: began[number] or 0.0) == [2, 1, 3, 0]
 
 
@@ -422,18 +551,39 @@ def test_prompts_may_hold_ids_that_the_model_does_not_generate() -> None:
         embedding.weight[VOCAB_SIZE:] = embedding.weight[7]
     model.set_input_embeddings(embedding)
     known, beyond = [5, 7, 9, 7, 11], [5, VOCAB_SIZE + 2, 9, VOCAB_SIZE + 7, 11]
-    bans: list[dict[str, Any]] = [{}, {"logit_bias": {11: 5.0}}, {"min_tokens": 4}, {"allowed_token_ids": [7, 11]}]
-    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
-        params = [SamplingParams(temperature=0, max_tokens=6, stop_token_ids=[9], **ban) for ban in bans]
-        expected = [output.outputs[0].token_ids for output in llm.generate([known] * len(params), params)]
-        assert [output.outputs[0].token_ids for output in llm.generate([beyond] * len(params), params)] == expected
-        penalties = SamplingParams(temperature=0, max_tokens=6, repetition_penalty=1.5, frequency_penalty=1.0, ignore_eos=True)
+    bans: list[dict[str, Any]] = [
+        {},
+        {"logit_bias": {11: 5.0}},
+        {"min_tokens": 4},
+        {"allowed_token_ids": [7, 11]},
+    ]
+    with CompiledLLM(
+        model, None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
+        params = [
+            SamplingParams(temperature=0, max_tokens=6, stop_token_ids=[9], **ban) for ban in bans
+        ]
+        expected = [
+            output.outputs[0].token_ids for output in llm.generate([known] * len(params), params)
+        ]
+        assert [
+            output.outputs[0].token_ids for output in llm.generate([beyond] * len(params), params)
+        ] == expected
+        penalties = SamplingParams(
+            temperature=0,
+            max_tokens=6,
+            repetition_penalty=1.5,
+            frequency_penalty=1.0,
+            ignore_eos=True,
+        )
         assert len(llm.generate(beyond, penalties)[0].outputs[0].token_ids) == 6
         scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
         (of_known,), (of_beyond,) = llm.generate(known, scoring), llm.generate(beyond, scoring)
         assert of_known.prompt_logprobs is not None
         assert of_beyond.prompt_logprobs is not None
-        for token, entry, same in zip(beyond[1:], of_beyond.prompt_logprobs[1:], of_known.prompt_logprobs[1:], strict=True):
+        for token, entry, same in zip(
+            beyond[1:], of_beyond.prompt_logprobs[1:], of_known.prompt_logprobs[1:], strict=True
+        ):
             assert entry is not None
             assert same is not None
             if token < VOCAB_SIZE:
@@ -441,7 +591,13 @@ def test_prompts_may_hold_ids_that_the_model_does_not_generate() -> None:
             else:
                 assert (entry[token].logprob, entry[token].rank) == (-math.inf, VOCAB_SIZE + 1)
                 assert len(entry) == 3
-        with pytest.raises(ValueError, match=f"token id {VOCAB_SIZE + 8} is out of range: the model's vocabulary has ids 0 to"):
+        with pytest.raises(
+            ValueError,
+            match=f"token id {VOCAB_SIZE + 8} is out of range: the model's vocabulary has ids 0 to",
+        ):
             llm.generate([VOCAB_SIZE + 8])
-        with pytest.raises(ValueError, match=f"logit_bias: token id {VOCAB_SIZE} is out of range: the model generates ids 0 to"):
+        with pytest.raises(
+            ValueError,
+            match=f"logit_bias: token id {VOCAB_SIZE} is out of range: the model generates ids 0 to",
+        ):
             llm.generate([5], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))

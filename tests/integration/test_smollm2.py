@@ -18,7 +18,11 @@ CONFIG = {
     "limits": {"max_num_seqs": 2, "max_num_batched_tokens": 48, "max_model_len": 512},
     "buckets": {"decode": [2], "prefill": [48], "samplers": ["greedy"]},
 }
-PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n"]
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+]
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
 
 
@@ -36,7 +40,12 @@ def test_tokens_equal_transformers(llm: CompiledLLM) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=DEVICE)
         expected = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
         assert output.prompt == prompt
@@ -81,9 +90,25 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-def test_the_command_line_generates_and_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [f"--set={key}={value}" for key, value in {"compile.dispatch": "eager", "model.dtype": "float32"}.items()]
-    assert _run(monkeypatch, "generate", "What is the capital of France?", "--max-tokens", "20", "--report", *overrides) == 0
+def test_the_command_line_generates_and_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        f"--set={key}={value}"
+        for key, value in {"compile.dispatch": "eager", "model.dtype": "float32"}.items()
+    ]
+    assert (
+        _run(
+            monkeypatch,
+            "generate",
+            "What is the capital of France?",
+            "--max-tokens",
+            "20",
+            "--report",
+            *overrides,
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert "Paris" in out
     assert "load weights" in err

@@ -51,11 +51,15 @@ async def _complete(llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: in
     return output.outputs[0].token_ids
 
 
-async def _complete_all(llm: AsyncCompiledLLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+async def _complete_all(
+    llm: AsyncCompiledLLM, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
     return await asyncio.gather(*(_complete(llm, prompt, num_tokens) for prompt in prompts))
 
 
-async def _until(done: asyncio.Future[Any], llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int) -> list[list[int]]:
+async def _until(
+    done: asyncio.Future[Any], llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int
+) -> list[list[int]]:
     """Complete the prompt again and again, at least once, until something is done."""
     found = [await _complete(llm, prompt, num_tokens)]
     while not done.done():
@@ -69,7 +73,9 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
     now = Moment.now()
-    return CompiledStep(launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now))
+    return CompiledStep(
+        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+    )
 
 
 def test_both_serve() -> None:
@@ -130,7 +136,9 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
     models = [tiny_model(family) for family in FAMILIES]
     expected = [Reference(model)(prompt_of(20), 12) for model in models]
     buckets = {"decode": [], "prefill": [48], "samplers": ["greedy"]}
-    lazy, at_start = (small_config(buckets=buckets, compile={"capture": capture}) for capture in ("lazy", "start"))
+    lazy, at_start = (
+        small_config(buckets=buckets, compile={"capture": capture}) for capture in ("lazy", "start")
+    )
 
     async def serve() -> None:
         first = await _start(models[0], lazy)
@@ -140,11 +148,16 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
             second = await start
             while await first.call(lambda llm: llm.runtime.capture_wanted):
                 found.append(await _complete(first, prompt_of(20), 12))
-            both = await asyncio.gather(*(_complete(llm, prompt_of(20), 12) for llm in (first, second)))
+            both = await asyncio.gather(
+                *(_complete(llm, prompt_of(20), 12) for llm in (first, second))
+            )
             assert [*found, *both] == [*[expected[0]] * len(found), *expected]
             for llm in (first, second):
                 report = await llm.report()
-                assert [(b.mode in ("compiled", "graph"), b.failure, b.replays > 0) for b in report.buckets] == [(True, None, True)]
+                assert [
+                    (b.mode in ("compiled", "graph"), b.failure, b.replays > 0)
+                    for b in report.buckets
+                ] == [(True, None, True)]
         finally:
             first.close()
             (await start).close()
@@ -165,7 +178,9 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
             with COMPILER_LOCK:  # another thread's than the engine's
                 for _ in range(3):
                     assert await _complete(llm, prompt_of(20), 12) == expected
-                assert await llm.call(lambda engine: engine.runtime.capture_wanted and not engine.runtime.capture_due)
+                assert await llm.call(
+                    lambda engine: engine.runtime.capture_wanted and not engine.runtime.capture_due
+                )
                 assert [bucket.mode for bucket in (await llm.report()).buckets] == ["pending"]
             while await llm.call(lambda engine: engine.runtime.capture_wanted):
                 await asyncio.sleep(0.01)
@@ -176,10 +191,14 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
     _run(serve())
 
 
-def test_another_engines_compilations_are_not_an_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_engines_compilations_are_not_an_engines_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where a launch cannot compile, it is not blamed for what is compiled meanwhile; where it can, nothing else compiles."""
 
-    def _while_another_compiles(step: Step, *arguments: object, guarded: bool, **options: object) -> CompiledStep:
+    def _while_another_compiles(
+        step: Step, *arguments: object, guarded: bool, **options: object
+    ) -> CompiledStep:
         def compile_other(*, blocking: bool) -> None:
             if COMPILER_LOCK.acquire(blocking=blocking):
                 counters["stats"]["unique_graphs"] += 1
@@ -193,14 +212,21 @@ def test_another_engines_compilations_are_not_an_engines_own(monkeypatch: pytest
 
         now = Moment.now()
         return CompiledStep(
-            launch=launch, graph=False, guarded=guarded, recording=None, owner=None, seconds=durations(now, now, now)
+            launch=launch,
+            graph=False,
+            guarded=guarded,
+            recording=None,
+            owner=None,
+            seconds=durations(now, now, now),
         )
 
     model = tiny_model("llama")
     expected = Reference(model)(prompt_of(20), 4)
     config = small_config(buckets={"decode": [], "prefill": [48]}, strict=True)
     for guarded in (False, True):
-        monkeypatch.setitem(warmup.DISPATCHES, "direct", partial(_while_another_compiles, guarded=guarded))
+        monkeypatch.setitem(
+            warmup.DISPATCHES, "direct", partial(_while_another_compiles, guarded=guarded)
+        )
         before = counters["stats"]["unique_graphs"]
         with CompiledLLM(model, None, config, progress=False) as llm:
             assert greedy(llm, [prompt_of(20)], 4) == [expected]

@@ -23,25 +23,39 @@ from tests.model_sweep.worker import run_apart
 
 
 def main(
-    types: Annotated[list[str] | None, typer.Argument(help="Model types and variants; all when left out.")] = None,
-    dispatch: Annotated[str, typer.Option(help="direct compiles; eager compiles nothing, and takes a second a type.")] = "direct",
+    types: Annotated[
+        list[str] | None, typer.Argument(help="Model types and variants; all when left out.")
+    ] = None,
+    dispatch: Annotated[
+        str,
+        typer.Option(help="direct compiles; eager compiles nothing, and takes a second a type."),
+    ] = "direct",
     jobs: Annotated[int, typer.Option(help="Types at a time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that a type may take.")] = 900.0,
     update: Annotated[
-        bool, typer.Option("--update", help="Write what is found into tests/model_sweep/models.yaml and docs/models.md.")
+        bool,
+        typer.Option(
+            "--update",
+            help="Write what is found into tests/model_sweep/models.yaml and docs/models.md.",
+        ),
     ] = False,
 ) -> None:
     """Check model types, print a table and totals; exit with 1 where one fails, or differs from tests/model_sweep/models.yaml."""
     known = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *variants()]
     names = types or known
     if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"transformers {version('transformers')} knows no causal LM of type {', '.join(unknown)}")
+        raise typer.BadParameter(
+            f"transformers {version('transformers')} knows no causal LM of type {', '.join(unknown)}"
+        )
     if update and dispatch != "direct":
         raise typer.BadParameter("--update takes what is found compiled: leave --dispatch out")
     outcomes = _sweep(names, dispatch, jobs, timeout)
     print(f"\n{totals(to_data(outcomes))}, of {len(outcomes)}; dispatch {dispatch}")
     if update:
-        write({**read_data(), **to_data(outcomes)}, {package: version(package) for package in ("transformers", "torch")})
+        write(
+            {**read_data(), **to_data(outcomes)},
+            {package: version(package) for package in ("transformers", "torch")},
+        )
     wrong = differences(outcomes, read_data())
     if wrong:
         print("\n".join(["", "not as tests/model_sweep/models.yaml says:", *wrong]))
@@ -55,7 +69,11 @@ def _sweep(names: list[str], dispatch: str, jobs: int, timeout: float) -> dict[s
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = {}
         for name, outcome in zip(names, pool.map(run, names), strict=True):
-            said = f"{outcome.difference:.1e}  {outcome.exercised}" if outcome.status == "works" else outcome.reason
+            said = (
+                f"{outcome.difference:.1e}  {outcome.exercised}"
+                if outcome.status == "works"
+                else outcome.reason
+            )
             print(f"{name:26} {outcome.status:12} {said}", flush=True)
             outcomes[name] = outcome
     return outcomes
@@ -73,9 +91,21 @@ def _run(name: str, *, directory: Path, dispatch: str, timeout: float) -> Outcom
 
 def _digest() -> str:
     """Changes with all that a result depends on: our source, the sweep's, and transformers."""
-    folders = [source_digest(ROOT / folder)[:8] for folder in ("compiled_llm", "passes", "tests/model_sweep")]
-    overrides = (HERE / "overrides.yaml").read_bytes() + (HERE / "known_unsupported.yaml").read_bytes()
-    return "-".join([version("transformers"), version("torch"), *folders, hashlib.sha256(overrides).hexdigest()[:8]])
+    folders = [
+        source_digest(ROOT / folder)[:8]
+        for folder in ("compiled_llm", "passes", "tests/model_sweep")
+    ]
+    overrides = (HERE / "overrides.yaml").read_bytes() + (
+        HERE / "known_unsupported.yaml"
+    ).read_bytes()
+    return "-".join(
+        [
+            version("transformers"),
+            version("torch"),
+            *folders,
+            hashlib.sha256(overrides).hexdigest()[:8],
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ class Reference:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = copy.deepcopy(model)
         self._model.set_attn_implementation("eager")
-        self._model.generation_config = GenerationConfig(pad_token_id=0)  # no tokens forced or suppressed
+        self._model.generation_config = GenerationConfig(
+            pad_token_id=0
+        )  # no tokens forced or suppressed
 
     def __call__(self, prompt: list[int], num_tokens: int = NUM_TOKENS) -> tuple[list[int], Tensor]:
         ids = torch.tensor([prompt])
@@ -119,9 +121,14 @@ def generate(llm: CompiledLLM, prompts: list[list[int]]) -> list[tuple[list[int]
     recorders = [Recorder() for _ in prompts]
     options: dict[str, Any] = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     outputs = llm.generate(
-        prompts, [SamplingParams(logits_processors=[recorder], **options) for recorder in recorders], progress=False
+        prompts,
+        [SamplingParams(logits_processors=[recorder], **options) for recorder in recorders],
+        progress=False,
     )
-    return [(output.outputs[0].token_ids, torch.cat(recorder.logits)) for output, recorder in zip(outputs, recorders, strict=True)]
+    return [
+        (output.outputs[0].token_ids, torch.cat(recorder.logits))
+        for output, recorder in zip(outputs, recorders, strict=True)
+    ]
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -135,12 +142,19 @@ def check_sensitive(reference: Reference) -> None:
     swapped = [prompt[1], prompt[0], *prompt[2:]]
     difference = relative(reference(swapped, 1)[1], reference(prompt, 1)[1])
     if not difference > 10 * TOLERANCE:
-        raise MismatchError(f"the tiny model tells nothing: swapped tokens change its logits by {difference:.1e} only")
+        raise MismatchError(
+            f"the tiny model tells nothing: swapped tokens change its logits by {difference:.1e} only"
+        )
 
 
-def _compare(case: str, theirs: tuple[list[int], Tensor], tokens: list[int], logits: Tensor, found: Found) -> None:
+def _compare(
+    case: str, theirs: tuple[list[int], Tensor], tokens: list[int], logits: Tensor, found: Found
+) -> None:
     expected, expected_logits = theirs
-    same = next((n for n, (ours, right) in enumerate(zip(tokens, expected, strict=True)) if ours != right), len(tokens))
+    same = next(
+        (n for n, (ours, right) in enumerate(zip(tokens, expected, strict=True)) if ours != right),
+        len(tokens),
+    )
     shown = max(same, 1)  # after a token that differs, nothing can be compared
     difference = relative(logits[:shown], expected_logits[:shown])
     if same < len(tokens):

@@ -35,7 +35,11 @@ def to_data(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, str]]:
 
 
 def _kept(outcome: Outcome) -> dict[str, str]:
-    said = {"exercised": outcome.exercised} if outcome.status == "works" else {"reason": outcome.reason}
+    said = (
+        {"exercised": outcome.exercised}
+        if outcome.status == "works"
+        else {"reason": outcome.reason}
+    )
     return {"status": outcome.status, **said}
 
 
@@ -43,7 +47,9 @@ def write(data: Mapping[str, dict[str, str]], versions: Mapping[str, str]) -> No
     """Replace the data and the table by these."""
     values: dict[str, Any] = {**versions}
     for group, of_variants in (("models", False), ("variants", True)):
-        values[group] = {name: kept for name, kept in sorted(data.items()) if is_variant(name) == of_variants}
+        values[group] = {
+            name: kept for name, kept in sorted(data.items()) if is_variant(name) == of_variants
+        }
     DATA.write_text(_HEAD + yaml.safe_dump(values, sort_keys=False, width=200))
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table(values))
@@ -56,14 +62,23 @@ def differences(outcomes: Mapping[str, Outcome], known: Mapping[str, dict[str, s
         before, now = known.get(name), _kept(outcome)
         if outcome.status == "fails":
             lines.append(f"{name}: fails: {outcome.reason}")
-        elif before is None or (before["status"], before.get("reason")) != (now["status"], now.get("reason")):
-            lines.append(f"{name}: {_words(now)}; tests/model_tests/model_sweep/models.yaml says: {_words(before) if before else 'nothing'}")
+        elif before is None or (before["status"], before.get("reason")) != (
+            now["status"],
+            now.get("reason"),
+        ):
+            lines.append(
+                f"{name}: {_words(now)}; tests/model_tests/model_sweep/models.yaml says: {_words(before) if before else 'nothing'}"
+            )
     return lines
 
 
 def totals(models: Mapping[str, Mapping[str, str]]) -> str:
     counts = Counter(kept["status"] for kept in models.values())
-    return ", ".join(f"{counts[status]} {status}" for status in ("works", "unsupported", "fails") if counts[status])
+    return ", ".join(
+        f"{counts[status]} {status}"
+        for status in ("works", "unsupported", "fails")
+        if counts[status]
+    )
 
 
 def table(values: Mapping[str, Any]) -> str:
@@ -96,7 +111,10 @@ def table(values: Mapping[str, Any]) -> str:
 
 
 def _rows(title: str, models: Mapping[str, Mapping[str, str]]) -> list[str]:
-    rows = [f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |" for name, kept in models.items()]
+    rows = [
+        f"| `{name}` | {kept['status']} | {kept.get('exercised') or kept.get('reason')} |"
+        for name, kept in models.items()
+    ]
     return [f"| {title} | | what was exercised, or why it is refused |", "|---|---|---|", *rows]
 
 

@@ -62,7 +62,9 @@ def test_variants_work(name: str) -> None:
 
 
 def test_every_rope_type_has_a_variant() -> None:
-    assert {name.partition("+")[2] for name in variants() if name.startswith("llama+")} == set(ROPE_INIT_FUNCTIONS)
+    assert {name.partition("+")[2] for name in variants() if name.startswith("llama+")} == set(
+        ROPE_INIT_FUNCTIONS
+    )
 
 
 def test_a_wrong_window_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +86,11 @@ def test_wrong_positions_are_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None
     from compiled_llm.models.model_call import Forward
 
     original = Forward.__call__
-    monkeypatch.setattr(Forward, "__call__", lambda self, ids, positions, *wanted: original(self, ids, positions // 2, *wanted))
+    monkeypatch.setattr(
+        Forward,
+        "__call__",
+        lambda self, ids, positions, *wanted: original(self, ids, positions // 2, *wanted),
+    )
     with pytest.raises(MismatchError, match="differ"):
         check(tiny_model(tiny_config("bart")), "eager")
 
@@ -126,7 +132,9 @@ def test_a_forward_that_is_no_graph_is_unsupported_and_a_broken_compiler_is_not(
     for said in (guards, error.format("Unsupported: Data-dependent branching")):
         assert str(_untraceable("dbrx", said)).startswith("dbrx: its forward branches on values")
     assert _untraceable("llama", error.format("InductorError: LoweringException: no")) is None
-    assert _untraceable("llama", error.format("Unsupported: a call that torch does not know")) is None
+    assert (
+        _untraceable("llama", error.format("Unsupported: a call that torch does not know")) is None
+    )
 
 
 def test_the_record_is_whole_and_its_table_says_the_same() -> None:

@@ -19,13 +19,28 @@ MAX_LAYERS = 4
 # The first pattern that matches all of a field's name gives its size; None leaves the default.
 _SIZES: list[tuple[str, int | None]] = [
     (r"vocab_size|vocab_size_per_layer_input", VOCAB_SIZE),
-    (r"hidden_size|d_model|n_embd|dim_model|embedding_size|word_embed_proj_dim|emb_dim|lru_width", 64),
+    (
+        r"hidden_size|d_model|n_embd|dim_model|embedding_size|word_embed_proj_dim|emb_dim|lru_width",
+        64,
+    ),
     (r"(num_)?(encoder_|decoder_)?(hidden_)?layers|n_layers?", 2),
-    (r"(num_|swa_num_)?(encoder_|decoder_)?attention_heads|n_heads?|num_heads|swa_num_attention_heads", 4),
+    (
+        r"(num_|swa_num_)?(encoder_|decoder_)?attention_heads|n_heads?|num_heads|swa_num_attention_heads",
+        4,
+    ),
     (r"(swa_)?num_(key_value|kv)_heads|num_key_value_heads", 2),
-    (r"(swa_|global_)?head_dim|d_kv|dim_head|d_head|kv_channels|attention_head_dim|attention_head_size", 16),
-    (r"(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|n_inner|(\w+_)?ffn_hidden_size|dff|dim_ff|d_inner|feed_forward_size", 96),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|context_length", 256),
+    (
+        r"(swa_|global_)?head_dim|d_kv|dim_head|d_head|kv_channels|attention_head_dim|attention_head_size",
+        16,
+    ),
+    (
+        r"(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|n_inner|(\w+_)?ffn_hidden_size|dff|dim_ff|d_inner|feed_forward_size",
+        96,
+    ),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|context_length",
+        256,
+    ),
     (r"sliding_window(_size)?|attention_window_size|window_size", 24),
     (r"attention_chunk_size", 32),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
@@ -36,7 +51,10 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 8),
     (r"qk_head_dim", 16),
     (r"v_head_dim", 12),
-    (r"linear_num_key_heads|linear_num_value_heads|linear_num_heads|mamba_n_heads|mamba_num_heads", 4),
+    (
+        r"linear_num_key_heads|linear_num_value_heads|linear_num_heads|mamba_n_heads|mamba_num_heads",
+        4,
+    ),
     (r"linear_key_head_dim|linear_value_head_dim|linear_head_dim", 16),
     (r"(mamba_d_state|state_size|ssm_state_size)", 8),
     (r"(mamba_)?chunk_size", 16),
@@ -45,8 +63,17 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"index_topk|index_block_size|floor_scale", 8),
     (r"index_topk_blocks|moe_num_shared_experts|num_shared_experts|n_shared_experts", 1),
 ]
-_SPECIAL = re.compile(r"(\w+_)?(token_id|token_index)|unk_index|mask_index|pad_index|eos_index|bos_index|lang_id")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
+_SPECIAL = re.compile(
+    r"(\w+_)?(token_id|token_index)|unk_index|mask_index|pad_index|eos_index|bos_index|lang_id"
+)
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "decoder_layers",
+)
 
 
 def tiny_config(name: str) -> PretrainedConfig:
@@ -54,7 +81,9 @@ def tiny_config(name: str) -> PretrainedConfig:
     model_type = name.partition("+")[0]
     config_class = CONFIG_MAPPING[model_type]
     values = _merged(_shrunk(config_class()), _overrides().get(model_type, {}))
-    config: PretrainedConfig = config_class(**(_merged(values, _overrides()[name]) if is_variant(name) else values))
+    config: PretrainedConfig = config_class(
+        **(_merged(values, _overrides()[name]) if is_variant(name) else values)
+    )
     return config
 
 
@@ -70,7 +99,9 @@ def variants() -> list[str]:
 
 @cache
 def _overrides() -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "overrides.yaml").read_text())
+    values: dict[str, dict[str, Any]] = yaml.safe_load(
+        (Path(__file__).parent / "overrides.yaml").read_text()
+    )
     return values
 
 
@@ -98,7 +129,14 @@ def _shrunk(default: PretrainedConfig) -> dict[str, Any]:
 
 
 def _fields(config: PretrainedConfig) -> set[str]:
-    return set(config.to_dict()) - {"model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id"}
+    return set(config.to_dict()) - {
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+    }
 
 
 def _size(name: str, value: object) -> object:
@@ -117,7 +155,11 @@ def _special(name: str, value: object) -> object:
     known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name in known:
         return known[name]
-    return 3 + len(name) % (FIRST_TOKEN - 3) if isinstance(value, int) and not isinstance(value, bool) and value > 2 else None
+    return (
+        3 + len(name) % (FIRST_TOKEN - 3)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 2
+        else None
+    )
 
 
 def _num_layers(values: dict[str, Any]) -> int:
@@ -127,7 +169,11 @@ def _num_layers(values: dict[str, Any]) -> int:
 def _kept_layers(values: dict[str, Any]) -> list[int]:
     """The numbers of layers that show each kind of layer once, by all lists that say something of each layer; at least two."""
     count = _num_layers(values)
-    lists = [value for value in values.values() if isinstance(value, list | tuple) and len(value) == count and count > 1]
+    lists = [
+        value
+        for value in values.values()
+        if isinstance(value, list | tuple) and len(value) == count and count > 1
+    ]
     if not lists:
         return []
     kept, seen = list[int](), set[str]()
@@ -146,5 +192,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return merged

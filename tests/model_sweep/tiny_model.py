@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A float32 model with weights so large that attention, positions and every layer show in the logits."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in dict.fromkeys(model.parameters()):
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1

@@ -12,7 +12,11 @@ from unittest.mock import patch
 from tests.model_sweep.outcome import Outcome
 
 # The models are tiny: threads that wait for each other cost more than they bring.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "1"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "TRITON_INTERPRET": "1",
+}
 
 
 def run_apart(model_type: str, dispatch: str, *, timeout: float, log: Path) -> Outcome:
@@ -26,7 +30,9 @@ def run_apart(model_type: str, dispatch: str, *, timeout: float, log: Path) -> O
     theirs.close()
     try:
         outcome: Outcome = (
-            ours.recv() if ours.poll(timeout) else Outcome(status="fails", reason=f"it took more than {timeout:.0f} s")
+            ours.recv()
+            if ours.poll(timeout)
+            else Outcome(status="fails", reason=f"it took more than {timeout:.0f} s")
         )
     except EOFError:
         process.join()
@@ -37,7 +43,11 @@ def run_apart(model_type: str, dispatch: str, *, timeout: float, log: Path) -> O
 
 
 def _manner(exitcode: int | None) -> str:
-    return signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
+    return (
+        signal.Signals(-exitcode).name
+        if exitcode is not None and exitcode < 0
+        else f"exit code {exitcode}"
+    )
 
 
 def _serve(connection: Connection, model_type: str, dispatch: str, log: str) -> None:
@@ -67,7 +77,9 @@ def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = 
         return Outcome(status="fails", reason=str(error))
     except StrictError as error:
         reason = _untraceable(model_type, str(error))
-        return Outcome(status="unsupported" if reason else "fails", reason=reason or _one_line(error))
+        return Outcome(
+            status="unsupported" if reason else "fails", reason=reason or _one_line(error)
+        )
     except Exception as error:
         traceback.print_exc()
         return Outcome(status="fails", reason=_one_line(error))
@@ -76,7 +88,9 @@ def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = 
 
 def _untraceable(model_type: str, error: str) -> str | None:
     """What is said of a forward of which torch can make no graph, if that is what failed."""
-    if not re.search(r"could not be compiled: (UserError|Unsupported): .*data-dependent", error, re.IGNORECASE):
+    if not re.search(
+        r"could not be compiled: (UserError|Unsupported): .*data-dependent", error, re.IGNORECASE
+    ):
         return None
     return f"{model_type}: its forward branches on values, so that it is no single graph, and would run eagerly"
 

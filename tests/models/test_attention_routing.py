@@ -20,7 +20,12 @@ from tests.model_sweep.tiny_model import tiny_model as random_model
 
 def _state(model: PreTrainedModel) -> list[object]:
     attention, experts = model.config._attn_implementation, model.get_experts_implementation()
-    return [attention, experts, *(m.training for m in model.modules()), *(p.requires_grad for p in model.parameters())]
+    return [
+        attention,
+        experts,
+        *(m.training for m in model.modules()),
+        *(p.requires_grad for p in model.parameters()),
+    ]
 
 
 @pytest.mark.parametrize("order", permutations(range(3)), ids=str)
@@ -83,7 +88,9 @@ def test_what_the_user_changes_meanwhile_stays() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_model_that_cannot_be_attached_is_left_as_it_was(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_attached_is_left_as_it_was(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama").train()
     before = _state(model)
 

@@ -40,20 +40,43 @@ def test_attaching_leaves_the_model_as_it_was() -> None:
 
 
 def _model(kind: str, **values: object) -> torch.nn.Module:
-    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**common, **values})).eval()
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**common, **values})
+    ).eval()
 
 
 REFUSED = {
-    "megatron-bert": ({"is_decoder": True}, "megatron-bert: .* interface, and its mask is neither causal nor a causal window"),
-    "falcon": ({"alibi": True}, "falcon: .* interface, and it adds a bias to scores that does not grow evenly with"),
-    "xlnet": ({"d_model": 32, "n_head": 4, "n_layer": 2}, "xlnet: .* interface, and none is recognised in its graph"),
-    "rwkv": ({"attention_hidden_size": 32}, "rwkv: .* interface, and its forward is another one for each number of tokens"),
+    "megatron-bert": (
+        {"is_decoder": True},
+        "megatron-bert: .* interface, and its mask is neither causal nor a causal window",
+    ),
+    "falcon": (
+        {"alibi": True},
+        "falcon: .* interface, and it adds a bias to scores that does not grow evenly with",
+    ),
+    "xlnet": (
+        {"d_model": 32, "n_head": 4, "n_layer": 2},
+        "xlnet: .* interface, and none is recognised in its graph",
+    ),
+    "rwkv": (
+        {"attention_hidden_size": 32},
+        "rwkv: .* interface, and its forward is another one for each number of tokens",
+    ),
     "recurrent_gemma": (
         {"num_hidden_layers": 3, "lru_width": 32},
         "recurrent_gemma: it keeps what it remembers in a cache of its own",
     ),
-    "deepseek_v32": ({}, "deepseek_v32: layers of type deepseek_sparse_attention are not supported"),
+    "deepseek_v32": (
+        {},
+        "deepseek_v32: layers of type deepseek_sparse_attention are not supported",
+    ),
 }
 
 
@@ -68,9 +91,22 @@ def test_what_is_not_served_is_named(kind: str) -> None:
 def test_windows_are_found_in_masks() -> None:
     """phimoe builds its window into the mask alone, llama4 its chunks; a sliding and a full layer of one model differ."""
     values = {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8}
-    kinds = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16, "num_experts_per_tok": 1}
-    llama4 = {**values, **kinds, "intermediate_size_mlp": 32, "moe_layers": [1], "no_rope_layers": [1, 0]}
-    for kind, changes, windows in [("phimoe", {**values, "sliding_window": 8}, [8, 8]), ("llama4_text", llama4, [-16, 0])]:
+    kinds = {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 16,
+        "num_experts_per_tok": 1,
+    }
+    llama4 = {
+        **values,
+        **kinds,
+        "intermediate_size_mlp": 32,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+    }
+    for kind, changes, windows in [
+        ("phimoe", {**values, "sliding_window": 8}, [8, 8]),
+        ("llama4_text", llama4, [-16, 0]),
+    ]:
         model = _model(kind, **changes)
         with attached(model):
             assert [layer.window for layer in discover(model)] == windows
@@ -79,7 +115,10 @@ def test_windows_are_found_in_masks() -> None:
 def test_tokens_must_meet_in_attention_alone() -> None:
     """Attention that a model does by itself, and positions that it counts by itself, show in what its logits depend on."""
     mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
-    with pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"), attached(mixed):
+    with (
+        pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"),
+        attached(mixed),
+    ):
         check_tokens_meet_in_attention(mixed, 128)
     model = tiny_model("llama")
     with attached(model):

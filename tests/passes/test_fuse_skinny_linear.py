@@ -19,7 +19,16 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cu
 
 
 PLAIN, GATED, RESIDUAL = (False, False), (True, False), (False, True)
-CASES = [(1, 96, 160), (1, 100, 72), (2, 100, 72), (3, 96, 160), (4, 40, 600), (16, 100, 72), (17, 96, 512), (32, 40, 600)]
+CASES = [
+    (1, 96, 160),
+    (1, 100, 72),
+    (2, 100, 72),
+    (3, 96, 160),
+    (4, 40, 600),
+    (16, 100, 72),
+    (17, 96, 512),
+    (32, 40, 600),
+]
 
 
 @pytest.mark.gpu
@@ -29,34 +38,51 @@ CASES = [(1, 96, 160), (1, 100, 72), (2, 100, 72), (3, 96, 160), (4, 40, 600), (
 @pytest.mark.parametrize(("num_tokens", "num_out", "num_in"), CASES)
 def test_kernel_is_the_reference(num_tokens, num_out, num_in, gated, residual, norm, dtype) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[:, :num_in]  # rows apart, as slices of a product are
+    x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[
+        :, :num_in
+    ]  # rows apart, as slices of a product are
     weight = torch.randn(num_out * (1 + gated), num_in, device=DEVICE, dtype=dtype) / num_in**0.5
     scale = torch.rand(num_in, device=DEVICE, dtype=dtype) + 0.5 if norm else None
     kept = torch.randn(num_tokens, num_out, device=DEVICE, dtype=dtype) if residual else None
     arguments = (x, weight, scale, 1e-6, kept, gated)
-    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    expected = small_linear_reference(*wide) if not norm else small_linear_reference(*arguments).double()
+    wide = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    expected = (
+        small_linear_reference(*wide) if not norm else small_linear_reference(*arguments).double()
+    )
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(small_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        small_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.usefixtures("vector_isa")
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("gated", "residual"), [PLAIN, GATED, RESIDUAL])
 @pytest.mark.parametrize(
-    ("num_tokens", "size"), [(1, (5, 20)), (3, (7, 33)), (7, (6, 50)), (8, (64, 100)), (9, (65, 64)), (32, (40, 64))]
+    ("num_tokens", "size"),
+    [(1, (5, 20)), (3, (7, 33)), (7, (6, 50)), (8, (64, 100)), (9, (65, 64)), (32, (40, 64))],
 )
 def test_cpp_is_the_reference(num_tokens, size, gated, residual, norm) -> None:  # type: ignore[no-untyped-def]
     """Sizes that leave tiles of features, of tokens and of sums unfinished."""
     torch.manual_seed(0)
     num_out, num_in = size
-    x, weight = torch.randn(num_tokens, 2 * num_in)[:, :num_in], torch.randn(num_out * (1 + gated), num_in) / num_in**0.5
+    x, weight = (
+        torch.randn(num_tokens, 2 * num_in)[:, :num_in],
+        torch.randn(num_out * (1 + gated), num_in) / num_in**0.5,
+    )
     scale = torch.rand(num_in) + 0.5 if norm else None
     kept = torch.randn(num_tokens, num_out) if residual else None
     together = small_linear_cpu(x, weight, scale, 1e-6, kept, gated)
-    torch.testing.assert_close(together, small_linear_reference(x, weight, scale, 1e-6, kept, gated))
+    torch.testing.assert_close(
+        together, small_linear_reference(x, weight, scale, 1e-6, kept, gated)
+    )
     alone = [
-        small_linear_cpu(x[t : t + 1], weight, scale, 1e-6, None if kept is None else kept[t : t + 1], gated)
+        small_linear_cpu(
+            x[t : t + 1], weight, scale, 1e-6, None if kept is None else kept[t : t + 1], gated
+        )
         for t in range(num_tokens)
     ]
     if gated:  # the exponential is computed for several tokens at once
@@ -110,11 +136,18 @@ def _scaled(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
 
 
 def _normalised(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    return emit(graph, aten.div.Tensor, weight, emit(graph, aten.linalg_vector_norm.default, weight, 2, [1], True))
+    return emit(
+        graph,
+        aten.div.Tensor,
+        weight,
+        emit(graph, aten.linalg_vector_norm.default, weight, 2, [1], True),
+    )
 
 
 def _copied_by_a_reshape(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    flat = emit(graph, aten.reshape.default, emit(graph, aten.permute.default, weight, [1, 0]), [64 * 64])
+    flat = emit(
+        graph, aten.reshape.default, emit(graph, aten.permute.default, weight, [1, 0]), [64 * 64]
+    )
     return emit(graph, aten.view.default, flat, [64, 64])
 
 
@@ -136,7 +169,10 @@ def _half(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
     return emit(graph, aten.slice.Tensor, weight, 0, 0, 32)
 
 
-@pytest.mark.parametrize("prepare", [_scaled, _normalised, _copied_by_a_reshape, _written_before, _itself, _read_as_one, _half])
+@pytest.mark.parametrize(
+    "prepare",
+    [_scaled, _normalised, _copied_by_a_reshape, _written_before, _itself, _read_as_one, _half],
+)
 def test_only_weights_that_nothing_computes_are_taken(
     prepare: Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node],
 ) -> None:
@@ -145,7 +181,12 @@ def test_only_weights_that_nothing_computes_are_taken(
     with FakeTensorMode():
         x, weight = graph.placeholder("x"), graph.placeholder("weight")
         x.meta["val"], weight.meta["val"] = torch.empty(2, 64), torch.empty(128, 64)[:64]
-        product = emit(graph, aten.mm.default, x, emit(graph, aten.permute.default, prepare(graph, weight), [1, 0]))
+        product = emit(
+            graph,
+            aten.mm.default,
+            x,
+            emit(graph, aten.permute.default, prepare(graph, weight), [1, 0]),
+        )
         graph.output(product)
     context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=2)
     labels = small_linear.SMALL_LINEAR.run(graph, context)
@@ -162,7 +203,9 @@ def test_several_tokens_in_float16_are_normed_before() -> None:
     with FakeTensorMode():
         for dtype in (torch.float16, torch.bfloat16):
             for num_tokens in (1, 8):
-                x.meta["val"] = product.meta["val"] = torch.empty(num_tokens, 64, dtype=dtype, device="cuda")
+                x.meta["val"] = product.meta["val"] = torch.empty(
+                    num_tokens, 64, dtype=dtype, device="cuda"
+                )
                 weight.meta["val"] = torch.empty(64, 64, dtype=dtype, device="cuda")
                 taken[dtype, num_tokens] = small_linear._takes_norm(product)
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
@@ -176,9 +219,13 @@ def test_a_norm_of_groups_of_features_stays(num_groups: int) -> None:
         tokens, weight = graph.placeholder("tokens"), graph.placeholder("weight")
         tokens.meta["val"], weight.meta["val"] = torch.empty(3, 64), torch.empty(64)
         groups = emit(graph, aten.reshape.default, tokens, [3, num_groups, 64 // num_groups])
-        mean = emit(graph, aten.mean.dim, emit(graph, aten.pow.Tensor_Scalar, groups, 2), [-1], True)
+        mean = emit(
+            graph, aten.mean.dim, emit(graph, aten.pow.Tensor_Scalar, groups, 2), [-1], True
+        )
         factor = emit(graph, aten.rsqrt.default, emit(graph, aten.add.Tensor, mean, 1e-6))
-        normed = emit(graph, aten.reshape.default, emit(graph, aten.mul.Tensor, groups, factor), [3, 64])
+        normed = emit(
+            graph, aten.reshape.default, emit(graph, aten.mul.Tensor, groups, factor), [3, 64]
+        )
         x = emit(graph, aten.mul.Tensor, weight, normed)
     found = small_linear._norm(x)
     assert (found is not None) == (num_groups == 1)
@@ -190,11 +237,21 @@ def test_several_tokens_are_served_where_that_pays() -> None:
     small = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)]
     assert [small_linear._pays(8, *shape) for shape in large] == [False, True, False, True, False]
     assert [small_linear._pays(8, *shape) for shape in small] == [True, True, True, True, False]
-    assert all(small_linear._pays(1, *shape) and not small_linear._pays(17, *shape) for shape in large + small)
+    assert all(
+        small_linear._pays(1, *shape) and not small_linear._pays(17, *shape)
+        for shape in large + small
+    )
 
 
 def test_tiles_suit_matrix_instructions() -> None:
-    for num_rows, num_in in ((64, 4096), (4096, 4096), (96, 20), (1024, 3072), (6144, 1024), (960, 576)):
+    for num_rows, num_in in (
+        (64, 4096),
+        (4096, 4096),
+        (96, 20),
+        (1024, 3072),
+        (6144, 1024),
+        (960, 576),
+    ):
         for num_tokens in (3, 8, 16, 32):
             tiles = op._matrix_tiles(num_tokens, num_rows, num_in)
             assert tiles["FIRST_K"] % tiles["TILE_K"] == 0

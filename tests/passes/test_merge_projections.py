@@ -17,7 +17,13 @@ _SIZES = {"q": 8, "k": 4, "v": 4}
 
 def _weights(storage: torch.Tensor, order: str) -> dict[str, torch.Tensor]:
     """Weights [N, 4] that lie one after another in a storage of rows."""
-    begins = dict(zip(order, torch.tensor([0, *(_SIZES[name] for name in order)]).cumsum(0).tolist(), strict=False))
+    begins = dict(
+        zip(
+            order,
+            torch.tensor([0, *(_SIZES[name] for name in order)]).cumsum(0).tolist(),
+            strict=False,
+        )
+    )
     return {name: storage[begins[name] : begins[name] + size] for name, size in _SIZES.items()}
 
 
@@ -30,7 +36,14 @@ def _products(weights: Sequence[torch.Tensor], x: torch.Tensor) -> GraphModule:
         nodes = [graph.placeholder(f"weight_{number}") for number in range(len(weights))]
         for node, weight in zip(nodes, weights, strict=True):
             node.meta["val"] = mode.from_tensor(weight)
-        graph.output([emit(graph, aten.mm.default, tokens, emit(graph, aten.permute.default, node, [1, 0])) for node in nodes])
+        graph.output(
+            [
+                emit(
+                    graph, aten.mm.default, tokens, emit(graph, aten.permute.default, node, [1, 0])
+                )
+                for node in nodes
+            ]
+        )
     return GraphModule({}, graph)
 
 
@@ -46,7 +59,9 @@ def test_products_read_their_own_rows(order: str, spare: int) -> None:
     matches = MERGE_PROJECTIONS.run(module.graph, context)
     assert matches == MERGE_PROJECTIONS.expected(context)
     module.recompile()
-    assert len(module.graph.find_nodes(op="call_function", target=aten.mm.default)) == (3 if spare else 1)
+    assert len(module.graph.find_nodes(op="call_function", target=aten.mm.default)) == (
+        3 if spare else 1
+    )
     torch.testing.assert_close(module(x, *weights.values()), expected)
 
 

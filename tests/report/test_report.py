@@ -16,14 +16,22 @@ from passes import PassReport
 
 @pytest.fixture
 def report() -> Report:
-    graph_pass = PassReport(name="paged_attention", matches=2, expected=2, seconds=0.1, ops_before=150, ops_after=110)
+    graph_pass = PassReport(
+        name="paged_attention", matches=2, expected=2, seconds=0.1, ops_before=150, ops_after=110
+    )
     served = BucketReport(
         bucket="decode-4-greedy", size=4, mode="graph", trace_seconds=1, compile_seconds=2, capture_seconds=0.5,
         bytes=3 * 2**20, replays=10, padded=15, passes=[graph_pass],
     )  # fmt: skip
-    failed = BucketReport(bucket="decode-2-greedy", size=2, failure='RuntimeError: a < b & "c"', passes=[graph_pass])
+    failed = BucketReport(
+        bucket="decode-2-greedy", size=2, failure='RuntimeError: a < b & "c"', passes=[graph_pass]
+    )
     waiting = BucketReport(bucket="decode-1-greedy", size=1, mode="pending")
-    made = Report(facts={"model": "tiny"}, warnings=["<script>alert(1)</script>"], buckets=[served, failed, waiting])
+    made = Report(
+        facts={"model": "tiny"},
+        warnings=["<script>alert(1)</script>"],
+        buckets=[served, failed, waiting],
+    )
     made.phases.append(PhaseReport(name="load weights", seconds=1.25, bytes=2**20))
     made.fallbacks["no bucket"] += 7
     return made
@@ -43,7 +51,9 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
-        self.pointers += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.pointers += [
+            str(value) for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
         if tag != "meta":
             self.open.append(tag)
 
@@ -86,10 +96,14 @@ def test_an_empty_report_has_a_page() -> None:
 def test_bars_are_as_long_as_their_values() -> None:
     root = ET.fromstring(bar_plot([Bar("a & b", [1, 3]), Bar("c", [0, 2])], ["x", "y"], unit="s"))
     rects = list(root.iter("rect"))[2:]  # after the legend's
-    assert [float(rect.attrib["width"]) for rect in rects] == pytest.approx([140, 420, 0, 280], abs=0.1)
+    assert [float(rect.attrib["width"]) for rect in rects] == pytest.approx(
+        [140, 420, 0, 280], abs=0.1
+    )
     assert float(rects[1].attrib["x"]) == pytest.approx(float(rects[0].attrib["x"]) + 140, abs=0.1)
     apart = ET.fromstring(bar_plot([Bar("a", [1, 4])], ["before", "after"], stacked=False))
-    assert [float(rect.attrib["width"]) for rect in apart.iter("rect")][2:] == pytest.approx([140, 560], abs=0.1)
+    assert [float(rect.attrib["width"]) for rect in apart.iter("rect")][2:] == pytest.approx(
+        [140, 560], abs=0.1
+    )
     assert bar_plot([Bar("nothing", [0])], ["x"]).count("<rect") == 1
     assert bar_plot([], ["x"]) == ""
 

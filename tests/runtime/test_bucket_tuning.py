@@ -13,7 +13,10 @@ SEEN = st.dictionaries(st.integers(1, 64), st.integers(1, 1000), min_size=1, max
 
 
 def padding(seen: dict[int, int], sizes: tuple[int, ...]) -> int:
-    return sum(count * (min(bucket for bucket in sizes if bucket >= size) - size) for size, count in seen.items())
+    return sum(
+        count * (min(bucket for bucket in sizes if bucket >= size) - size)
+        for size, count in seen.items()
+    )
 
 
 @settings(deadline=None)
@@ -31,7 +34,10 @@ def test_no_list_of_as_many_sizes_pads_less(seen: dict[int, int], number: int) -
 @settings(deadline=None)
 @given(st.dictionaries(st.integers(1, 256), st.integers(1, 1000), min_size=1), st.floats(1.2, 8))
 def test_never_worse_than_the_default_list(seen: dict[int, int], growth: float) -> None:
-    default = [bucket.size for bucket in make_buckets("decode", "auto", ["greedy"], limit=256, growth=growth)]
+    default = [
+        bucket.size
+        for bucket in make_buckets("decode", "auto", ["greedy"], limit=256, growth=growth)
+    ]
     traffic = Traffic(limit=256, buckets=default, seen=Counter(seen))
     suggested = traffic.suggest(len(default))
     assert suggested[-1] == 256, "the limit is always a bucket"

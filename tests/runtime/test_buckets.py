@@ -32,7 +32,9 @@ def test_the_cheapest_sampler_that_serves_is_taken() -> None:
 
 
 def test_listed_sizes_are_sorted_and_completed() -> None:
-    assert [bucket.size for bucket in make_buckets("decode", [8, 2, 8], ["greedy"], limit=10, growth=2)] == [2, 8, 10]
+    assert [
+        bucket.size for bucket in make_buckets("decode", [8, 2, 8], ["greedy"], limit=10, growth=2)
+    ] == [2, 8, 10]
     assert make_buckets("prefill", [], ["greedy"], limit=10, growth=2) == []
 
 
@@ -42,5 +44,9 @@ def test_a_size_above_the_limit_is_refused() -> None:
 
 
 def test_auto_sizes() -> None:
-    assert [bucket.size for bucket in make_buckets("decode", "auto", ["greedy"], limit=64, growth=4)] == [1, 4, 16, 64]
-    assert [bucket.size for bucket in make_buckets("prefill", "auto", ["greedy"], limit=256, growth=4)] == [64, 256]
+    assert [
+        bucket.size for bucket in make_buckets("decode", "auto", ["greedy"], limit=64, growth=4)
+    ] == [1, 4, 16, 64]
+    assert [
+        bucket.size for bucket in make_buckets("prefill", "auto", ["greedy"], limit=256, growth=4)
+    ] == [64, 256]

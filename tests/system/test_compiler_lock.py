@@ -95,7 +95,9 @@ def test_an_interrupt_ends_the_wait() -> None:
         with eager_steps_excluded():
             pass
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores the signal
     holding = _elsewhere(hold)
     assert began.wait(30)
     try:
@@ -145,7 +147,10 @@ def test_a_failed_step_excludes_nothing() -> None:
 
 
 def test_who_compiles_holds_the_lock() -> None:
-    pipeline = Pipeline(passes=[], context=PassContext(layers=(), rotary_embeddings=0, merged_projections=0, num_tokens=1))
+    pipeline = Pipeline(
+        passes=[],
+        context=PassContext(layers=(), rotary_embeddings=0, merged_projections=0, num_tokens=1),
+    )
     with _settings(torch.device("cpu"), pipeline, {}):
         assert compiler_is_free()  # for this thread
         assert not _elsewhere(compiler_is_free).result(30)
@@ -161,8 +166,15 @@ def test_who_compiles_holds_the_lock() -> None:
 def test_a_model_is_built_while_no_eager_step_runs(tmp_path: Path) -> None:
     """transformers makes the model's dtype the default one, which threads share."""
     began, end = threading.Event(), threading.Event()
-    values = {**FAMILIES["llama"], "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_size": 32, "vocab_size": 64, "intermediate_size": 32}))
+    values = {
+        **FAMILIES["llama"],
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({**values, "hidden_size": 32, "vocab_size": 64, "intermediate_size": 32})
+    )
 
     def step() -> set[torch.dtype]:
         began.set()
@@ -173,7 +185,9 @@ def test_a_model_is_built_while_no_eager_step_runs(tmp_path: Path) -> None:
 
     running = _elsewhere(lambda: run_eagerly(step))
     assert began.wait(30)
-    wanted = ModelConfig(name=str(tmp_path / "config.json"), weights="random", dtype="bfloat16", device="cpu")
+    wanted = ModelConfig(
+        name=str(tmp_path / "config.json"), weights="random", dtype="bfloat16", device="cpu"
+    )
     loading = _elsewhere(lambda: load(wanted))
     try:
         with pytest.raises(TimeoutError):
@@ -194,7 +208,9 @@ def test_a_trace_leaves_other_threads_modules_alone() -> None:
     known, unknown = nn.Sequential(nn.ReLU()), nn.ReLU()
 
     class Tracer(torch.fx.Tracer):
-        def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def call_module(
+            self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+        ) -> Any:
             calls.append(_elsewhere(lambda: unknown(torch.ones(1))).result(30))
             return super().call_module(module, forward, args, kwargs)
 
@@ -204,7 +220,9 @@ def test_a_trace_leaves_other_threads_modules_alone() -> None:
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
-def test_kernels_compiled_ahead_leave_other_threads_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compiled_ahead_leave_other_threads_launches_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from triton.runtime.jit import JITFunction
 
     launched: list[bool] = []

@@ -14,15 +14,28 @@ def _of(cpuinfo: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return instruction_set.__wrapped__()
 
 
-def test_one_more_instruction_is_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_more_instruction_is_another_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu = "processor\t: {n}\nmodel name\t: A\ncpu MHz\t: {n}000\nflags\t\t: {flags}\n\n"
     sets = {
-        name: _of("".join(cpu.format(n=n, flags=flags) for n in range(2)), tmp_path / "cpuinfo", monkeypatch)
-        for name, flags in {"a": "fpu avx2 fma", "b": "fma fpu avx2", "c": "fpu avx2 fma avx512f"}.items()
+        name: _of(
+            "".join(cpu.format(n=n, flags=flags) for n in range(2)),
+            tmp_path / "cpuinfo",
+            monkeypatch,
+        )
+        for name, flags in {
+            "a": "fpu avx2 fma",
+            "b": "fma fpu avx2",
+            "c": "fpu avx2 fma avx512f",
+        }.items()
     }
     assert sets["a"] == sets["b"] != sets["c"]
 
 
 def test_arm_has_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = (_of(f"Features\t: {names}\n", tmp_path / "cpuinfo", monkeypatch) for names in ("fp asimd", "fp asimd sve"))
+    one, other = (
+        _of(f"Features\t: {names}\n", tmp_path / "cpuinfo", monkeypatch)
+        for names in ("fp asimd", "fp asimd sve")
+    )
     assert one != other

@@ -35,7 +35,10 @@ def test_what_others_may_write_is_refused(path: Path, levels: int, mode: int) ->
     why = refusal(path)
     assert why is not None
     assert "\n" not in why
-    assert why == f"others may write to {place} (mode {0o700 | mode:o}): take that away with `chmod go-w {place}`"
+    assert (
+        why
+        == f"others may write to {place} (mode {0o700 | mode:o}): take that away with `chmod go-w {place}`"
+    )
     with pytest.raises(UntrustedFileError, match="others may write"):
         read_trusted(path)
 
@@ -49,7 +52,10 @@ def test_above_a_sticky_directory_others_may_write_beside_it(path: Path) -> None
 def test_what_another_user_owns_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
         os.chown(path.parent, 12345, -1)
-        assert refusal(path) == f"{path.parent} belongs to another user (uid 12345): expected this user or root"
+        assert (
+            refusal(path)
+            == f"{path.parent} belongs to another user (uid 12345): expected this user or root"
+        )
     else:
         monkeypatch.setattr(file_trust.os, "geteuid", lambda: os.getuid() + 1)
         assert f"belongs to another user (uid {os.getuid()})" in str(refusal(path))

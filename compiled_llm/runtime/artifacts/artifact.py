@@ -65,7 +65,9 @@ class Artifact:
     notice: Callable[[str], None] = _ignore
     config: str = ""
     by_graph: bool = False
-    _damaged: set[Path] = field(default_factory=set, repr=False)  # libraries, relative to where they are
+    _damaged: set[Path] = field(
+        default_factory=set, repr=False
+    )  # libraries, relative to where they are
 
     def misfit(self) -> str | None:
         """Why what is there cannot be used; None where it can, or where nothing is there, or nothing but what is damaged."""
@@ -79,10 +81,16 @@ class Artifact:
         if found is None:
             if not any(self.directory.glob("*.bucket")):
                 return f"{manifest} is no manifest of an artifact"
-            self.notice(f"{manifest} is damaged, or of another version: all that it was of is compiled anew")
+            self.notice(
+                f"{manifest} is damaged, or of another version: all that it was of is compiled anew"
+            )
             return None
         different = found.differences(self.key)
-        return f"{self.directory} was compiled for something else: {', '.join(different)}" if different else None
+        return (
+            f"{self.directory} was compiled for something else: {', '.join(different)}"
+            if different
+            else None
+        )
 
     def refusal(self) -> str | None:
         """Why the directory is not to be trusted: other users own or may write it, its manifest or a directory above it."""
@@ -107,7 +115,11 @@ class Artifact:
 
     def mend(self) -> None:
         """Put libraries that were damaged in order, where the compiler has made them again; raises OSError."""
-        made = {path.relative_to(_cache_dir()): path for path in _loaded_libraries()} if self._damaged else {}
+        made = (
+            {path.relative_to(_cache_dir()): path for path in _loaded_libraries()}
+            if self._damaged
+            else {}
+        )
         for name in self._damaged & made.keys():
             with locked(self.directory):
                 _write(self._libraries / name, made[name].read_bytes())
@@ -140,7 +152,10 @@ class Artifact:
                 if kind in before and before[kind].limit == seen.limit:
                     seen = replace(seen, seen=seen.seen + before[kind].seen)
                 before[kind] = seen
-            write_whole(self.directory / _TRAFFIC, json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode())
+            write_whole(
+                self.directory / _TRAFFIC,
+                json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode(),
+            )
 
     def _restore_libraries(self) -> None:
         """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
@@ -194,7 +209,10 @@ def discard(directory: Path) -> None:
 def read_traffic(directory: Path) -> dict[str, Traffic]:
     """What engines on this artifact saw, by kind; nothing where that is not known."""
     try:
-        return {kind: Traffic.from_dict(values) for kind, values in json.loads((directory / _TRAFFIC).read_text()).items()}
+        return {
+            kind: Traffic.from_dict(values)
+            for kind, values in json.loads((directory / _TRAFFIC).read_text()).items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -206,7 +224,9 @@ def read_key(directory: Path) -> Key | None:
         key = Key(dict(manifest["key"]), dict(manifest["settings"]))
     except (ValueError, KeyError, TypeError):
         return None
-    return key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None
+    return (
+        key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None
+    )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -243,5 +263,11 @@ def _loaded_libraries() -> list[Path]:
     maps = Path("/proc/self/maps")
     if torch.cuda.is_available() or not maps.exists():
         return []
-    paths = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.endswith(".so")}
-    return sorted(Path(path) for path in paths if Path(path).is_relative_to(_cache_dir()) and Path(path).exists())
+    paths = {
+        line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.endswith(".so")
+    }
+    return sorted(
+        Path(path)
+        for path in paths
+        if Path(path).is_relative_to(_cache_dir()) and Path(path).exists()
+    )

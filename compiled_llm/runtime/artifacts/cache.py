@@ -65,7 +65,9 @@ def is_expected(config: Config) -> bool:
     """Whether there seems to be an artifact for the config, before its key can be known."""
     wanted = config.compile.artifact
     directories = [wanted] if isinstance(wanted, Path) else cached_artifacts().glob("*")
-    return any(read_manifest(directory).get("config") == _digest(config) for directory in directories)
+    return any(
+        read_manifest(directory).get("config") == _digest(config) for directory in directories
+    )
 
 
 def _digest(config: Config) -> str:
@@ -77,7 +79,9 @@ def tidy(used: Artifact, limit: int, report: Report) -> None:
     mark_used(used.directory)
     removed = make_room(limit, used=used.directory)
     if removed:
-        report.facts["removed, unused for the longest"] = f"{', '.join(removed)}, beyond compile.cache_limit"
+        report.facts["removed, unused for the longest"] = (
+            f"{', '.join(removed)}, beyond compile.cache_limit"
+        )
 
 
 def cached_artifacts() -> Path:
@@ -131,7 +135,9 @@ def _look_at(directory: Path) -> _Found:
 def _remove(directory: Path) -> bool:
     try:
         with locked(directory, patience=0):
-            (directory / MANIFEST).unlink(missing_ok=True)  # first: without it, nothing there is used
+            (directory / MANIFEST).unlink(
+                missing_ok=True
+            )  # first: without it, nothing there is used
             shutil.rmtree(directory)
     except OSError:
         return False

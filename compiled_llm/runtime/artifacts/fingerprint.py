@@ -21,8 +21,17 @@ from passes.ops.cpu.vector_isa import vector_isa
 from passes.pipeline import source_digest
 
 _ROOT = Path(__file__).parents[3]
-_SHAPES_NOTHING = ("compile_threads", "worker_start_method", "debug_dir_root", "trace.")  # of the compiler; they differ by machine
-_SOURCES = ("compiled_llm/models", "compiled_llm/runtime", "passes")  # all that shapes a graph or its kernels
+_SHAPES_NOTHING = (
+    "compile_threads",
+    "worker_start_method",
+    "debug_dir_root",
+    "trace.",
+)  # of the compiler; they differ by machine
+_SOURCES = (
+    "compiled_llm/models",
+    "compiled_llm/runtime",
+    "passes",
+)  # all that shapes a graph or its kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +52,19 @@ class Key:
     def differences(self, other: "Key") -> list[str]:
         """A line for each part in which the other differs."""
         mine, theirs = self.parts | self.settings, other.parts | other.settings
-        pairs = [(name, mine.get(name, "nothing"), theirs.get(name, "nothing")) for name in mine | theirs]
+        pairs = [
+            (name, mine.get(name, "nothing"), theirs.get(name, "nothing")) for name in mine | theirs
+        ]
         return [f"{name}: {mine}; here: {others}" for name, mine, others in pairs if mine != others]
 
 
 def make_key(
-    model: ServedModel, code: str, buffers: Sequence[nn.Module], groups: Sequence[PageGroup], config: Config, limits: Limits
+    model: ServedModel,
+    code: str,
+    buffers: Sequence[nn.Module],
+    groups: Sequence[PageGroup],
+    config: Config,
+    limits: Limits,
 ) -> Key:
     """The key of an engine whose buffers and caches are allocated; `code` identifies what the model runs."""
     seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
@@ -67,7 +83,9 @@ def make_key(
             "weights": f"layout {_short(_layout([model]))}",
             "limits": f"{seqs} sequences, {tokens} tokens a step, {length} each",
             "KV cache": f"{pages} pages of {config.cache.block_size} tokens, layout {_short(_layout(buffers))}",
-            "passes and options": ", ".join(f"{name}={value}" for name, value in sorted(options.items())),
+            "passes and options": ", ".join(
+                f"{name}={value}" for name, value in sorted(options.items())
+            ),
         },
         settings=compiler_settings(),
     )
@@ -96,7 +114,8 @@ def _torch_state(device: torch.device) -> str:
     """What callers may have set in torch that is compiled into a step."""
     parts = {
         "default": f"{torch.get_default_dtype()} on {torch.get_default_device()}",
-        "autocast": torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        "autocast": torch.is_autocast_enabled(device.type)
+        and torch.get_autocast_dtype(device.type),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul": torch.get_float32_matmul_precision(),
     }
@@ -111,7 +130,9 @@ def compiler_settings() -> dict[str, str]:
 
     site = str(Path(torch.__file__).parents[1])
     return {
-        f"{config.__name__}.{name}": json.dumps(value, sort_keys=True, default=_name_of).replace(site, "")
+        f"{config.__name__}.{name}": json.dumps(value, sort_keys=True, default=_name_of).replace(
+            site, ""
+        )
         for config in (dynamo, functorch, inductor)
         for name, value in config.get_config_copy().items()
         if not name.startswith(_SHAPES_NOTHING)

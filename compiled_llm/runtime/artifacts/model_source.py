@@ -26,7 +26,9 @@ from transformers import PreTrainedModel
 _PACKAGES = tuple(f"{Path(package.__path__[0]).resolve()}/" for package in (torch, transformers))
 _STDLIB = f"{Path(sysconfig.get_path('stdlib')).resolve()}/"
 # By functions of its own, in any process in which torch.compile has checked guards (torch/_dynamo/mutation_guard.py).
-_REPLACED_BY_DYNAMO = {f"torch.nn.modules.module.Module.{name}" for name in ("__init__", "__setstate__")}
+_REPLACED_BY_DYNAMO = {
+    f"torch.nn.modules.module.Module.{name}" for name in ("__init__", "__setstate__")
+}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -38,7 +40,9 @@ class ModelCode:
     by_graph: bool
 
 
-def identify(model: PreTrainedModel, trace_step: Callable[[], str], *, just_loaded: bool) -> ModelCode:
+def identify(
+    model: PreTrainedModel, trace_step: Callable[[], str], *, just_loaded: bool
+) -> ModelCode:
     """Identify what a model runs.
 
     Args:
@@ -65,19 +69,30 @@ def library_source(model: PreTrainedModel) -> str | None:
     `torch.nn.functional`. The modules' own attributes are not looked at: a model that was just loaded has those that its config
     gives it.
     """
-    classes = {kind for module in model.modules() for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+    classes = {
+        kind
+        for module in model.modules()
+        for kind in type(module).__mro__
+        if issubclass(kind, nn.Module)
+    }
     names = sorted({kind.__module__ for kind in classes})
-    if any(getattr(module_state, hooks) for hooks in _GLOBAL_HOOKS) or not all(map(_is_library_module, names)):
+    if any(getattr(module_state, hooks) for hooks in _GLOBAL_HOOKS) or not all(
+        map(_is_library_module, names)
+    ):
         return None
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode() + Path(str(sys.modules[name].__file__)).read_bytes())
-    for place, function in _functions(classes, [name for name in names if name.startswith("transformers.models.")]):
+    for place, function in _functions(
+        classes, [name for name in names if name.startswith("transformers.models.")]
+    ):
         code = function.__code__
         if not _is_library_file(code.co_filename):
             return None
         if place not in _REPLACED_BY_DYNAMO:
-            digest.update(f"{place} {Path(code.co_filename).name} {code.co_qualname} {code.co_firstlineno}\n".encode())
+            digest.update(
+                f"{place} {Path(code.co_filename).name} {code.co_qualname} {code.co_firstlineno}\n".encode()
+            )
     return digest.hexdigest()
 
 
@@ -95,15 +110,25 @@ def _value(value: object) -> object:
     """Scalars by value, dicts of modules, parameters and hooks by their members, everything else by identity."""
     if isinstance(value, bool | int | float | str | None):
         return type(value), value
-    return [(key, id(member)) for key, member in value.items()] if isinstance(value, dict) else id(value)
+    return (
+        [(key, id(member)) for key, member in value.items()]
+        if isinstance(value, dict)
+        else id(value)
+    )
 
 
 def _functions(classes: set[type], names: list[str]) -> Iterator[tuple[str, types.FunctionType]]:
     """The functions in classes, in the Python modules of these names and in `torch.nn.functional`, each with its place."""
-    owners: dict[str, Mapping[str, Any]] = {f"{kind.__module__}.{kind.__qualname__}": vars(kind) for kind in classes}
+    owners: dict[str, Mapping[str, Any]] = {
+        f"{kind.__module__}.{kind.__qualname__}": vars(kind) for kind in classes
+    }
     owners |= {name: vars(sys.modules[name]) for name in [*names, "torch.nn.functional"]}
     for name in names:  # classes that the model makes while it runs, such as those of its outputs
-        owners |= {f"{name}.{kind.__name__}": vars(kind) for kind in vars(sys.modules[name]).values() if _is_module(kind)}
+        owners |= {
+            f"{name}.{kind.__name__}": vars(kind)
+            for kind in vars(sys.modules[name]).values()
+            if _is_module(kind)
+        }
     for owner, members in sorted(owners.items()):
         for name, value in sorted(members.items()):
             for function in _layers(value):

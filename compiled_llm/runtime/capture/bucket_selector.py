@@ -27,7 +27,10 @@ class Serving:
         ask: Callable[[Bucket], None] = lambda bucket: None,
     ) -> None:  # fmt: skip
         self._buckets, self._report, self._strict, self._ask = buckets, report, strict, ask
-        self._compiles, self.entries = entries is not None, {entry.bucket: entry for entry in entries or ()}
+        self._compiles, self.entries = (
+            entries is not None,
+            {entry.bucket: entry for entry in entries or ()},
+        )
         self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
 
     def find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
@@ -43,7 +46,9 @@ class Serving:
         best = match([b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler)
         if best is not None and self.entries[best].compiled is None:
             self._ask(best)
-        served = match([b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler)
+        served = match(
+            [b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler
+        )
         if served is None:
             self._count_eager(self._why_not(wanted))
             return None
@@ -64,13 +69,21 @@ class Serving:
 
     def sizes(self, kind: Kind) -> list[int]:
         """Sizes of buckets that can be used, now or once a step has asked, small to large; of all, where nothing is compiled."""
-        return sorted({bucket.size for bucket in self._buckets[kind] if not self._compiles or self._is_for_use(bucket)})
+        return sorted(
+            {
+                bucket.size
+                for bucket in self._buckets[kind]
+                if not self._compiles or self._is_for_use(bucket)
+            }
+        )
 
     def replace(self, entry: Entry) -> None:
         """Take an entry for the one that its bucket had, which served no step; also in the report."""
         old = self.entries[entry.bucket].report
         self.entries[entry.bucket] = entry
-        self._report.buckets = [entry.report if report is old else report for report in self._report.buckets]
+        self._report.buckets = [
+            entry.report if report is old else report for report in self._report.buckets
+        ]
         self._found.clear()
 
     def _is_for_use(self, bucket: Bucket) -> bool:
@@ -84,5 +97,7 @@ class Serving:
 
     def _why_not(self, bucket: Bucket) -> str:
         report = self.entries[bucket].report
-        what = {"left out": "was left out", "pending": "is not captured yet"}.get(report.mode, "failed")
+        what = {"left out": "was left out", "pending": "is not captured yet"}.get(
+            report.mode, "failed"
+        )
         return f"{bucket} {what}: {report.failure}"

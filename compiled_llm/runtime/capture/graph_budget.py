@@ -27,11 +27,16 @@ def by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> 
     holding_all: list[Bucket] = []
     ranked: list[tuple[float, Bucket]] = []
     for kind in dict.fromkeys(bucket.kind for bucket in buckets):
-        first, *others = _ranked([bucket for bucket in buckets if bucket.kind == kind], traffic.get(kind))
+        first, *others = _ranked(
+            [bucket for bucket in buckets if bucket.kind == kind], traffic.get(kind)
+        )
         holding_all.append(first[1])
         ranked.extend(others)
     holding_all.sort(key=lambda bucket: bucket.cost, reverse=True)
-    return [*holding_all, *(bucket for _, bucket in sorted(ranked, key=lambda pair: pair[0], reverse=True))]
+    return [
+        *holding_all,
+        *(bucket for _, bucket in sorted(ranked, key=lambda pair: pair[0], reverse=True)),
+    ]
 
 
 def set_aside(config: Config, device: torch.device) -> int:
@@ -50,7 +55,9 @@ class GraphBudget:
 
     def __init__(self, limit: int | None, held: Callable[[], int]) -> None:
         self._limit, self._held, self._before = limit, held, held()
-        self._typical: dict[Kind, int] = {}  # of the last recording of the kind that was not its first
+        self._typical: dict[
+            Kind, int
+        ] = {}  # of the last recording of the kind that was not its first
         self._seen: set[Kind] = set()
 
     @property
@@ -70,7 +77,11 @@ class GraphBudget:
         if bucket.kind in self._seen:  # the first one brings the memory that all of them work in
             self._typical[bucket.kind] = taken
         self._seen.add(bucket.kind)
-        return f"{self._text()} with its {_mib(taken)}" if self._limit is not None and self.used > self._limit else None
+        return (
+            f"{self._text()} with its {_mib(taken)}"
+            if self._limit is not None and self.used > self._limit
+            else None
+        )
 
     def _text(self) -> str:
         assert self._limit is not None

@@ -29,7 +29,9 @@ class LazyBuckets:
         clock: seconds.
     """
 
-    def __init__(self, make: Callable[[Bucket], Entry], *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, make: Callable[[Bucket], Entry], *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._make, self._clock = make, clock
         self._wanted: Counter[Bucket] = Counter()
         self._not_before = self._asked_at = clock()
@@ -69,7 +71,10 @@ class LazyBuckets:
 def pending(buckets: Iterable[Bucket]) -> list[Entry]:
     """Entries of buckets that nobody has asked for yet."""
     reason = "compile.capture is lazy"
-    reports = ((bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason)) for bucket in buckets)
+    reports = (
+        (bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason))
+        for bucket in buckets
+    )
     return [Entry(bucket=bucket, report=report) for bucket, report in reports]
 
 

@@ -72,14 +72,23 @@ def compile_buckets(
         StrictError: a bucket failed and the config is strict.
     """
     check_options(config.compile.options)
-    entries = [Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size)) for bucket in buckets]
+    entries = [
+        Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size))
+        for bucket in buckets
+    ]
     budget = budget or graph_budget(config, model.device)
     ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
     if config.memory.graphs != "auto":
-        ordered = by_usefulness(ordered, read_traffic(artifact.directory) if artifact is not None else {})
+        ordered = by_usefulness(
+            ordered, read_traffic(artifact.directory) if artifact is not None else {}
+        )
     by_bucket = {entry.bucket: entry for entry in entries}
     working = at_work(pool, ordered, (model, layers, memory), config, artifact, report)
-    with _progress(len(entries), enabled=progress) as show, private_compiler_cache(), working as others:
+    with (
+        _progress(len(entries), enabled=progress) as show,
+        private_compiler_cache(),
+        working as others,
+    ):
         for entry in (by_bucket[bucket] for bucket in ordered):
             refusal = budget.refusal(entry.bucket)
             if refusal is not None:
@@ -92,14 +101,21 @@ def compile_buckets(
             stage_padding(memory.state, entry.bucket)
             pipeline = make_pipeline(config, entry.bucket, model, layers)
             step = memory.step(model, entry.bucket)
-            _compile(entry, step, pipeline, config, artifact, report.warnings, compiled_now=by_others)
+            _compile(
+                entry, step, pipeline, config, artifact, report.warnings, compiled_now=by_others
+            )
             if by_others and entry.report.loaded:
-                entry.report.loaded, entry.report.compile_seconds = False, waited + entry.report.compile_seconds
+                entry.report.loaded, entry.report.compile_seconds = (
+                    False,
+                    waited + entry.report.compile_seconds,
+                )
             _keep_within(budget, entry, model.device)
             show(entry, model.device)
     left_out = [str(entry.bucket) for entry in entries if entry.report.mode == "left out"]
     if left_out:
-        report.warnings.append(f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead")
+        report.warnings.append(
+            f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead"
+        )
     _warn_of_unkept(entries)
     return entries
 
@@ -107,12 +123,18 @@ def compile_buckets(
 def _warn_of_unkept(entries: list[Entry]) -> None:
     reasons = [entry.report.unkept for entry in entries if entry.report.unkept is not None]
     if reasons:
-        warnings.warn(f"{len(reasons)} of {len(entries)} buckets were compiled and not kept: {reasons[0]}", stacklevel=2)
+        warnings.warn(
+            f"{len(reasons)} of {len(entries)} buckets were compiled and not kept: {reasons[0]}",
+            stacklevel=2,
+        )
 
 
 def graph_budget(config: Config, device: torch.device) -> GraphBudget:
     """What the config allows recordings to take from now on."""
-    return GraphBudget(None if config.memory.graphs == "auto" else config.memory.graphs, partial(graph_bytes, device))
+    return GraphBudget(
+        None if config.memory.graphs == "auto" else config.memory.graphs,
+        partial(graph_bytes, device),
+    )
 
 
 def _keep_within(budget: GraphBudget, entry: Entry, device: torch.device) -> None:
@@ -133,7 +155,9 @@ def _give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def make_pipeline(config: Config, bucket: Bucket, model: ServedModel, layers: list[AttentionLayer]) -> Pipeline:
+def make_pipeline(
+    config: Config, bucket: Bucket, model: ServedModel, layers: list[AttentionLayer]
+) -> Pipeline:
     """The passes that the config wants, for one bucket."""
     context = PassContext(
         layers=tuple(layer.name for layer in layers),
@@ -154,18 +178,30 @@ def _compile(
 ) -> None:  # fmt: skip
     report, device = entry.report, step.state.tokens.device
     held = graph_bytes(device)
-    compile_or_load = partial(DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options))
+    compile_or_load = partial(
+        DISPATCHES[config.compile.dispatch], step, pipeline, dict(config.compile.options)
+    )
     try:
         checked = None if compiled_now or artifact is None or not artifact.by_graph else step
-        loaded = _load(artifact, report, compile_or_load, checked, notices) if artifact is not None else None
+        loaded = (
+            _load(artifact, report, compile_or_load, checked, notices)
+            if artifact is not None
+            else None
+        )
         compiled, passes = loaded or (compile_or_load(), pipeline.reports)
     except Exception as error:
         _raise_pass_error(error)
-        report.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        report.failure = (
+            f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        )
         if config.strict:
-            raise StrictError(f"bucket {entry.bucket} could not be compiled: {report.failure}") from error
+            raise StrictError(
+                f"bucket {entry.bucket} could not be compiled: {report.failure}"
+            ) from error
     if report.failure is not None:
-        _give_back(device)  # no longer held by the error's frames; others may have room where it had not
+        _give_back(
+            device
+        )  # no longer held by the error's frames; others may have room where it had not
         return
     entry.compiled = compiled
     report.mode = "graph" if compiled.graph else "compiled"
@@ -179,7 +215,11 @@ def _compile(
 
 
 def _load(
-    artifact: Artifact, report: BucketReport, load: Callable[..., CompiledStep], step: Step | None, notices: list[str]
+    artifact: Artifact,
+    report: BucketReport,
+    load: Callable[..., CompiledStep],
+    step: Step | None,
+    notices: list[str],
 ) -> tuple[CompiledStep, list[PassReport]] | None:
     """The bucket as the artifact has it; None where that has none, or none that works, or one of another graph than the step's."""
     try:
@@ -187,14 +227,18 @@ def _load(
         if kept is None:
             return None
         if step is not None and not _has_graph(step, kept, report):
-            notices.append(f"{report.bucket} in {artifact.directory} was compiled from another graph: it is compiled anew")
+            notices.append(
+                f"{report.bucket} in {artifact.directory} was compiled from another graph: it is compiled anew"
+            )
             return None
         loaded = load(saved=kept.step), kept.passes
         with suppress(OSError):  # what is damaged then stays so, and the next start says it again
             artifact.mend()
         return loaded
     except Exception as error:  # whatever unpickling and capturing may raise
-        notices.append(f"{report.bucket} in {artifact.directory} could not be used, and is compiled anew: {error}")
+        notices.append(
+            f"{report.bucket} in {artifact.directory} could not be used, and is compiled anew: {error}"
+        )
         return None
 
 
@@ -205,12 +249,26 @@ def _has_graph(step: Step, kept: Kept, report: BucketReport) -> bool:
     return digest == kept.graph_digest
 
 
-def _save(artifact: Artifact, bucket: Bucket, compiled: CompiledStep, pipeline: Pipeline, notices: list[str]) -> str | None:
+def _save(
+    artifact: Artifact,
+    bucket: Bucket,
+    compiled: CompiledStep,
+    pipeline: Pipeline,
+    notices: list[str],
+) -> str | None:
     """Keep the bucket; why it could not be kept, if it could not."""
     digest = compiled.graph_digest
     try:
         kernels = compile_kernels(pipeline.kernel_calls)
-        artifact.save(str(bucket), Kept(step=serialize(compiled), passes=pipeline.reports, kernels=kernels, graph_digest=digest))
+        artifact.save(
+            str(bucket),
+            Kept(
+                step=serialize(compiled),
+                passes=pipeline.reports,
+                kernels=kernels,
+                graph_digest=digest,
+            ),
+        )
     except Exception as error:  # a full disk, or whatever pickling raises
         notices.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
         return notices[-1]
@@ -227,14 +285,25 @@ def _raise_pass_error(error: BaseException | None) -> None:
 
 @contextmanager
 def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Entry, torch.device], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True, quiet=not enabled), transient=True) as bar:
         task = bar.add_task("compiling buckets", total=total)
 
         def show(entry: Entry, device: torch.device) -> None:
             report = entry.report
-            outcome = report.failure or f"compiled in {report.compile_seconds:.1f} s, captured in {report.capture_seconds:.1f} s"
-            bar.console.print(f"{entry.bucket}: {outcome}, {free_bytes(device) / 2**30:.1f} GiB free", highlight=False)
+            outcome = (
+                report.failure
+                or f"compiled in {report.compile_seconds:.1f} s, captured in {report.capture_seconds:.1f} s"
+            )
+            bar.console.print(
+                f"{entry.bucket}: {outcome}, {free_bytes(device) / 2**30:.1f} GiB free",
+                highlight=False,
+            )
             bar.advance(task)
 
         yield show

@@ -77,15 +77,23 @@ class Dispatch(Protocol):
     Any failure raises.
     """
 
-    def __call__(self, step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep: ...
+    def __call__(
+        self, step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None
+    ) -> CompiledStep: ...
 
 
-def direct(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
+def direct(
+    step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None
+) -> CompiledStep:
     """Compile ahead of time, record through the graph trees, replay the recording."""
     device = step.state.tokens.device
     began = Moment.now()
     with _settings(device, pipeline, options):
-        compiled, digest = _compile_ahead(step) if saved is None else (AOTCompiledFunction.deserialize(saved, {}), "")
+        compiled, digest = (
+            _compile_ahead(step)
+            if saved is None
+            else (AOTCompiledFunction.deserialize(saved, {}), "")
+        )
         compiled.disable_guard_check()
         compiled_at = Moment.now()
         for _ in range(2):
@@ -130,13 +138,18 @@ def _compile_ahead(step: Step) -> tuple[AOTCompiledFunction, str]:
 
 def _ahead(step: Step) -> AOTCompiledFunction:
     jitted: Any = torch.compile(
-        step.forward, fullgraph=True, dynamic=False, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        step.forward,
+        fullgraph=True,
+        dynamic=False,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
     )
     compiled: AOTCompiledFunction = jitted.aot_compile(((), {}))
     return compiled
 
 
-def via_torch(step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None) -> CompiledStep:
+def via_torch(
+    step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None
+) -> CompiledStep:
     """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
     device = step.state.tokens.device
     began = Moment.now()
@@ -175,11 +188,17 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
     inductor = {**_INDUCTOR, "post_grad_custom_pre_pass": pipeline}
     if device.type == "cuda":
         # Kernels that need nothing of each other, such as those of queries and keys, as one launch.
-        inductor |= {"triton.cudagraphs": True, "combo_kernels": True, **inductor_options(pipeline.context.num_tokens)}
+        inductor |= {
+            "triton.cudagraphs": True,
+            "combo_kernels": True,
+            **inductor_options(pipeline.context.num_tokens),
+        }
     with COMPILER_LOCK, ExitStack() as settings:
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
-        settings.enter_context(inductor_waits() if device.type == "cuda" else inductor_patches.remembered())
+        settings.enter_context(
+            inductor_waits() if device.type == "cuda" else inductor_patches.remembered()
+        )
         settings.enter_context(inductor_patches.narrow_vectors_alone())
         settings.enter_context(inductor_patches.sums_stay_in_bounds())
         settings.enter_context(other_threads_unpatched())

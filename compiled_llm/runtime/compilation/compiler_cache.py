@@ -58,7 +58,9 @@ def _enter(patches: ExitStack) -> None:
         headers = os.path.join(directory, "precompiled_headers")
         patches.enter_context(_variable(_INDUCTOR, directory))
         patches.enter_context(patch.object(codecache, "_HEADER_DIR", headers))
-        patches.enter_context(patch.object(codecache, "_HEADER_LOCK_DIR", os.path.join(headers, "locks")))
+        patches.enter_context(
+            patch.object(codecache, "_HEADER_LOCK_DIR", os.path.join(headers, "locks"))
+        )
         if os.environ.get(_TRITON, default_cache_dir()).startswith(default_cache_dir()):
             patches.enter_context(_variable(_TRITON, os.path.join(directory, "triton")))
 

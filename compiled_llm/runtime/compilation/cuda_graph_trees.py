@@ -26,7 +26,11 @@ def prepare_thread() -> None:
 
 def _manager(device: torch.device) -> Any:
     """The graph-tree manager of this thread, or None before anything was recorded."""
-    return cudagraph_trees.get_manager(device.index, create_if_none_exists=False) if device.type == "cuda" else None
+    return (
+        cudagraph_trees.get_manager(device.index, create_if_none_exists=False)
+        if device.type == "cuda"
+        else None
+    )
 
 
 def recording_of(device: torch.device) -> Any:
@@ -34,9 +38,13 @@ def recording_of(device: torch.device) -> Any:
     manager = _manager(device)
     node = manager.current_node if manager is not None else None
     if not isinstance(node, cudagraph_trees.CUDAGraphNode):
-        raise CaptureError(f"the graph trees recorded nothing (their state is {type(node).__name__})")
+        raise CaptureError(
+            f"the graph trees recorded nothing (their state is {type(node).__name__})"
+        )
     if node.non_static_input_idx:
-        raise CaptureError(f"the recording copies {len(node.non_static_input_idx)} inputs: not all of them are at fixed addresses")
+        raise CaptureError(
+            f"the recording copies {len(node.non_static_input_idx)} inputs: not all of them are at fixed addresses"
+        )
     return node
 
 
@@ -57,7 +65,9 @@ def graph_events(device: torch.device) -> dict[str, int]:
     return {
         "graph skips": counters["inductor"]["cudagraph_skips"],
         "recompiles": counters["stats"]["unique_graphs"],
-        "re-records": manager.debug_fail_counter if manager is not None else 0,  # counts every recording
+        "re-records": manager.debug_fail_counter
+        if manager is not None
+        else 0,  # counts every recording
     }
 
 
@@ -75,8 +85,15 @@ def graph_pool(device: torch.device) -> tuple[int, int]:
     if manager is None:
         return 0, 0
     nodes = [node for recorded in manager.roots.values() for node in recorded]
-    pools = {tuple(manager.cuda_graphs_thread_pool), *(tuple(node.cuda_graphs_pool) for node in nodes)}
-    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) in pools]
+    pools = {
+        tuple(manager.cuda_graphs_thread_pool),
+        *(tuple(node.cuda_graphs_pool) for node in nodes),
+    }
+    segments = [
+        segment
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) in pools
+    ]
     return len(nodes), sum(segment["total_size"] for segment in segments)
 
 
@@ -111,11 +128,19 @@ def _leave_failed_capture(device: torch.device, manager: Any, error: BaseExcepti
         return  # the failure was not inside a capture
     torch._C._cuda_releasePool(device.index, pool)
     owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
-    _failed_graphs.extend(owner.cuda_graph for owner in owners if isinstance(owner, torch.cuda.graph))
+    _failed_graphs.extend(
+        owner.cuda_graph for owner in owners if isinstance(owner, torch.cuda.graph)
+    )
     # The generator leaves its capturing state with the next capture that ends well.
-    manager.graph, manager.cuda_graphs_thread_pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    manager.graph, manager.cuda_graphs_thread_pool = (
+        torch.cuda.CUDAGraph(),
+        torch.cuda.graph_pool_handle(),
+    )
     capture = torch.cuda.graph(
-        manager.graph, pool=manager.cuda_graphs_thread_pool, stream=manager.stream, capture_error_mode="thread_local"
+        manager.graph,
+        pool=manager.cuda_graphs_thread_pool,
+        stream=manager.stream,
+        capture_error_mode="thread_local",
     )
     with capture:
         torch.zeros(1, device=device)

@@ -19,7 +19,9 @@ def other_threads_unpatched() -> Iterator[None]:
 
     patch_method = _Patcher.patch_method
 
-    def patch_in_this_thread(patcher: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
+    def patch_in_this_thread(
+        patcher: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
+    ) -> None:
         original, thread = getattr(cls, name), threading.get_ident()
 
         @functools.wraps(new)

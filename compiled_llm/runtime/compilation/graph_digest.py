@@ -18,7 +18,12 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-_OPAQUE_NAMESPACES = {"aten", "prims", "prim", "compiled_llm"}  # their versions, or their source, are in an artifact's key
+_OPAQUE_NAMESPACES = {
+    "aten",
+    "prims",
+    "prim",
+    "compiled_llm",
+}  # their versions, or their source, are in an artifact's key
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -36,11 +41,22 @@ def digest_of(module: GraphModule) -> str:
     digest, numbers = hashlib.sha256(), dict[Node, int]()
     try:
         for node in module.graph.nodes:
-            line = (node.op, _target(node, module), _describe(node.args, numbers), _describe(node.kwargs, numbers))
+            line = (
+                node.op,
+                _target(node, module),
+                _describe(node.args, numbers),
+                _describe(node.kwargs, numbers),
+            )
             digest.update(f"{line}\n".encode())
             numbers[node] = len(numbers)
-    except (AttributeError, RuntimeError, TypeError) as error:  # a function without a name, a tensor without strides
-        raise UndeterminedGraphError(f"the graph holds something that has no description: {error}") from error
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # a function without a name, a tensor without strides
+        raise UndeterminedGraphError(
+            f"the graph holds something that has no description: {error}"
+        ) from error
     return digest.hexdigest()
 
 
@@ -98,7 +114,11 @@ def _target(node: Node, module: GraphModule) -> str:
         value: Any = module
         for name in str(node.target).split("."):
             value = getattr(value, name)
-        return digest_of(value) if isinstance(value, GraphModule) else f"{_tensor(value)} {_content(value)}"
+        return (
+            digest_of(value)
+            if isinstance(value, GraphModule)
+            else f"{_tensor(value)} {_content(value)}"
+        )
     if node.op == "call_function":
         return _function(node.target)
     if node.op == "call_module":
@@ -111,18 +131,26 @@ def _function(function: Any) -> str:
     if isinstance(function, OpOverloadPacket):
         return ",".join(_function(getattr(function, overload)) for overload in function.overloads())
     if isinstance(function, OpOverload):
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd")
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+            function.name(), "CompositeImplicitAutograd"
+        )
         if composite and function.namespace not in _OPAQUE_NAMESPACES:
-            raise UndeterminedGraphError(f"the graph calls {function}, which is compiled from code of its own")
+            raise UndeterminedGraphError(
+                f"the graph calls {function}, which is compiled from code of its own"
+            )
         return str(function.name())
     if isinstance(function, HigherOrderOperator):
         if "triton_kernel" in str(function.name()):
-            raise UndeterminedGraphError(f"the graph calls a Triton kernel of the model's own ({function.name()})")
+            raise UndeterminedGraphError(
+                f"the graph calls a Triton kernel of the model's own ({function.name()})"
+            )
         return str(function.name())
     owner = getattr(function, "__objclass__", None)
     module = str(getattr(function, "__module__", None) or getattr(owner, "__module__", None))
     if module.partition(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
-        raise UndeterminedGraphError(f"the graph calls {module}.{getattr(function, '__name__', function)}, which it does not show")
+        raise UndeterminedGraphError(
+            f"the graph calls {module}.{getattr(function, '__name__', function)}, which it does not show"
+        )
     return f"{module}.{getattr(owner, '__name__', '')}.{function.__name__}"
 
 
@@ -140,14 +168,20 @@ def _describe(value: Any, numbers: dict[Node, int]) -> str:
         return f"dict[{', '.join(f'{name!r}: {_describe(part, numbers)}' for name, part in value.items())}]"
     if isinstance(value, OpOverload | OpOverloadPacket | HigherOrderOperator):
         return _function(value)
-    raise UndeterminedGraphError(f"the graph holds a {type(value).__name__}, which has no description")
+    raise UndeterminedGraphError(
+        f"the graph holds a {type(value).__name__}, which has no description"
+    )
 
 
 def _tensor(value: Any) -> str:
     """A plain tensor without what it holds; another kind of tensor computes by code that the graph does not show."""
     if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter, FakeTensor):
-        raise UndeterminedGraphError(f"the graph takes a {type(value).__name__}, not a plain tensor")
-    return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
+        raise UndeterminedGraphError(
+            f"the graph takes a {type(value).__name__}, not a plain tensor"
+        )
+    return (
+        f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device} {value.requires_grad}"
+    )
 
 
 def _content(value: Tensor) -> str:

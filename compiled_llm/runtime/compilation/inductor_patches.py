@@ -30,7 +30,9 @@ def remembered() -> Iterator[None]:
     check = VecISA.check_build
 
     def check_once(isa: Any, code: str) -> bool:
-        tried = f"{code}{_get_isa_dry_compile_fingerprint(isa.build_arch_flags())}{isa.build_macro()}"
+        tried = (
+            f"{code}{_get_isa_dry_compile_fingerprint(isa.build_arch_flags())}{isa.build_macro()}"
+        )
         path = cache_dir() / "vector_units" / hashlib.sha256(tried.encode()).hexdigest()[:16]
         if path.exists():
             return path.read_text() == "works"
@@ -71,7 +73,10 @@ def sums_stay_in_bounds() -> Iterator[None]:
         factors, loops = select(self, functions, sizes)
         kept, summed = max(sizes, key=lambda both: len(both[1]))
         outer = [loop % (len(kept) + len(summed)) for loop in loops]
-        wrong = summed and any(n + 1 < len(kept) and kept[n] % factor != 0 for n, factor in zip(outer, factors, strict=True))
+        wrong = summed and any(
+            n + 1 < len(kept) and kept[n] % factor != 0
+            for n, factor in zip(outer, factors, strict=True)
+        )
         return ([], []) if wrong else (factors, loops)
 
     with patch.object(TilingSelect, "select_tiling", select_safe):

@@ -31,9 +31,17 @@ class Moment:
 
     @classmethod
     def now(cls) -> "Moment":
-        attempts = sum(sum(spent) for name, spent in compilation_time_metrics.items() if name.startswith("compile_attempt_"))
+        attempts = sum(
+            sum(spent)
+            for name, spent in compilation_time_metrics.items()
+            if name.startswith("compile_attempt_")
+        )
         backend = sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", []))
-        tuned = (spent for name, spent in compilation_time_metrics.items() if any(part in name for part in _AUTOTUNING))
+        tuned = (
+            spent
+            for name, spent in compilation_time_metrics.items()
+            if any(part in name for part in _AUTOTUNING)
+        )
         return cls(time.perf_counter(), attempts - backend, sum(map(sum, tuned)))
 
 
@@ -62,4 +70,7 @@ def phases_of(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[Phase
         "capture": sum(bucket.capture_seconds for bucket in buckets),
     }
     parts["other"] = max(0.0, total.seconds - sum(parts.values()))
-    return [PhaseReport(name=name, seconds=parts[name], bytes=total.bytes if name == "capture" else 0) for name in parts]
+    return [
+        PhaseReport(name=name, seconds=parts[name], bytes=total.bytes if name == "capture" else 0)
+        for name in parts
+    ]

@@ -91,7 +91,9 @@ def _check_settings(key: Key) -> None:
     """Raise RuntimeError where this process would compile otherwise than the one that asks."""
     different = key.differences(replace(key, settings=compiler_settings()))
     if different:
-        raise RuntimeError(f"torch's compiler was set up otherwise in the process that asks: {', '.join(different)}")
+        raise RuntimeError(
+            f"torch's compiler was set up otherwise in the process that asks: {', '.join(different)}"
+        )
 
 
 @torch.no_grad()
@@ -102,7 +104,10 @@ def _compile(bucket: Bucket, engine: Any, work: Work) -> None:
     with private_compiler_cache():
         step, digest = compile_only(memory.step(model, bucket), pipeline, options)
         kernels = compile_kernels(pipeline.kernel_calls)
-        work.artifact.save(str(bucket), Kept(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest))
+        work.artifact.save(
+            str(bucket),
+            Kept(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest),
+        )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,11 @@ class CompilePool:
 
     def __init__(self) -> None:
         # To ask CUDA itself whether there is a GPU would make of it a process that must not fork.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
         self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115  # until `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "compiled_llm.runtime.compilation.worker"],
@@ -98,7 +102,11 @@ class CompilePool:
 
     def failures(self) -> list[str]:
         """A line for each bucket that is not to be had."""
-        return [f"{name}: {answer['failure']}" for name, answer in self._answers.items() if "failure" in answer]
+        return [
+            f"{name}: {answer['failure']}"
+            for name, answer in self._answers.items()
+            if "failure" in answer
+        ]
 
     def close(self) -> None:
         """End all processes."""
@@ -121,14 +129,21 @@ class CompilePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def num_processes(config: Config, device: torch.device, missing: int) -> int:
     """How many processes shall compile this many buckets; 0 where the engine had better do it itself."""
     chosen, cores = config.compile.processes, _num_cores()
-    automatic = min(cores - 1, _MAX_PROCESSES) if cores >= _MIN_CORES and device.type == "cpu" else 0
+    automatic = (
+        min(cores - 1, _MAX_PROCESSES) if cores >= _MIN_CORES and device.type == "cpu" else 0
+    )
     wanted = automatic if chosen == "auto" else chosen
     if device.type == "cuda":
         wanted = min(wanted, free_bytes(device) // _CONTEXT_BYTES)
@@ -138,15 +153,31 @@ def num_processes(config: Config, device: torch.device, missing: int) -> int:
 def begin_early(config: Config, device: torch.device) -> CompilePool | None:
     """A pool that imports while the model loads, where it is likely that there will be something to compile."""
     at_once = config.compile.capture == "start"
-    return CompilePool() if at_once and keeps(config) and num_processes(config, device, 2) and not is_expected(config) else None
+    return (
+        CompilePool()
+        if at_once
+        and keeps(config)
+        and num_processes(config, device, 2)
+        and not is_expected(config)
+        else None
+    )
 
 
 @contextmanager
 def at_work(
-    pool: CompilePool | None, buckets: Sequence[Bucket], engine: Engine, config: Config, artifact: Artifact | None, report: Report
+    pool: CompilePool | None,
+    buckets: Sequence[Bucket],
+    engine: Engine,
+    config: Config,
+    artifact: Artifact | None,
+    report: Report,
 ) -> Iterator[CompilePool | None]:
     """The pool, or one of its own, compiling what the artifact lacks of the buckets; None where the engine had better do it."""
-    missing = [bucket for bucket in buckets if not artifact.has(str(bucket))] if artifact is not None else []
+    missing = (
+        [bucket for bucket in buckets if not artifact.has(str(bucket))]
+        if artifact is not None
+        else []
+    )
     count = num_processes(config, engine[0].device, len(missing))
     if artifact is None or not count:
         yield None
@@ -155,20 +186,28 @@ def at_work(
         try:
             pool.submit(_make_work(missing, engine, config, artifact, count))
         except Exception as error:  # whatever pickling raises
-            report.warnings.append(f"buckets were compiled one after another, because they could not be handed on: {error}")
+            report.warnings.append(
+                f"buckets were compiled one after another, because they could not be handed on: {error}"
+            )
             yield None
             return
         report.facts["compiled by"] = f"{count} processes"
         yield pool
-        report.warnings.extend(f"compiled by the engine itself: {failure}" for failure in pool.failures())
+        report.warnings.extend(
+            f"compiled by the engine itself: {failure}" for failure in pool.failures()
+        )
 
 
-def _make_work(buckets: list[Bucket], engine: Engine, config: Config, artifact: Artifact, count: int) -> Work:
+def _make_work(
+    buckets: list[Bucket], engine: Engine, config: Config, artifact: Artifact, count: int
+) -> Work:
     return Work(
         engine=weightless_pickle.dumps(engine),
         buckets=buckets,
         config=config,
-        artifact=Artifact(artifact.directory, artifact.key, config=artifact.config, by_graph=artifact.by_graph),
+        artifact=Artifact(
+            artifact.directory, artifact.key, config=artifact.config, by_graph=artifact.by_graph
+        ),
         processes=count,
         threads=max(1, _num_cores() // count),
         num_threads=torch.get_num_threads(),

@@ -49,13 +49,19 @@ class Memory:
 
     def step(self, model: ServedModel, bucket: Bucket) -> Step:
         """The step of a bucket, not compiled."""
-        groups = dict(sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers))
+        groups = dict(
+            sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers)
+        )
         windows = tuple(self.groups[g].window for g in groups.values())
         steps = STEPS if self.states is None else STEPS_WITH_STATES
-        return steps[bucket.kind](model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket)
+        return steps[bucket.kind](
+            model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket
+        )
 
 
-def allocate(model: ServedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report) -> Memory:
+def allocate(
+    model: ServedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report
+) -> Memory:
     """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
     device, block_size = model.device, config.cache.block_size
     vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -73,7 +79,9 @@ def allocate(model: ServedModel, layers: list[AttentionLayer], config: Config, l
     with report.phase("measure activations", device):
         reserved = _measure_activations(model, layers, state, states, block_size, limits)
     with report.phase("allocate KV cache", device):
-        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved + set_aside(config, device))
+        groups = plan_groups(
+            config.cache, layers, limits, device, reserved=reserved + set_aside(config, device)
+        )
         caches = allocate_caches(layers, groups, block_size, device)
     return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
 
@@ -96,7 +104,9 @@ def _measure_activations(
     stage_padding(state, bucket)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(model, bucket)()
+    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(
+        model, bucket
+    )()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

@@ -24,7 +24,11 @@ def used_bytes(device: torch.device) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else int(psutil.virtual_memory().available)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +49,20 @@ class PageGroup:
 def trash_groups(layers: list[AttentionLayer]) -> list[PageGroup]:
     """The groups of the layers, with the trash page alone."""
     windows = dict.fromkeys(layer.window for layer in layers)
-    members = {w: tuple(number for number, layer in enumerate(layers) if layer.window == w) for w in windows}
+    members = {
+        w: tuple(number for number, layer in enumerate(layers) if layer.window == w)
+        for w in windows
+    }
     return [PageGroup(window=w, layers=members[w], num_pages=NUM_TRASH_PAGES) for w in windows]
 
 
 def plan_groups(
-    config: CacheConfig, layers: list[AttentionLayer], limits: Limits, device: torch.device, *, reserved: int
+    config: CacheConfig,
+    layers: list[AttentionLayer],
+    limits: Limits,
+    device: torch.device,
+    *,
+    reserved: int,
 ) -> list[PageGroup]:
     """The groups of the layers, and how many pages each gets; `reserved` bytes are kept free for activations.
 
@@ -60,10 +72,16 @@ def plan_groups(
         ValueError: not even one sequence of `max_model_len` tokens fits.
     """
     groups = trash_groups(layers)
-    page_bytes = [config.block_size * sum(layers[n].bytes_per_token for n in group.layers) for group in groups]
+    page_bytes = [
+        config.block_size * sum(layers[n].bytes_per_token for n in group.layers) for group in groups
+    ]
     a_sequence = [_pages_of_a_sequence(group.window, config.block_size, limits) for group in groups]
-    budget = max(0, _budget(config, device) - reserved) if config.memory == "auto" else config.memory
-    least = sum((pages + NUM_TRASH_PAGES) * size for pages, size in zip(a_sequence, page_bytes, strict=True))
+    budget = (
+        max(0, _budget(config, device) - reserved) if config.memory == "auto" else config.memory
+    )
+    least = sum(
+        (pages + NUM_TRASH_PAGES) * size for pages, size in zip(a_sequence, page_bytes, strict=True)
+    )
     if least > budget:
         raise ValueError(
             f"the KV cache gets {budget / 2**20:.0f} MiB, but one sequence of {limits.max_model_len} tokens needs "
@@ -75,7 +93,10 @@ def plan_groups(
     extra = [others * pages * spare // wanted if wanted else 0 for pages in a_sequence]
     if config.memory == "auto" and spare < wanted:
         extra = [_rounded(pages) for pages in extra]
-    return [replace(g, num_pages=NUM_TRASH_PAGES + p + more) for g, p, more in zip(groups, a_sequence, extra, strict=True)]
+    return [
+        replace(g, num_pages=NUM_TRASH_PAGES + p + more)
+        for g, p, more in zip(groups, a_sequence, extra, strict=True)
+    ]
 
 
 def _rounded(pages: int) -> int:
@@ -87,16 +108,22 @@ def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:
     """The most pages that one sequence holds at a time: all of it, or its window and a step's tokens."""
     length = limits.max_model_len
     if window:
-        length = min(length, abs(window) + min(limits.max_num_batched_tokens, length) + 2 * block_size)
+        length = min(
+            length, abs(window) + min(limits.max_num_batched_tokens, length) + 2 * block_size
+        )
     return -(-length // block_size)
 
 
-def allocate_caches(layers: list[AttentionLayer], groups: list[PageGroup], block_size: int, device: torch.device) -> nn.ModuleList:
+def allocate_caches(
+    layers: list[AttentionLayer], groups: list[PageGroup], block_size: int, device: torch.device
+) -> nn.ModuleList:
     """One zeroed cache for each attention layer."""
     num_pages = {layer: group.num_pages for group in groups for layer in group.layers}
 
     def zeros(number: int, layer: AttentionLayer, dim: int) -> torch.Tensor:
-        return torch.zeros(num_pages[number], block_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device)
+        return torch.zeros(
+            num_pages[number], block_size, layer.num_kv_heads, dim, dtype=layer.dtype, device=device
+        )
 
     return nn.ModuleList(
         LayerCache(zeros(number, layer, layer.key_dim), zeros(number, layer, layer.value_dim))

@@ -81,7 +81,9 @@ class DecodeInputs(NamedTuple):
 
     @classmethod
     def of(cls, buffer: Tensor, size: int, max_num_seqs: int) -> "DecodeInputs":
-        rows, index, page = buffer.split([max_num_seqs, *[(buffer.shape[0] - max_num_seqs) // 2] * 2])
+        rows, index, page = buffer.split(
+            [max_num_seqs, *[(buffer.shape[0] - max_num_seqs) // 2] * 2]
+        )
         num_patches = index.shape[0] // max_num_seqs * size
         return cls(rows[:size], index[:num_patches], page[:num_patches])
 
@@ -113,9 +115,18 @@ class PrefillInputs(NamedTuple):
     def sizes(num_tokens: int, max_num_seqs: int, table_size: int) -> list[int]:
         """Elements of each field; `table_size` is G * N."""
         S = min(num_tokens, max_num_seqs)
-        return [*[num_tokens] * 5, *[S] * 4, S + 1, S * len(RowParams._fields), S * RECENT, S * table_size]
+        return [
+            *[num_tokens] * 5,
+            *[S] * 4,
+            S + 1,
+            S * len(RowParams._fields),
+            S * RECENT,
+            S * table_size,
+        ]
 
     @classmethod
-    def of(cls, buffer: Tensor, num_tokens: int, max_num_seqs: int, table_size: int) -> "PrefillInputs":
+    def of(
+        cls, buffer: Tensor, num_tokens: int, max_num_seqs: int, table_size: int
+    ) -> "PrefillInputs":
         sizes = cls.sizes(num_tokens, max_num_seqs, table_size)
         return cls(*buffer[: sum(sizes)].split(sizes))

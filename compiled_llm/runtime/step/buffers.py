@@ -107,8 +107,12 @@ class StepState(nn.Module):
             "prompt_ids": ((max_tokens, 1 + MAX_LOGPROBS), torch.int64),
         }
         for name, (shape, element) in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=element, device=device), persistent=False)
-        self.register_buffer("ordinals", torch.arange(num_rows, dtype=torch.int32, device=device), persistent=False)
+            self.register_buffer(
+                name, torch.zeros(shape, dtype=element, device=device), persistent=False
+            )
+        self.register_buffer(
+            "ordinals", torch.arange(num_rows, dtype=torch.int32, device=device), persistent=False
+        )
         self._staging = [_Staging(max(prefill_size, decode_size), device) for _ in range(2)]
         self._turn = 0
 
@@ -146,10 +150,15 @@ class StepState(nn.Module):
         fields.ids[:T] = batch.ids
         fields.positions[:T] = np.arange(T) + np.repeat(batch.starts - begins, batch.lengths)
         fields.rows[:T] = np.repeat(batch.seq_rows, batch.lengths)
-        fields.targets[:T] = np.minimum(batch.targets, self.logits.shape[1] - 1)  # a prompt's id may have no logit
+        fields.targets[:T] = np.minimum(
+            batch.targets, self.logits.shape[1] - 1
+        )  # a prompt's id may have no logit
         fields.scores[:] = -1
         fields.scores[:T] = batch.scores
-        fields.seq_rows[:seqs], fields.seq_lens[:seqs] = batch.seq_rows, batch.starts + batch.lengths
+        fields.seq_rows[:seqs], fields.seq_lens[:seqs] = (
+            batch.seq_rows,
+            batch.starts + batch.lengths,
+        )
         fields.fresh[:seqs], fields.samples[:seqs] = batch.fresh, batch.samples
         fields.query_start[:seqs], fields.query_start[seqs:] = begins, T
         fields.params[: batch.params.size] = batch.params.reshape(-1)

@@ -60,10 +60,14 @@ class Readback:
     def logprobs(self, ticket: Ticket) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """[R + 1, 1 + M] float32 and int64; waits for the step."""
         slot = self._slot(ticket)
-        return self._fetch(self._state.ring_logprobs[slot], slot), self._fetch(self._state.ring_ids[slot], slot)
+        return self._fetch(self._state.ring_logprobs[slot], slot), self._fetch(
+            self._state.ring_ids[slot], slot
+        )
 
     def _slot(self, ticket: Ticket) -> int:
-        assert self._launched - RING <= ticket.step < self._launched, f"{ticket} of {self._launched} steps is gone"
+        assert self._launched - RING <= ticket.step < self._launched, (
+            f"{ticket} of {self._launched} steps is gone"
+        )
         return ticket.step % RING
 
     def _fetch(self, ring: Tensor, slot: int) -> NDArray[Any]:

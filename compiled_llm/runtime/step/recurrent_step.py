@@ -17,7 +17,9 @@ class SequenceStep(Step):
         state = self.state
         inputs = PrefillInputs.of(state.prefill, self.size, state.max_num_seqs, state.table_size)
         row, length, S = inputs.seq_rows[:1], inputs.seq_lens[:1], inputs.seq_rows.shape[0]
-        self._tables()[:, row] = inputs.tables.view(state.num_groups, S, state.max_blocks)[:, :1].int()
+        self._tables()[:, row] = inputs.tables.view(state.num_groups, S, state.max_blocks)[
+            :, :1
+        ].int()
         state.params[row] = inputs.params.view(S, -1)[:1]
         count = inputs.query_start[1:2]
         padding, places = self.size - count, torch.arange(self.size, device=row.device)
@@ -25,14 +27,22 @@ class SequenceStep(Step):
         self.current.attention = self._attention(inputs, order, padding)
         try:
             logits = self.call_model.sequence(
-                inputs.ids[order], inputs.positions[order], row, start=length - count, mask=(places >= padding).long()
+                inputs.ids[order],
+                inputs.positions[order],
+                row,
+                start=length - count,
+                mask=(places >= padding).long(),
             )
         finally:
             self.current.attention = None
         if self.sampler == "scoring":
-            scored = top_logprobs(logits[(places + padding) % self.size], inputs.targets, inputs.scores, MAX_LOGPROBS)
+            scored = top_logprobs(
+                logits[(places + padding) % self.size], inputs.targets, inputs.scores, MAX_LOGPROBS
+            )
             state.prompt_logprobs[: self.size], state.prompt_ids[: self.size] = scored
-        recent = torch.where(inputs.fresh[:1, None] > 0, inputs.recent.view(S, -1)[:1], state.recent[row])
+        recent = torch.where(
+            inputs.fresh[:1, None] > 0, inputs.recent.view(S, -1)[:1], state.recent[row]
+        )
         self._sample(logits[-1:], row, length, recent, inputs.samples[:1])
         state.positions[row] = length
 

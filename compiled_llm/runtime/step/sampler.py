@@ -24,7 +24,14 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_LEN = 8
 
 _GOLDEN = 0x9E3779B1 - 2**32
-_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_FLOATS = {
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+}
 _BIASED, _COUNTED, _BAD_WORDS, _EXTERNAL = 1, 2, 4, 8
 
 
@@ -50,7 +57,12 @@ class RowParams(NamedTuple):
     def of(cls, packed_SC: Tensor) -> "RowParams":
         """Unpack int64 rows; floats travel as the bits of a float64."""
         columns = packed_SC.unbind(1)
-        return cls(*(c.view(torch.float64).float() if n in _FLOATS else c for n, c in zip(cls._fields, columns, strict=True)))
+        return cls(
+            *(
+                c.view(torch.float64).float() if n in _FLOATS else c
+                for n, c in zip(cls._fields, columns, strict=True)
+            )
+        )
 
     @staticmethod
     def pack(
@@ -70,8 +82,12 @@ class RowParams(NamedTuple):
         external: bool = False,
     ) -> NDArray[np.int64]:
         """One row, [C]."""
-        flags = _BIASED * biased + _COUNTED * counted + _BAD_WORDS * bad_words + _EXTERNAL * external
-        floats = np.array([temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]).view(np.int64)
+        flags = (
+            _BIASED * biased + _COUNTED * counted + _BAD_WORDS * bad_words + _EXTERNAL * external
+        )
+        floats = np.array(
+            [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]
+        ).view(np.int64)
         t, p, m, *penalties = floats.tolist()
         return np.array([seed, t, top_k, p, m, *penalties, logprobs, flags], np.int64)
 
@@ -98,23 +114,33 @@ def sample_greedy(logits_SV: Tensor) -> Tensor:
     return _choose(logits_SV)
 
 
-def sample_random(logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor) -> Tensor:
+def sample_random(
+    logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor
+) -> Tensor:
     """Next ids [S] int64. Greedy where the temperature (float32) is 0; seeds and positions are int64."""
     return _choose(logits_SV, temperature_S, _key(seed_S, position_S))
 
 
-def sample_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor) -> Tensor:
+def sample_full(
+    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor
+) -> Tensor:
     """Next ids [S] int64, with all that `SamplingParams` has; in transformers' order."""
     return _choose(*_before_noise(logits_SV, params, history, position_S))
 
 
-def scores_full(logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, *, slack_S: Tensor) -> Tensor:
+def scores_full(
+    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, *, slack_S: Tensor
+) -> Tensor:
     """What `sample_full` takes the greatest of, noise included, [S, V]; tokens up to `slack` below the cutoff stay."""
     return noisy(*_before_noise(logits_SV, params, history, position_S, slack_S))
 
 
 def _before_noise(
-    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, slack_S: Tensor | None = None
+    logits_SV: Tensor,
+    params: RowParams,
+    history: History,
+    position_S: Tensor,
+    slack_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores after all but the noise, which rows have noise (1, else 0), and its keys."""
     scores_SV = adjust(logits_SV.float(), params, history)
@@ -123,12 +149,18 @@ def _before_noise(
     cutoff_S = cutoff_S if slack_S is None else cutoff_S - slack_S
     kept_SV = torch.where(scaled_SV < cutoff_S[:, None], float("-inf"), scaled_SV)  # NaN is kept
     draws_S = params.temperature > 0
-    return torch.where(draws_S[:, None], kept_SV, scores_SV), draws_S.float(), _key(params.seed, position_S)
+    return (
+        torch.where(draws_S[:, None], kept_SV, scores_SV),
+        draws_S.float(),
+        _key(params.seed, position_S),
+    )
 
 
 def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:
     """Logits after bias, penalties and banned words, float32."""
-    scores_SV = torch.where(((params.flags & _BIASED) > 0)[:, None], logits_SV + history.bias, logits_SV)
+    scores_SV = torch.where(
+        ((params.flags & _BIASED) > 0)[:, None], logits_SV + history.bias, logits_SV
+    )
     generated_SV = (history.counts >> 1).float()
     factor_S1 = params.repetition_penalty[:, None]
     repeated_SV = torch.where(scores_SV > 0, scores_SV / factor_S1, scores_SV * factor_S1)
@@ -146,7 +178,9 @@ def _ban(params: RowParams, history: History, vocab_size: int) -> Tensor:
     begun_SW = ((prefix_SWR == recent_S1R) | (prefix_SWR < 0)).all(-1)
     begun_SW = begun_SW & (last_SW >= 0) & ((params.flags & _BAD_WORDS) > 0)[:, None]
     bans_SW = torch.zeros_like(begun_SW, dtype=torch.float32).masked_fill(begun_SW, float("-inf"))
-    zeros_SV = torch.zeros(words_SWL.shape[0], vocab_size, dtype=torch.float32, device=words_SWL.device)
+    zeros_SV = torch.zeros(
+        words_SWL.shape[0], vocab_size, dtype=torch.float32, device=words_SWL.device
+    )
     return zeros_SV.scatter_add(1, last_SW.clamp(min=0), bans_SW)
 
 
@@ -159,11 +193,16 @@ def _key(seed_S: Tensor, position_S: Tensor) -> Tensor:
     return mix(mix(mix(seed_S.int()) ^ (seed_S >> 32).int()) + position_S.int() * _GOLDEN)
 
 
-def _choose(scores_SV: Tensor, temperature_S: Tensor | None = None, key_S: Tensor | None = None) -> Tensor:
+def _choose(
+    scores_SV: Tensor, temperature_S: Tensor | None = None, key_S: Tensor | None = None
+) -> Tensor:
     """The first of the greatest, after temperature and noise; -1 in rows whose greatest score is not finite."""
     # On a CPU, Inductor fuses the plain function with what is around it.
     maxima = chunk_maxima if scores_SV.is_cuda else chunk_maxima_reference
     best_SC, place_SC = maxima(scores_SV, temperature_S, key_S)
     chunk_S1 = best_SC.argmax(-1, keepdim=True)
-    place_S, best_S = place_SC.gather(1, chunk_S1).squeeze(1), best_SC.gather(1, chunk_S1).squeeze(1)
+    place_S, best_S = (
+        place_SC.gather(1, chunk_S1).squeeze(1),
+        best_SC.gather(1, chunk_S1).squeeze(1),
+    )
     return torch.where(best_S.isfinite(), place_S, -1)

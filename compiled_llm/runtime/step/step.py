@@ -38,11 +38,19 @@ class Step(nn.Module):
         bucket: Bucket,
     ) -> None:
         super().__init__()
-        self.model, self.caches, self.groups, self.windows, self.state = model, caches, groups, windows, state
+        self.model, self.caches, self.groups, self.windows, self.state = (
+            model,
+            caches,
+            groups,
+            windows,
+            state,
+        )
         self.states, self.call_model = states, Forward(model, states)
         self.size, self.sampler = bucket.size, bucket.sampler
         self.current = CURRENT
-        self.block_size = next((cache.k.shape[1] for cache in caches if isinstance(cache, LayerCache)), 1)
+        self.block_size = next(
+            (cache.k.shape[1] for cache in caches if isinstance(cache, LayerCache)), 1
+        )
 
     def _tables(self) -> Tensor:
         """The block table, [G, R + 1, N]."""
@@ -54,7 +62,14 @@ class Step(nn.Module):
         pages = self._tables()[:, rows, positions // self.block_size]
         return pages.long() * self.block_size + positions % self.block_size
 
-    def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor, attention: PagedAttention, wanted: Tensor | None) -> Tensor:
+    def _logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        attention: PagedAttention,
+        wanted: Tensor | None,
+    ) -> Tensor:
         """Logits [T, V] of the tokens, or [S, V] of those at the indices `wanted`."""
         self.current.attention = attention
         try:
@@ -62,7 +77,14 @@ class Step(nn.Module):
         finally:
             self.current.attention = None
 
-    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, recent: Tensor | None, samples: Tensor) -> None:
+    def _sample(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        recent: Tensor | None,
+        samples: Tensor,
+    ) -> None:
         """Choose the ids at these positions of these rows: their next tokens, and the step's output."""
         state = self.state
         params = RowParams.of(state.params[rows])
@@ -74,23 +96,37 @@ class Step(nn.Module):
         else:
             recent = state.recent[rows] if recent is None else recent
             state.logits[rows] = logits
-            sampled = choose(state, logits, rows, positions, params, recent, samples.bool() & ~params.external)
+            sampled = choose(
+                state, logits, rows, positions, params, recent, samples.bool() & ~params.external
+            )
             wanted = torch.where(samples.bool(), params.logprobs, -1)
             found = top_logprobs(logits, sampled.clamp(min=0), wanted, MAX_LOGPROBS)
             state.ring_logprobs[slot, rows], state.ring_ids[slot, rows] = found
-        state.tokens[rows] = sampled.clamp(min=0)  # the next step may run before the host reads a -1
+        state.tokens[rows] = sampled.clamp(
+            min=0
+        )  # the next step may run before the host reads a -1
         state.ring_tokens[slot, rows] = sampled
         state.step.add_(1)
 
 
 def choose(
-    state: StepState, logits: Tensor, rows: Tensor, positions: Tensor, params: RowParams, recent: Tensor, counts: Tensor
+    state: StepState,
+    logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    params: RowParams,
+    recent: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """The full sampler on the rows' state; where `counts` [S] bool, the chosen ids enter the counts and the recent tokens."""
     history = History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
     sampled = sample_full(logits, params, history, positions)
-    state.counts.index_put_((rows, sampled.clamp(min=0)), 2 * (counts & params.counted).int(), accumulate=True)
-    state.recent[rows] = torch.where(counts[:, None], torch.cat([recent[:, 1:], sampled[:, None]], 1), recent)
+    state.counts.index_put_(
+        (rows, sampled.clamp(min=0)), 2 * (counts & params.counted).int(), accumulate=True
+    )
+    state.recent[rows] = torch.where(
+        counts[:, None], torch.cat([recent[:, 1:], sampled[:, None]], 1), recent
+    )
     return sampled
 
 
@@ -118,7 +154,9 @@ class DecodeStep(Step):
         )
         logits = self._logits(state.tokens[rows], positions, rows, attention, None)
         self._sample(logits, rows, positions + 1, None, lengths)
-        if rows.device.type == "cpu":  # Inductor's C++ gets a read and a write by one index in a kernel wrong (pytorch#181621)
+        if (
+            rows.device.type == "cpu"
+        ):  # Inductor's C++ gets a read and a write by one index in a kernel wrong (pytorch#181621)
             state.positions.index_put_((rows,), live.long(), accumulate=True)
         else:  # where accumulating would sort
             state.positions[rows] = lengths
@@ -153,6 +191,8 @@ class PrefillStep(Step):
             logits = every[last]
         else:
             logits = self._logits(ids, inputs.positions, inputs.rows, attention, last)
-        recent = torch.where(inputs.fresh[:, None] > 0, inputs.recent.view(S, -1), state.recent[seqs])
+        recent = torch.where(
+            inputs.fresh[:, None] > 0, inputs.recent.view(S, -1), state.recent[seqs]
+        )
         self._sample(logits, seqs, inputs.seq_lens, recent, inputs.samples)
         state.positions[seqs] = inputs.seq_lens

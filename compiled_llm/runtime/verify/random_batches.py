@@ -72,7 +72,9 @@ class Trial:
 
     def slots(self, group: int, block_size: int, *, new: bool) -> Int64:
         """Where in the group's caches the tokens lie that the batch brings, or, each place once, those cached before it."""
-        begins, counts = (self.starts, self.counts) if new else (np.zeros_like(self.starts), self.starts)
+        begins, counts = (
+            (self.starts, self.counts) if new else (np.zeros_like(self.starts), self.starts)
+        )
         owner = np.repeat(np.arange(len(self.rows)), counts)
         positions = np.arange(counts.sum()) + np.repeat(begins - np.cumsum(counts) + counts, counts)
         pages = self.tables[group, owner, positions // block_size].astype(np.int64)
@@ -80,16 +82,27 @@ class Trial:
         return slots if new else np.unique(slots)
 
 
-def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: Extent) -> Trial:
+def make_trial(
+    bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: Extent
+) -> Trial:
     """A batch that the bucket serves: as large as it can be, of a random size, or small, with a sequence as long as one can be."""
-    rng, block_size, vocab_size = np.random.default_rng(seed), memory.block_size, memory.state.logits.shape[1]
-    capacity = min((group.num_pages - 1 for group in memory.groups), default=limits.max_num_seqs * limits.max_model_len)
+    rng, block_size, vocab_size = (
+        np.random.default_rng(seed),
+        memory.block_size,
+        memory.state.logits.shape[1],
+    )
+    capacity = min(
+        (group.num_pages - 1 for group in memory.groups),
+        default=limits.max_num_seqs * limits.max_model_len,
+    )
     alone = bucket.kind == "prefill" and memory.states is not None
     if extent == "long":
         counts = _long_counts(bucket, limits, capacity, alone=alone)
     else:
         most_seqs = 1 if alone else limits.max_num_seqs
-        counts = _counts(rng, bucket, limits, capacity, block_size, full=extent == "full", most_seqs=most_seqs)
+        counts = _counts(
+            rng, bucket, limits, capacity, block_size, full=extent == "full", most_seqs=most_seqs
+        )
     blocks = -(-counts // block_size)
     spare = min(capacity - int(blocks.sum()), _CACHED_TOKENS // block_size) // len(counts)
     longest = np.minimum(limits.max_model_len - counts, (blocks + spare) * block_size - counts)
@@ -101,12 +114,24 @@ def make_trial(bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, ext
         starts[0] = max(shortest[0], _longest(memory, limits) - counts[0])
     if alone and (counts[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket):
         starts[:] = 0  # where a model has states, only the beginning of a sequence is padded
-    rows, bystanders = np.split(rng.permutation(limits.max_num_seqs)[: len(counts) + _BYSTANDERS], [len(counts)])
+    rows, bystanders = np.split(
+        rng.permutation(limits.max_num_seqs)[: len(counts) + _BYSTANDERS], [len(counts)]
+    )
     tables, pages, regions = _tables(rng, memory, starts, counts, spare)
     params = np.stack([_params(bucket.sampler, number, rng) for number in range(len(counts))])
     tokens = rng.integers(0, vocab_size, len(counts))
     make = _decode_batch if bucket.kind == "decode" else _prefill_batch
-    batch = make(rng, bucket, memory, rows=rows, starts=starts, counts=counts, tables=tables, params=params, vocab_size=vocab_size)
+    batch = make(
+        rng,
+        bucket,
+        memory,
+        rows=rows,
+        starts=starts,
+        counts=counts,
+        tables=tables,
+        params=params,
+        vocab_size=vocab_size,
+    )
     return Trial(
         rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, regions=regions,
         params=params, tokens=tokens, batch=batch, seed=seed,
@@ -121,7 +146,13 @@ def stage(trial: Trial, memory: Memory, size: int) -> None:
             cache = memory.caches[layer]
             assert isinstance(cache, LayerCache)
             for number, tensor in enumerate((cache.k, cache.v)):
-                _stage_pages(trial, group, tensor, seed=trial.seed * 100_003 + 2 * layer + number, shifted=number == 1)
+                _stage_pages(
+                    trial,
+                    group,
+                    tensor,
+                    seed=trial.seed * 100_003 + 2 * layer + number,
+                    shifted=number == 1,
+                )
     for number, slots in enumerate(memory.states.slots if memory.states is not None else ()):
         _stage_states(trial, slots, seed=trial.seed * 100_019 + number)
     if isinstance(trial.batch, DecodeBatch):
@@ -141,7 +172,9 @@ def _stage_rows(trial: Trial, memory: Memory) -> None:
     state.positions[rows] = torch.from_numpy(trial.starts).to(device)
     state.params[rows] = torch.from_numpy(trial.params).to(device)
     state.recent[rows] = -1
-    counts = rng.integers(0, 4, (len(trial.rows), state.counts.shape[1])) * (rng.random(state.counts.shape[1]) < 0.1)
+    counts = rng.integers(0, 4, (len(trial.rows), state.counts.shape[1])) * (
+        rng.random(state.counts.shape[1]) < 0.1
+    )
     state.counts[rows] = torch.from_numpy(counts.astype(np.int32)).to(device)
     table = state.block_table.view(state.num_groups, state.max_num_seqs + 1, state.max_blocks)
     table[:, rows] = torch.from_numpy(trial.tables).to(device)
@@ -159,7 +192,9 @@ def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int, shifted:
     if shifted:
         region_of = torch.zeros(len(cache), dtype=torch.int64, device=cache.device)
         region_of[pages[:-1]] = torch.from_numpy(trial.regions[group]).to(cache.device)
-        means = 2 * torch.randn(_REGIONS + 1, *cache.shape[2:], generator=generator, device=cache.device)
+        means = 2 * torch.randn(
+            _REGIONS + 1, *cache.shape[2:], generator=generator, device=cache.device
+        )
         means[0] = 0
         content += means[region_of[slots // cache.shape[1]]]
     cache.view(-1, *cache.shape[2:])[slots] = content.to(cache.dtype)
@@ -170,19 +205,30 @@ def _stage_states(trial: Trial, slots: Tensor, *, seed: int) -> None:
     generator = torch.Generator(slots.device).manual_seed(seed)
     slots[torch.from_numpy(trial.bystanders).to(slots.device)] = float("nan")
     slots[-1] = float("nan")
-    content = torch.randn(len(trial.rows), *slots.shape[1:], generator=generator, device=slots.device)
+    content = torch.randn(
+        len(trial.rows), *slots.shape[1:], generator=generator, device=slots.device
+    )
     slots[torch.from_numpy(trial.rows).to(slots.device)] = content.to(slots.dtype)
 
 
 def _counts(
-    rng: np.random.Generator, bucket: Bucket, limits: Limits, capacity: int, block_size: int, *, full: bool, most_seqs: int
+    rng: np.random.Generator,
+    bucket: Bucket,
+    limits: Limits,
+    capacity: int,
+    block_size: int,
+    *,
+    full: bool,
+    most_seqs: int,
 ) -> NDArray[np.int64]:
     """How many tokens each sequence brings, [S]."""
     most = min(bucket.size, most_seqs, capacity)
     if bucket.kind == "decode":
         return np.ones(most if full else rng.integers(1, most + 1), np.int64)
     seqs = int(rng.integers(1, most + 1))
-    total = min(bucket.size, seqs * limits.max_model_len, capacity * block_size - seqs * (block_size - 1))
+    total = min(
+        bucket.size, seqs * limits.max_model_len, capacity * block_size - seqs * (block_size - 1)
+    )
     total = total if full else int(rng.integers(seqs, total + 1))
     cuts = np.sort(rng.permutation(total - 1)[: seqs - 1]) + 1
     counts: NDArray[np.int64] = np.minimum(np.diff([0, *cuts, total]), limits.max_model_len)
@@ -192,7 +238,9 @@ def _counts(
 def _long_counts(bucket: Bucket, limits: Limits, capacity: int, *, alone: bool) -> Int64:
     """How many tokens each sequence of a long trial brings, [S]; the first is the long one."""
     if bucket.kind == "decode":
-        return np.ones(max(1, min(_LONG_ROWS, bucket.size, limits.max_num_seqs, capacity // 4)), np.int64)
+        return np.ones(
+            max(1, min(_LONG_ROWS, bucket.size, limits.max_num_seqs, capacity // 4)), np.int64
+        )
     most = min(bucket.size, limits.max_model_len)
     return np.array([most if alone else min(most, _LONG_CHUNK)], np.int64)
 
@@ -219,7 +267,10 @@ def _tables(
         free = rng.permutation(members.num_pages - 1) + 1
         regions, taken = np.zeros(len(free), np.int64), 0
         for seq, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
-            first, written = max(0, oldest_seen(start, members.window)) // block_size, start // block_size
+            first, written = (
+                max(0, oldest_seen(start, members.window)) // block_size,
+                start // block_size,
+            )
             end = -(-(start + count) // block_size)
             before = min(written - first, max(1, spare + -(-count // block_size) - (end - written)))
             if before < written - first:
@@ -246,7 +297,9 @@ def _chosen(rng: np.random.Generator, blocks: int, pages: int) -> Int64:
     """For each block of a sequence one of fewer pages, at random among those of its region."""
     bounds = np.searchsorted(_regions(pages), np.arange(_REGIONS + 1))
     begins, ends = bounds[_regions(blocks)], bounds[_regions(blocks) + 1]
-    chosen: Int64 = np.where(begins < ends, begins + (rng.random(blocks) * (ends - begins)).astype(np.int64), 0)
+    chosen: Int64 = np.where(
+        begins < ends, begins + (rng.random(blocks) * (ends - begins)).astype(np.int64), 0
+    )
     return chosen
 
 
@@ -257,16 +310,27 @@ def _params(sampler: Sampler, number: int, rng: np.random.Generator) -> Int64:
     if sampler != "greedy":
         turns.append({"temperature": 1.0, "seed": seed})
     if sampler in ("full", "scoring"):
-        turns.append({"presence_penalty": 0.5, "frequency_penalty": 0.25, "counted": True, "logprobs": _TOP_LOGPROBS})
+        turns.append(
+            {
+                "presence_penalty": 0.5,
+                "frequency_penalty": 0.25,
+                "counted": True,
+                "logprobs": _TOP_LOGPROBS,
+            }
+        )
         turns.append({"temperature": 1.0, "seed": seed, "top_k": 20, "min_p": 0.01})
     return RowParams.pack(**turns[number % len(turns)])
 
 
-def _decode_batch(rng: np.random.Generator, bucket: Bucket, memory: Memory, **values: Any) -> DecodeBatch:
+def _decode_batch(
+    rng: np.random.Generator, bucket: Bucket, memory: Memory, **values: Any
+) -> DecodeBatch:
     """Half of the rows have just grown into their last page."""
     state, rows, starts, tables = memory.state, values["rows"], values["starts"], values["tables"]
     grown = np.flatnonzero(rng.random(len(rows)) < 0.5)
-    groups, seqs = (axis.reshape(-1) for axis in np.meshgrid(np.arange(len(tables)), grown, indexing="ij"))
+    groups, seqs = (
+        axis.reshape(-1) for axis in np.meshgrid(np.arange(len(tables)), grown, indexing="ij")
+    )
     blocks = starts[seqs] // memory.block_size
     return DecodeBatch(
         rows=rows,
@@ -276,7 +340,9 @@ def _decode_batch(rng: np.random.Generator, bucket: Bucket, memory: Memory, **va
     )
 
 
-def _prefill_batch(rng: np.random.Generator, bucket: Bucket, memory: Memory, **values: Any) -> PrefillBatch:
+def _prefill_batch(
+    rng: np.random.Generator, bucket: Bucket, memory: Memory, **values: Any
+) -> PrefillBatch:
     """A row that has tokens cached and brings one may be one that decodes."""
     starts, counts = values["starts"], values["counts"]
     total, seqs = int(counts.sum()), len(counts)

@@ -40,9 +40,13 @@ class Outcome:
 def preserved(memory: Memory, trial: Trial) -> Iterator[None]:
     """Afterwards all that a trial touches is as before: state, pages, states of its rows, trash. Copies wait on the host."""
     state = {name: buffer.to("cpu", copy=True) for name, buffer in memory.state.named_buffers()}
-    pages = [(cache, pages, cache[pages].cpu()) for cache, pages in _caches(memory, trial, trash=True)]
+    pages = [
+        (cache, pages, cache[pages].cpu()) for cache, pages in _caches(memory, trial, trash=True)
+    ]
     for slots in _states(memory):
-        rows = torch.from_numpy(np.concatenate([trial.rows, trial.bystanders, [len(slots) - 1]])).to(slots.device)
+        rows = torch.from_numpy(
+            np.concatenate([trial.rows, trial.bystanders, [len(slots) - 1]])
+        ).to(slots.device)
         pages.append((slots, rows, slots[rows].cpu()))
     try:
         yield
@@ -57,14 +61,21 @@ def outcome_of(trial: Trial, memory: Memory, bucket: Bucket) -> Outcome:
     """Read it after a step of this bucket; what the step wrote to the pages becomes zeros."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
     logits = state.logits[rows].float() if bucket.sampler in ("full", "scoring") else None
-    scored = state.prompt_logprobs[: int(trial.counts.sum()), 0] if bucket.sampler == "scoring" else state.prompt_logprobs[:0, 0]
+    scored = (
+        state.prompt_logprobs[: int(trial.counts.sum()), 0]
+        if bucket.sampler == "scoring"
+        else state.prompt_logprobs[:0, 0]
+    )
     written, kept = [], []
     for cache, pages, slots in _written(memory, trial):
         flat = cache.view(-1, *cache.shape[2:])
         written.append(flat[slots].float().cpu())
         flat[slots] = 0
         kept.append(cache[pages].cpu())
-    kept += [slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu() for slots in _states(memory)]
+    kept += [
+        slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu()
+        for slots in _states(memory)
+    ]
     return Outcome(
         tokens=state.tokens[rows],
         sampled=state.ring_tokens[(state.step - 1) % RING, rows],

@@ -62,7 +62,9 @@ class _Findings:
         return _largest(torch.cat([*self.token_errors, *self.row_errors]))
 
 
-def check_entry(entry: Entry, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool) -> None:
+def check_entry(
+    entry: Entry, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool
+) -> None:
     """Verify a compiled bucket; one that fails is not used. With `strict` that is an error, StrictError."""
     if entry.compiled is None:
         return
@@ -77,14 +79,26 @@ def check_entry(entry: Entry, model: ServedModel, memory: Memory, limits: Limits
 
 
 @torch.no_grad()
-def verify(bucket: Bucket, launch: Callable[[], object], model: ServedModel, memory: Memory, limits: Limits) -> Verification:
+def verify(
+    bucket: Bucket, launch: Callable[[], object], model: ServedModel, memory: Memory, limits: Limits
+) -> Verification:
     """Replay the bucket on random batches, lengths and block tables changing between them, and compare it with eager."""
     found, allowed = _Findings(), ALLOWED[model.dtype]
     while len(found.token_errors) < _BATCHES or sum(map(len, found.token_errors)) < _TOKENS:
         batch = len(found.token_errors)
         extent = _FIRST[batch] if batch < len(_FIRST) else "random"
-        _try(make_trial(bucket, memory, limits, seed=batch, extent=extent), found, bucket, launch, model, memory, limits)
-    routed = model.dtype != torch.float32 and any("experts" in name for name in model.config.get_text_config().to_dict())
+        _try(
+            make_trial(bucket, memory, limits, seed=batch, extent=extent),
+            found,
+            bucket,
+            launch,
+            model,
+            memory,
+            limits,
+        )
+    routed = model.dtype != torch.float32 and any(
+        "experts" in name for name in model.config.get_text_config().to_dict()
+    )
     return Verification(
         batches=len(found.token_errors),
         rows=found.rows,
@@ -99,7 +113,13 @@ def verify(bucket: Bucket, launch: Callable[[], object], model: ServedModel, mem
 
 
 def _try(
-    trial: Trial, found: _Findings, bucket: Bucket, launch: Callable[[], object], model: ServedModel, memory: Memory, limits: Limits
+    trial: Trial,
+    found: _Findings,
+    bucket: Bucket,
+    launch: Callable[[], object],
+    model: ServedModel,
+    memory: Memory,
+    limits: Limits,
 ) -> None:
     """One batch, by the bucket and by eager."""
     sampler: Sampler = "scoring" if bucket.sampler == "scoring" else "full"
@@ -112,14 +132,24 @@ def _try(
         history = _history(trial, memory)
         with references():
             run_eagerly(memory.step(model, reference))
-            _compare(found, got, outcome_of(trial, memory, reference), trial, history, ALLOWED[model.dtype])
+            _compare(
+                found,
+                got,
+                outcome_of(trial, memory, reference),
+                trial,
+                history,
+                ALLOWED[model.dtype],
+            )
 
 
 def _failure(found: _Findings, allowed: float, share: float) -> str | None:
     """Why the bucket is wrong, where more than this share of the tokens or rows differ by more than what is allowed."""
     if found.wrong:
         return "; ".join(dict.fromkeys(found.wrong))
-    for name, errors in (("tokens", torch.cat(found.token_errors)), ("rows", torch.cat(found.row_errors))):
+    for name, errors in (
+        ("tokens", torch.cat(found.token_errors)),
+        ("rows", torch.cat(found.row_errors)),
+    ):
         off = int((errors > allowed).sum())
         if off > share * len(errors):
             return (
@@ -136,7 +166,9 @@ def _history(trial: Trial, memory: Memory) -> History:
     return History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
 
 
-def _compare(found: _Findings, got: Outcome, want: Outcome, trial: Trial, history: History, allowed: float) -> None:
+def _compare(
+    found: _Findings, got: Outcome, want: Outcome, trial: Trial, history: History, allowed: float
+) -> None:
     assert want.logits is not None
     found.rows += len(trial.rows)
     found.agreeing += int((got.tokens == want.tokens).sum())
@@ -144,12 +176,16 @@ def _compare(found: _Findings, got: Outcome, want: Outcome, trial: Trial, histor
     if not torch.equal(got.positions, want.positions):
         found.wrong.append("it left rows at other positions")
     vocab_size = want.logits.shape[1]
-    if not all(((tokens >= 0) & (tokens < vocab_size)).all() for tokens in (got.tokens, got.sampled)):
+    if not all(
+        ((tokens >= 0) & (tokens < vocab_size)).all() for tokens in (got.tokens, got.sampled)
+    ):
         found.wrong.append("it chose tokens that are not in the vocabulary, or none")
     elif not torch.equal(got.sampled, got.tokens):
         found.wrong.append("it reported other tokens than its rows go on with")
     if not all(_same(*pair) for pair in zip(got.kept, want.kept, strict=True)):
-        found.wrong.append("it wrote to places in the KV cache, or to states, that are not its tokens'")
+        found.wrong.append(
+            "it wrote to places in the KV cache, or to states, that are not its tokens'"
+        )
     token_errors = torch.zeros(int(trial.counts.sum()))
     for mine, others in zip(got.written, want.written, strict=True):
         found.cache_difference = max(found.cache_difference, _largest(mine - others))
@@ -162,21 +198,35 @@ def _compare(found: _Findings, got: Outcome, want: Outcome, trial: Trial, histor
         errors = ((mine - others) / others.std().clamp(min=1e-30)).abs().flatten(1).amax(1)
         row_errors = torch.maximum(row_errors, errors)
     if got.logits is not None:
-        found.logit_difference = max(found.logit_difference or 0.0, _largest(got.logits - want.logits))
-        row_errors = torch.maximum(row_errors, ((got.logits - want.logits) / spread_S[:, None]).abs().amax(1))
+        found.logit_difference = max(
+            found.logit_difference or 0.0, _largest(got.logits - want.logits)
+        )
+        row_errors = torch.maximum(
+            row_errors, ((got.logits - want.logits) / spread_S[:, None]).abs().amax(1)
+        )
     # A logprob moves by at most twice what logits do, and so does the gap of a choice.
     scored = (got.scored - want.scored).abs() / 2 / spread_S.min()
-    _keep(found.token_errors, torch.maximum(token_errors, scored.cpu()) if len(scored) else token_errors, found)
+    _keep(
+        found.token_errors,
+        torch.maximum(token_errors, scored.cpu()) if len(scored) else token_errors,
+        found,
+    )
     _keep(found.row_errors, row_errors.cpu(), found)
 
 
-def _gaps(chosen_S: Tensor, want: Outcome, trial: Trial, history: History, slack_S: Tensor) -> Tensor:
+def _gaps(
+    chosen_S: Tensor, want: Outcome, trial: Trial, history: History, slack_S: Tensor
+) -> Tensor:
     """How far the chosen tokens lie below the right ones, by eager's logits, [S]; a little below a cutoff is still above it."""
     assert want.logits is not None
     packed = torch.from_numpy(trial.params).to(chosen_S.device)
-    scores_SV = scores_full(want.logits, RowParams.of(packed), history, want.positions, slack_S=slack_S)
+    scores_SV = scores_full(
+        want.logits, RowParams.of(packed), history, want.positions, slack_S=slack_S
+    )
     chosen_S = chosen_S.clamp(0, scores_SV.shape[1] - 1)
-    right_S, got_S = (scores_SV.gather(1, tokens[:, None])[:, 0] for tokens in (want.tokens, chosen_S))
+    right_S, got_S = (
+        scores_SV.gather(1, tokens[:, None])[:, 0] for tokens in (want.tokens, chosen_S)
+    )
     return (right_S - got_S).clamp(min=0)
 
 
@@ -187,7 +237,11 @@ def _keep(errors: list[Tensor], new: Tensor, found: _Findings) -> None:
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max()) if values.numel() else 0.0
+    return (
+        float(values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+        if values.numel()
+        else 0.0
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

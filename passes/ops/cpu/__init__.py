@@ -17,8 +17,13 @@ def decode_attention(
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.decode_attention`."""
-    kernel, options = _library(vector_isa()).decode_attention, (sinks_H, slopes_H, scale, window, softcap)
-    return _attend(kernel, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (seq_lens_S,), *options)
+    kernel, options = (
+        _library(vector_isa()).decode_attention,
+        (sinks_H, slopes_H, scale, window, softcap),
+    )
+    return _attend(
+        kernel, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (seq_lens_S,), *options
+    )
 
 
 def prefill_attention(
@@ -26,8 +31,19 @@ def prefill_attention(
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """As `passes.ops.prefill_attention`."""
-    kernel, options = _library(vector_isa()).prefill_attention, (sinks_H, slopes_H, scale, window, softcap)
-    return _attend(kernel, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, (query_start, seq_lens_S), *options)
+    kernel, options = (
+        _library(vector_isa()).prefill_attention,
+        (sinks_H, slopes_H, scale, window, softcap),
+    )
+    return _attend(
+        kernel,
+        q_THD,
+        k_cache_PBGD,
+        v_cache_PBGE,
+        block_table_SN,
+        (query_start, seq_lens_S),
+        *options,
+    )
 
 
 def _attend(
@@ -51,7 +67,12 @@ def _attend(
 
 
 def small_linear(
-    x_TK: Tensor, weight: Tensor, norm_K: Tensor | None, eps: float, residual_TN: Tensor | None, gated: bool
+    x_TK: Tensor,
+    weight: Tensor,
+    norm_K: Tensor | None,
+    eps: float,
+    residual_TN: Tensor | None,
+    gated: bool,
 ) -> Tensor:
     """As `passes.ops.skinny_linear`; the last dim of x and residual and the whole weight and norm are contiguous."""
     x_stride, feature_stride = x_TK.stride()
@@ -70,7 +91,18 @@ def small_linear(
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out_TN = x_TK.new_empty(T, N)
     _library(vector_isa()).small_linear(
-        x_TK.data_ptr(), x_stride, weight.data_ptr(), norm, eps, residual, residual_stride, gated, out_TN.data_ptr(), T, N, K
+        x_TK.data_ptr(),
+        x_stride,
+        weight.data_ptr(),
+        norm,
+        eps,
+        residual,
+        residual_stride,
+        gated,
+        out_TN.data_ptr(),
+        T,
+        N,
+        K,
     )
     return out_TN
 
@@ -81,7 +113,9 @@ def _library(isa: VectorISA) -> ctypes.CDLL:
         CppCodeCache,  # with the compiler, which takes seconds to import
     )
 
-    source = isa.source_prefix + "\n".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
+    source = isa.source_prefix + "\n".join(
+        (Path(__file__).parent / name).read_text() for name in _SOURCES
+    )
     library = CppCodeCache.load(source)
     assert isinstance(library, ctypes.CDLL)
     pointer, number, real, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_bool

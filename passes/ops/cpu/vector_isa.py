@@ -30,15 +30,22 @@ class VectorISA:
     @property
     def source_prefix(self) -> str:
         """What precedes the source of the kernels."""
-        lines = [f"#define VECTOR_WIDTH {self.width}", f"#define LINEAR_TOKENS {self.linear_tokens}"]
-        if self.excluded is not None:  # a flag would have no effect, because Inductor's own flags follow it
+        lines = [
+            f"#define VECTOR_WIDTH {self.width}",
+            f"#define LINEAR_TOKENS {self.linear_tokens}",
+        ]
+        if (
+            self.excluded is not None
+        ):  # a flag would have no effect, because Inductor's own flags follow it
             lines.insert(0, f'#pragma GCC target("{self.excluded}")')
         return "\n".join([*lines, ""])
 
 
 AVX512 = VectorISA(name="avx512", width=16, linear_tokens=8)  # 32 registers
 AVX2 = VectorISA(name="avx2", width=8, linear_tokens=4, excluded="no-avx512f")  # 16 registers
-NEON = VectorISA(name="neon", width=4, linear_tokens=8)  # 32 registers; processors with SVE have NEON too
+NEON = VectorISA(
+    name="neon", width=4, linear_tokens=8
+)  # 32 registers; processors with SVE have NEON too
 DEFAULT = VectorISA(name="default", width=4, linear_tokens=4)  # 16 registers, as SSE2 has
 
 

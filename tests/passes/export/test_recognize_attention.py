@@ -77,7 +77,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=_distance(q @ q.transpose(-1, -2)) >= 0, scale=0.1)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=_distance(q @ q.transpose(-1, -2)) >= 0, scale=0.1
+    )
 
 
 ALIKE: dict[Core, tuple[float, int, list[float]]] = {
@@ -94,7 +96,12 @@ def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[Bias]]:
     torch.manual_seed(0)
     layer = Layer(core).eval()
     with torch.no_grad():
-        exported = torch.export.export(layer, (torch.randn(37, 16),), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+        exported = torch.export.export(
+            layer,
+            (torch.randn(37, 16),),
+            dynamic_shapes=({0: torch.export.Dim.AUTO},),
+            strict=False,
+        )
     module, found = exported.module(check_guards=False), list[Bias]()
     assert isinstance(module, torch.fx.GraphModule)
     replace_own_attention(module, lambda bias: found.append(bias) or Attend(bias), ROWS)  # type: ignore[func-returns-value]

@@ -21,7 +21,17 @@ TYPES = {
     **dict.fromkeys(("block_table", "query_start", "seq_lens", "arrivals"), INTS),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }  # all others are integers
-HEADS = {"H": 16, "G": 8, "D": 128, "E": 128, "PAGE": 16, "TILE_D": 128, "TILE_E": 128, "TILE_K": 64, "STAGES": 2}
+HEADS = {
+    "H": 16,
+    "G": 8,
+    "D": 128,
+    "E": 128,
+    "PAGE": 16,
+    "TILE_D": 128,
+    "TILE_E": 128,
+    "TILE_K": 64,
+    "STAGES": 2,
+}
 KERNELS = {
     "decode": (_decode_attention_kernel, {"TILE_M": 16, "TILE_S": 16, "AT_ONCE": 8, "EARLY": True}),
     "prefill": (_prefill_attention_kernel, {"TILE_M": 64, "TILE_Q": 32, "SEARCH_STEPS": 4}),
@@ -39,7 +49,12 @@ def test_all_compile(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.passes.ops.test_compiles_for_hopper"]
     found = subprocess.run(
-        command, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False
+        command,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.split() == [f"{name}-{option}" for name in KERNELS for option in OPTIONS]
@@ -51,7 +66,9 @@ def _compile(name: str, option: str) -> None:
     for tensor, used in (("sinks", "HAS_SINKS"), ("slopes", "HAS_SLOPES")):
         if not constants[used]:
             constants[tensor] = None
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in kernel.arg_names}
+    signature = {
+        n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in kernel.arg_names
+    }
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared < 227 * 1024, "what a block may have"

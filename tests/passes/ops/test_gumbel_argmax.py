@@ -26,7 +26,11 @@ def test_kernel_is_the_reference(num_places: int, dtype: torch.dtype) -> None:
     scores[1] = scores[1].round()  # equals: the first of them counts
     scores[2] = -INF
     scores[2, num_places // 2] = -3.0
-    for strided in (scores, scores.t().contiguous().t(), torch.cat([scores, scores], 1)[:, :num_places]):
+    for strided in (
+        scores,
+        scores.t().contiguous().t(),
+        torch.cat([scores, scores], 1)[:, :num_places],
+    ):
         best, place = chunk_maxima_kernel(strided, None, None)
         expected, _ = chunk_maxima_reference(scores, None, None)
         assert torch.equal(best, expected)
@@ -44,7 +48,9 @@ def test_drawn_by_the_kernel_as_by_the_reference() -> None:
     best, place = chunk_maxima_kernel(scores, temperature, key)
     expected, _ = chunk_maxima_reference(scores, temperature, key)
     torch.testing.assert_close(best, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(noisy(scores, temperature, key).gather(1, place), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        noisy(scores, temperature, key).gather(1, place), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.gpu

@@ -22,7 +22,9 @@ CUTOFFS = [sampling_cutoff_reference, sampling_cutoff_kernel]
 LOGPROBS = [top_logprobs_reference, top_logprobs_kernel]
 # Every mix of top-k (off, few, more than a block's lanes, more than there are), top-p and min-p; the interpreter, being slow,
 # sees a part of them, in which each setting meets most others.
-MIXES = list(itertools.product([0, 1, 40, 4500, 10**6], [1.0, 1e-6, 0.5, 0.95, 0.999], [0.0, 0.05, 1.0]))[:: 1 if CUDA else 4]
+MIXES = list(
+    itertools.product([0, 1, 40, 4500, 10**6], [1.0, 1e-6, 0.5, 0.95, 0.999], [0.0, 0.05, 1.0])
+)[:: 1 if CUDA else 4]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +33,11 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 def parameters(mixes: list[tuple[int, float, float]]) -> tuple[Tensor, Tensor, Tensor]:
     top_k, top_p, min_p = zip(*mixes, strict=True)
-    return torch.tensor(top_k, device=DEVICE), torch.tensor(top_p, device=DEVICE), torch.tensor(min_p, device=DEVICE)
+    return (
+        torch.tensor(top_k, device=DEVICE),
+        torch.tensor(top_p, device=DEVICE),
+        torch.tensor(min_p, device=DEVICE),
+    )
 
 
 def strided(x: Tensor) -> Tensor:
@@ -62,7 +68,12 @@ def kept(operation, scores_SV: Tensor, mixes: list[tuple[int, float, float]]) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("vocabulary", "spread"),
-    [(300, 3.0), (5000, 3.0), (9001, 0.5), *([(50257, 2.0), (151936, 0.5), (262144, 3.0)] if CUDA else [])],
+    [
+        (300, 3.0),
+        (5000, 3.0),
+        (9001, 0.5),
+        *([(50257, 2.0), (151936, 0.5), (262144, 3.0)] if CUDA else []),
+    ],
 )
 @pytest.mark.parametrize("operation", CUTOFFS)
 def test_cutoff_keeps_what_the_warpers_keep(operation, vocabulary, spread) -> None:  # type: ignore[no-untyped-def]
@@ -91,7 +102,14 @@ def test_cutoff_kernel_is_the_reference(vocabulary) -> None:  # type: ignore[no-
 @pytest.mark.parametrize("operation", CUTOFFS)
 def test_cutoff_keeps_all_of_a_tie(operation) -> None:  # type: ignore[no-untyped-def]
     scores_V = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, -0.0, -1.0, -INF], device=DEVICE)
-    mixes = [(2, 1.0, 0.0), (0, 0.5, 0.0), (5, 1.0, 0.0), (7, 1.0, 0.0), (3, 0.9, 0.0), (0, 1.0, 1.0)]
+    mixes = [
+        (2, 1.0, 0.0),
+        (0, 0.5, 0.0),
+        (5, 1.0, 0.0),
+        (7, 1.0, 0.0),
+        (3, 0.9, 0.0),
+        (0, 1.0, 1.0),
+    ]
     counts = kept(operation, scores_V.expand(len(mixes), -1), mixes).sum(-1)
     assert counts.tolist() == [4, 4, 6, 7, 4, 1]
 
@@ -112,10 +130,14 @@ def test_cutoff_keeps_more_than_the_shortlist_holds(operation) -> None:  # type:
 @pytest.mark.parametrize("operation", CUTOFFS)
 def test_cutoff_is_minus_infinity_where_nothing_is_cut(operation) -> None:  # type: ignore[no-untyped-def]
     off = [(0, 1.0, 0.0), (300, 1.0, 0.0), (10**6, 1.0, 0.0)]
-    assert torch.equal(operation(rand(3, 300), *parameters(off)), torch.full((3,), -INF, device=DEVICE))
+    assert torch.equal(
+        operation(rand(3, 300), *parameters(off)), torch.full((3,), -INF, device=DEVICE)
+    )
     # Nor does a row that is not read or has nothing to keep, such as padding, end up as NaN.
     unread_SV = torch.full((3, 300), float("nan"), device=DEVICE)
-    assert torch.equal(operation(unread_SV, *parameters(off)), torch.full((3,), -INF, device=DEVICE))
+    assert torch.equal(
+        operation(unread_SV, *parameters(off)), torch.full((3,), -INF, device=DEVICE)
+    )
     empty_SV = torch.full((3, 300), -INF, device=DEVICE)
     actual_S = operation(empty_SV, *parameters([(5, 0.5, 0.5), (0, 0.5, 0.0), (5, 1.0, 0.0)]))
     assert torch.equal(actual_S, torch.full((3,), -INF, device=DEVICE))
@@ -129,7 +151,9 @@ def test_cutoff_of_a_row_with_a_nan_is_nan(operation) -> None:  # type: ignore[n
     scores_SV = rand(8, 5000)
     expected_S = operation(scores_SV, *parameters(2 * mixes))
     scores_SV[:4, 4321] = expected_S[:4] = float("nan")
-    torch.testing.assert_close(operation(scores_SV, *parameters(2 * mixes)), expected_S, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        operation(scores_SV, *parameters(2 * mixes)), expected_S, rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.gpu
@@ -139,12 +163,16 @@ def test_cutoff_is_that_of_the_row_alone(operation) -> None:  # type: ignore[no-
     mixes = MIXES[2::5]
     scores_SV = 3 * rand(len(mixes), 700)
     together_S = operation(scores_SV, *parameters(mixes))
-    alone_S = torch.cat([operation(scores_SV[i : i + 1], *parameters([mix])) for i, mix in enumerate(mixes)])
+    alone_S = torch.cat(
+        [operation(scores_SV[i : i + 1], *parameters([mix])) for i, mix in enumerate(mixes)]
+    )
     assert torch.equal(together_S, alone_S)
     padded_SV = torch.cat([scores_SV, scores_SV], -1)[:, :700]
     assert torch.equal(together_S, operation(padded_SV, *parameters(mixes)))
     assert torch.equal(together_S, operation(scores_SV.t().contiguous().t(), *parameters(mixes)))
-    assert torch.equal(together_S, operation(scores_SV, *(strided(parameter) for parameter in parameters(mixes))))
+    assert torch.equal(
+        together_S, operation(scores_SV, *(strided(parameter) for parameter in parameters(mixes)))
+    )
 
 
 COUNTS = [-1, 0, 1, 5, 20, -1, 3]
@@ -152,11 +180,15 @@ COUNTS = [-1, 0, 1, 5, 20, -1, 3]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
 
-def expect_logprobs(logits_SV: Tensor, chosen: list[int], counts: list[int], most: int) -> tuple[Tensor, Tensor]:
+def expect_logprobs(
+    logits_SV: Tensor, chosen: list[int], counts: list[int], most: int
+) -> tuple[Tensor, Tensor]:
     """A row at a time, in float64; equal logits are put in order by a sort of pairs."""
     values_SC = torch.zeros(len(counts), most + 1, dtype=torch.float64)
     ids_SC = torch.zeros(len(counts), most + 1, dtype=torch.int64)
-    for row, (logits_V, token, count) in enumerate(zip(logits_SV.double().cpu(), chosen, counts, strict=True)):
+    for row, (logits_V, token, count) in enumerate(
+        zip(logits_SV.double().cpu(), chosen, counts, strict=True)
+    ):
         if count < 0:
             continue
         logprobs_V = torch.log_softmax(logits_V, -1)
@@ -171,7 +203,9 @@ def expect_logprobs(logits_SV: Tensor, chosen: list[int], counts: list[int], mos
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("vocabulary", "most"), [(300, 20), (5000, 5), *([(151936, 20)] if CUDA else [])])
+@pytest.mark.parametrize(
+    ("vocabulary", "most"), [(300, 20), (5000, 5), *([(151936, 20)] if CUDA else [])]
+)
 @pytest.mark.parametrize("operation", LOGPROBS)
 def test_top_logprobs(operation, vocabulary, most, ties, dtype) -> None:  # type: ignore[no-untyped-def]
     counts = [min(count, most) for count in COUNTS]
@@ -180,7 +214,9 @@ def test_top_logprobs(operation, vocabulary, most, ties, dtype) -> None:  # type
     chosen = [5, 0, vocabulary - 1, int(logits_SV[3].argmax()), 7, 7, int(logits_SV[6].argmin())]
     inputs = (torch.tensor(chosen, device=DEVICE), torch.tensor(counts, device=DEVICE), most)
     expected = expect_logprobs(logits_SV, chosen, counts, most)
-    rows_apart = torch.cat([logits_SV, torch.full_like(logits_SV, float("nan"))], -1)[:, :vocabulary]
+    rows_apart = torch.cat([logits_SV, torch.full_like(logits_SV, float("nan"))], -1)[
+        :, :vocabulary
+    ]
     for logits in (logits_SV, rows_apart, logits_SV.t().contiguous().t()):
         values_SC, ids_SC = operation(logits, *inputs)
         torch.testing.assert_close(values_SC, expected[0], rtol=1e-5, atol=1e-5)
@@ -193,7 +229,9 @@ def test_top_logprobs_of_banned_tokens_and_unread_rows(operation) -> None:  # ty
     logits_SV = torch.full((3, 300), float("nan"), device=DEVICE)
     logits_SV[1] = -INF
     logits_SV[1, 10], logits_SV[1, 20] = 1.0, 2.0
-    chosen_S = torch.tensor([10**9, 10, -1], device=DEVICE)  # the ids of rows that ask for nothing mean nothing
+    chosen_S = torch.tensor(
+        [10**9, 10, -1], device=DEVICE
+    )  # the ids of rows that ask for nothing mean nothing
     values_SC, ids_SC = operation(logits_SV, chosen_S, torch.tensor([-1, 5, -1], device=DEVICE), 5)
     two = torch.tensor([2.0, 1.0], device=DEVICE).log_softmax(-1).tolist()
     torch.testing.assert_close(values_SC[1].tolist(), [two[1], *two, -INF, -INF, -INF])
@@ -227,7 +265,10 @@ def test_references_by_blocks_of_rows_are_those_of_all_rows() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("cut", "look", "backend"),
-    [(sampling_cutoff, top_logprobs, "inductor"), (sampling_cutoff_reference, top_logprobs_reference, "aot_eager")],
+    [
+        (sampling_cutoff, top_logprobs, "inductor"),
+        (sampling_cutoff_reference, top_logprobs_reference, "aot_eager"),
+    ],
     ids=["ops", "references"],
 )
 def test_compiled_is_eager(cut, look, backend) -> None:  # type: ignore[no-untyped-def]
@@ -237,7 +278,10 @@ def test_compiled_is_eager(cut, look, backend) -> None:  # type: ignore[no-untyp
         return cut(scores_SV, top_k_S, top_p_S, min_p_S), *look(scores_SV, chosen_S, count_S, 5)
 
     mixes = [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.9, 0.1), (0, 1.0, 0.1)]
-    chosen_S, count_S = torch.arange(5, device=DEVICE), torch.tensor([-1, 0, 1, 5, 2], device=DEVICE)
+    chosen_S, count_S = (
+        torch.arange(5, device=DEVICE),
+        torch.tensor([-1, 0, 1, 5, 2], device=DEVICE),
+    )
     inputs = (2 * rand(5, 300), *parameters(mixes), chosen_S, count_S)
     compiled = torch.compile(both, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(*inputs), both(*inputs), rtol=1e-5, atol=1e-5)
@@ -258,7 +302,10 @@ def test_kernels_in_a_captured_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = both()
-    for mixes, count in (([(50, 0.9, 0.0)] * 4, 5), ([(0, 1.0, 0.1), (0, 0.5, 0.0), (1, 1.0, 0.0), (0, 1.0, 0.0)], 0)):
+    for mixes, count in (
+        ([(50, 0.9, 0.0)] * 4, 5),
+        ([(0, 1.0, 0.1), (0, 0.5, 0.0), (1, 1.0, 0.0), (0, 1.0, 0.0)], 0),
+    ):
         for tensor, new in zip(now, (*parameters(mixes), torch.full((4,), count)), strict=True):
             tensor.copy_(new)
         graph.replay()

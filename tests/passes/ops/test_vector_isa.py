@@ -21,7 +21,9 @@ REGISTERS = {AVX512: 32, AVX2: 16, NEON: 32, DEFAULT: 16}
         ("riscv64", "DEFAULT", [DEFAULT]),
     ],
 )
-def test_follows_the_processor(machine: str, capability: str, expected: list[VectorISA], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follows_the_processor(
+    machine: str, capability: str, expected: list[VectorISA], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert supported_vector_isas() == expected

@@ -24,7 +24,9 @@ STEP = Bucket("decode", 4, "greedy")
 
 def digest(model: PreTrainedModel, bucket: Bucket = STEP) -> str:
     """Of the graph of an engine's step."""
-    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         return trace(llm.runtime.memory.step(llm.runtime.model, bucket))
 
 
@@ -43,7 +45,9 @@ def a_hook(model: PreTrainedModel) -> None:
 
 def a_hook_for_one_token(model: PreTrainedModel) -> None:
     """In a decode step of 4 rows it does something, in a prefill step nothing."""
-    model.model.embed_tokens.register_forward_hook(lambda module, inputs, out: out * 2 if out.shape[1] == 4 else out)
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, out: out * 2 if out.shape[1] == 4 else out
+    )
 
 
 def a_patched_instance(model: PreTrainedModel) -> None:
@@ -72,7 +76,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_computation_is_another_graph(change: Callable[[PreTrainedModel], None], plain: str) -> None:
+def test_another_computation_is_another_graph(
+    change: Callable[[PreTrainedModel], None], plain: str
+) -> None:
     model = tiny_model("llama")
     change(model)
     assert digest(model) != plain
@@ -98,7 +104,10 @@ def test_code_that_a_graph_does_not_show_is_not_told() -> None:
     model.model.norm.register_forward_hook(lambda module, inputs, output: hidden(output))
     with pytest.raises(UndeterminedGraphError, match="hidden, which it does not show"):
         digest(model)
-    with pytest.raises(ValueError, match=r"it is not known which code the model runs: .*hidden, which it does not show"):
+    with pytest.raises(
+        ValueError,
+        match=r"it is not known which code the model runs: .*hidden, which it does not show",
+    ):
         identify(model, lambda: digest(model), just_loaded=False)
 
 
@@ -125,7 +134,9 @@ def _doubled(x: torch.Tensor, *_: object) -> torch.Tensor:
         (modeling_llama.LlamaMLP, "forward", GemmaMLP.forward),
     ],
 )
-def test_patched_libraries_are_noticed(owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_libraries_are_noticed(
+    owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = library_source(tiny_model("llama"))
     monkeypatch.setattr(owner, name, other)
     assert library_source(tiny_model("llama")) != before

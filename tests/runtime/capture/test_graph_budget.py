@@ -29,11 +29,21 @@ def _decode(*sizes: int, samplers: tuple[str, ...] = ("greedy",)) -> list[Bucket
 
 
 @settings(deadline=None)
-@given(st.sets(st.integers(1, 32), min_size=1, max_size=6), st.dictionaries(st.integers(1, 32), st.integers(1, 50), max_size=5))
+@given(
+    st.sets(st.integers(1, 32), min_size=1, max_size=6),
+    st.dictionaries(st.integers(1, 32), st.integers(1, 50), max_size=5),
+)
 def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[int, int]) -> None:
     largest = max(sizes)
-    traffic = Traffic(limit=largest, buckets=[], seen=Counter({size: n for size, n in seen.items() if size <= largest}))
-    order = [bucket.size for bucket in by_usefulness(_decode(*sizes), {"decode": traffic} if traffic.seen else {})]
+    traffic = Traffic(
+        limit=largest,
+        buckets=[],
+        seen=Counter({size: n for size, n in seen.items() if size <= largest}),
+    )
+    order = [
+        bucket.size
+        for bucket in by_usefulness(_decode(*sizes), {"decode": traffic} if traffic.seen else {})
+    ]
     assert sorted(order) == sorted(sizes)
     assert order[0] == largest
     if not traffic.seen:
@@ -78,7 +88,16 @@ class _Device:
 @pytest.mark.parametrize(
     ("budget", "kept"),
     [
-        (53, ["prefill-48-greedy", "decode-4-greedy", "decode-2-greedy", "prefill-16-greedy", "decode-1-greedy"]),
+        (
+            53,
+            [
+                "prefill-48-greedy",
+                "decode-4-greedy",
+                "decode-2-greedy",
+                "prefill-16-greedy",
+                "decode-1-greedy",
+            ],
+        ),
         (52, ["prefill-48-greedy", "decode-4-greedy", "decode-2-greedy", "prefill-16-greedy"]),
         (51, ["prefill-48-greedy", "decode-4-greedy", "decode-2-greedy"]),
         (49, ["prefill-48-greedy"]),
@@ -105,7 +124,9 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
         assert f"of memory.graphs={budget}.0 MiB" in str(bucket.failure)
         assert bucket.bucket in report.warnings[0]
         assert bucket.bucket in str(report)
-    assert all("was left out: graphs take" in reason for reason in [*report.fallbacks, *report.stand_ins])
+    assert all(
+        "was left out: graphs take" in reason for reason in [*report.fallbacks, *report.stand_ins]
+    )
 
 
 def test_without_a_budget_all_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +134,12 @@ def test_without_a_budget_all_are_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
         assert {bucket.mode for bucket in llm.report().buckets} == {"compiled"}
         taken = {bucket.bucket: bucket.bytes // MIB for bucket in llm.report().buckets}
-    assert taken == {"prefill-48-greedy": 49, "prefill-16-greedy": 1, "decode-4-greedy": 1, "decode-2-greedy": 1}
+    assert taken == {
+        "prefill-48-greedy": 49,
+        "prefill-16-greedy": 1,
+        "decode-4-greedy": 1,
+        "decode-2-greedy": 1,
+    }
     assert device.live == [48, 16, 4, 2], "large to small"
 
 
@@ -129,11 +155,18 @@ GPU = torch.device("cuda", 0)
     block_size=st.sampled_from([16, 32, 128]),
 )
 def test_the_cache_takes_what_is_left(
-    free: int, activations: int, graphs: int, windows: list[int], block_size: int, monkeypatch: pytest.MonkeyPatch
+    free: int,
+    activations: int,
+    graphs: int,
+    windows: list[int],
+    block_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     total = 2**37
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
+    )
     layers = [
         AttentionLayer(
             name=str(n),
@@ -149,7 +182,12 @@ def test_the_cache_takes_what_is_left(
         )
         for n, window in enumerate(windows)
     ]
-    config = parse_config({"memory": {"graphs": graphs}, "cache": {"block_size": block_size, "gpu_memory_utilization": 1.0}})
+    config = parse_config(
+        {
+            "memory": {"graphs": graphs},
+            "cache": {"block_size": block_size, "gpu_memory_utilization": 1.0},
+        }
+    )
     limits = Limits(max_num_seqs=100_000, max_num_batched_tokens=2048, max_model_len=4096)
     reserved = activations + set_aside(config, GPU)
     assert reserved == activations + graphs

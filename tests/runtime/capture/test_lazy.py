@@ -80,10 +80,16 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
     model = tiny_model("llama")
     reference = Reference(model)
     prompts = [prompt_of(20), prompt_of(7)]
-    full = SamplingParams(temperature=1, seed=3, presence_penalty=0.5, logprobs=2, max_tokens=40, ignore_eos=True)
-    with CompiledLLM(model, None, small_config(compile={"dispatch": "eager"}), progress=False) as llm:
+    full = SamplingParams(
+        temperature=1, seed=3, presence_penalty=0.5, logprobs=2, max_tokens=40, ignore_eos=True
+    )
+    with CompiledLLM(
+        model, None, small_config(compile={"dispatch": "eager"}), progress=False
+    ) as llm:
         expected = llm.generate([prompt_of(9)], full)[0].outputs[0]
-    config = small_config(buckets={"decode": [2], "prefill": [48], "samplers": ["full"]}, verify=True, **LAZY)
+    config = small_config(
+        buckets={"decode": [2], "prefill": [48], "samplers": ["full"]}, verify=True, **LAZY
+    )
     with CompiledLLM(model, None, config, progress=False) as llm:
         report = llm.report()
         assert {bucket.mode for bucket in report.buckets} == {"pending"}
@@ -93,7 +99,8 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
         for mine, others in zip(got.logprobs or [], expected.logprobs or [], strict=True):
             assert mine.keys() == others.keys()
         assert set(report.fallbacks) == {
-            f"{bucket} is not captured yet: compile.capture is lazy" for bucket in ("prefill-48-full", "decode-2-full")
+            f"{bucket} is not captured yet: compile.capture is lazy"
+            for bucket in ("prefill-48-full", "decode-2-full")
         }
         while llm.runtime.capture_wanted:
             llm.runtime.capture_next()
@@ -102,9 +109,16 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         assert report.fallbacks.total() == eager
         buckets = {bucket.bucket: bucket for bucket in report.buckets}
-        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == ("pending", "compile.capture is lazy")
+        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == (
+            "pending",
+            "compile.capture is lazy",
+        )
         for name in ("decode-2-full", "prefill-48-full"):
-            assert (buckets[name].mode == "pending", buckets[name].failure, buckets[name].replays > 0) == (False, None, True)
+            assert (
+                buckets[name].mode == "pending",
+                buckets[name].failure,
+                buckets[name].replays > 0,
+            ) == (False, None, True)
             assert buckets[name].verification is not None
 
 
@@ -113,7 +127,9 @@ def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
     model = random_model(tiny_config("lfm2"))
     reference, prompts = Reference(model), [prompt_of(20), prompt_of(7), prompt_of(30)]
-    config = small_config(buckets={"decode": [1, 2, 4], "prefill": [48], "samplers": ["greedy"]}, **LAZY)
+    config = small_config(
+        buckets={"decode": [1, 2, 4], "prefill": [48], "samplers": ["greedy"]}, **LAZY
+    )
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
         captured = [bucket for bucket in llm.report().buckets if bucket.mode != "pending"]
@@ -124,7 +140,9 @@ def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledSt
     now = Moment.now()
     for _ in range(2):
         step()
-    return CompiledStep(launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now))
+    return CompiledStep(
+        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+    )
 
 
 def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,14 +152,18 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
     async def serve() -> dict[str, str]:
-        llm = AsyncCompiledLLM(lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False))
+        llm = AsyncCompiledLLM(
+            lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False)
+        )
         try:
             stream = await llm.add(prompt_of(9), params, streaming=False)
             async for output in stream:
                 assert len(output.outputs[0].token_ids) == 4
             while await llm.call(lambda engine: engine.runtime.capture_wanted):
                 await asyncio.sleep(0.01)
-            return await llm.call(lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets})
+            return await llm.call(
+                lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets}
+            )
         finally:
             llm.close()
 
@@ -168,13 +190,18 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
         report = llm.report()
     assert sorted(tried) == [2, 4, 16]
-    assert report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"] >= 9
+    assert (
+        report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"]
+        >= 9
+    )
     assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
         "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
     }  # fmt: skip
 
 
-def test_nobody_waits_for_a_capture_with_a_token_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_capture_with_a_token_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Nor in the middle of a prompt, which takes three steps here."""
     made: list[int] = []
 
@@ -206,6 +233,8 @@ def test_an_artifact_in_use_is_marked_so(tmp_path: Path, monkeypatch: pytest.Mon
         with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
             manifest = Path(str(llm.report().facts["artifact"])) / "manifest.json"
             if start == 0:
-                Artifact(manifest.parent, llm.runtime.key()).save("decode-9-greedy", Kept(step=b"", passes=[]))
+                Artifact(manifest.parent, llm.runtime.key()).save(
+                    "decode-9-greedy", Kept(step=b"", passes=[])
+                )
                 os.utime(manifest, (0, 0))
     assert manifest.stat().st_mtime > 0

@@ -44,10 +44,19 @@ def test_generated_code_copies_no_cache() -> None:
         assert sizes
         assert all(torch.Size(size).numel() < cache.numel() for size in sizes)
         for name in caches:
-            uses = [line for line in body.splitlines() if re.search(rf"\b{name}\b", line) and "assert_size" not in line]
+            uses = [
+                line
+                for line in body.splitlines()
+                if re.search(rf"\b{name}\b", line) and "assert_size" not in line
+            ]
             calls = [line for line in uses if not re.match(r" +del |.* = args$", line)]
-            assert [re.search(r"fused|paged_attention", line).group() for line in calls] == ["fused", "paged_attention"]
-        assert len(re.findall(r"[.:]cos\(", code)) <= 2, "once for all layers, in a loop and in what remains of it"
+            assert [re.search(r"fused|paged_attention", line).group() for line in calls] == [
+                "fused",
+                "paged_attention",
+            ]
+        assert len(re.findall(r"[.:]cos\(", code)) <= 2, (
+            "once for all layers, in a loop and in what remains of it"
+        )
 
 
 def test_passes_report_and_dump(tmp_path: Path) -> None:
@@ -61,11 +70,18 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
         assert (once.name, once.matches) == ("once_a_step", 4), "cosine, sine, page and offset"
         assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
         # Over few tokens and in float32, this is for CPUs: qkv, o, gate and up, down, twice, and the lm_head.
-        assert (linear.name, linear.matches) == ("small_linear", 9 if DEVICE.type == "cpu" and name.startswith("decode") else 0)
+        assert (linear.name, linear.matches) == (
+            "small_linear",
+            9 if DEVICE.type == "cpu" and name.startswith("decode") else 0,
+        )
         assert attention.ops_after > attention.ops_before
         before = (tmp_path / name / "0-paged_attention-before.txt").read_text()
         after = (tmp_path / name / "0-paged_attention-after.txt").read_text()
-        assert before.count("attention_marker.default]") == after.count("paged_attention.default]") == 2
+        assert (
+            before.count("attention_marker.default]")
+            == after.count("paged_attention.default]")
+            == 2
+        )
         assert "attention_marker" not in after
 
 
@@ -74,9 +90,13 @@ def test_a_pass_that_is_off_changes_no_token(off: str) -> None:
     model = tiny_model("llama")
     reference = Reference(model)
     prompts = [prompt_of(length) for length in (5, 30, 60)]
-    with CompiledLLM(model, None, small_config(**ONE_EACH, passes={off: False}), progress=False) as llm:
+    with CompiledLLM(
+        model, None, small_config(**ONE_EACH, passes={off: False}), progress=False
+    ) as llm:
         assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
-        assert off not in {graph_pass.name for bucket in llm.report().buckets for graph_pass in bucket.passes}
+        assert off not in {
+            graph_pass.name for bucket in llm.report().buckets for graph_pass in bucket.passes
+        }
 
 
 def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
@@ -85,10 +105,17 @@ def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
     original = attention.forward
 
     def forward(hidden_states, **arguments):  # type: ignore[no-untyped-def]
-        return (hidden_states, None) if torch.compiler.is_compiling() else original(hidden_states, **arguments)
+        return (
+            (hidden_states, None)
+            if torch.compiler.is_compiling()
+            else original(hidden_states, **arguments)
+        )
 
     attention.forward = forward
-    with pytest.raises(PassError, match=r"'paged_attention' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn"):
+    with pytest.raises(
+        PassError,
+        match=r"'paged_attention' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn",
+    ):
         CompiledLLM(model, None, small_config(**ONE_EACH), progress=False)
 
 
@@ -105,8 +132,12 @@ def test_more_than_twenty_buckets_all_replay(dispatch: str) -> None:
     with CompiledLLM(model, None, config, progress=False) as llm:
         prompts = [prompt_of(3 + number % 5, number) for number in range(21)]
         params = range(2, 23)
-        outputs = llm.generate(prompts, [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in params])
-        assert [o.outputs[0].token_ids for o in outputs] == [reference(p, n) for p, n in zip(prompts, params, strict=True)]
+        outputs = llm.generate(
+            prompts, [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in params]
+        )
+        assert [o.outputs[0].token_ids for o in outputs] == [
+            reference(p, n) for p, n in zip(prompts, params, strict=True)
+        ]
         report = llm.report()
     assert not report.fallbacks
     assert not any(report.graph_events.values())
@@ -131,11 +162,20 @@ def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPat
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
-    assert report.stand_ins == {"decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18}
+    assert report.stand_ins == {
+        "decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18
+    }
     assert not report.fallbacks
     modes = {bucket.bucket: (bucket.mode == "eager", bucket.replays) for bucket in report.buckets}
-    assert modes == {"decode-2-greedy": (True, 0), "decode-4-greedy": (False, 27), "prefill-48-greedy": (False, 3)}
-    with pytest.raises(StrictError, match="bucket decode-2-greedy could not be compiled: RuntimeError: injected failure"):
+    assert modes == {
+        "decode-2-greedy": (True, 0),
+        "decode-4-greedy": (False, 27),
+        "prefill-48-greedy": (False, 3),
+    }
+    with pytest.raises(
+        StrictError,
+        match="bucket decode-2-greedy could not be compiled: RuntimeError: injected failure",
+    ):
         CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
 
 
@@ -163,7 +203,11 @@ def test_running_out_of_memory_costs_a_bucket_and_not_the_engine(
         report = llm.report()
     assert [bucket.bucket for bucket in report.buckets if bucket.failure] == ["prefill-48-greedy"]
     assert {reason.partition(":")[0] for reason in report.fallbacks} <= {"prefill-48-greedy failed"}
-    assert all(bucket.replays for bucket in report.buckets if bucket.bucket in ("prefill-16-greedy", "decode-2-greedy"))
+    assert all(
+        bucket.replays
+        for bucket in report.buckets
+        if bucket.bucket in ("prefill-16-greedy", "decode-2-greedy")
+    )
 
 
 def test_steps_run_eagerly_where_the_largest_bucket_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +220,10 @@ def test_steps_run_eagerly_where_the_largest_bucket_fails(monkeypatch: pytest.Mo
     with CompiledLLM(model, None, small_config(), progress=False) as llm:
         assert greedy(llm, [prompt_of(20)], 8) == [reference(prompt_of(20), 8)]
         failed = "failed: RuntimeError: injected failure"
-        assert llm.report().fallbacks == {f"prefill-48-greedy {failed}": 1, f"decode-2-greedy {failed}": 7}
+        assert llm.report().fallbacks == {
+            f"prefill-48-greedy {failed}": 1,
+            f"decode-2-greedy {failed}": 7,
+        }
 
 
 def test_no_bucket_is_a_counted_fallback() -> None:
@@ -228,5 +275,11 @@ def test_a_thread_that_traced_may_end() -> None:
         kept = [torch.randn(n) for n in range(10000)]
         trace()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

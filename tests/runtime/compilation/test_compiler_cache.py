@@ -36,9 +36,14 @@ def test_it_is_used_for_as_long_as_an_engine_works(own: Path) -> None:
     assert cache_dir() == default_cache_dir()
 
 
-def test_inductors_default_is_no_choice_and_comes_back(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_default_is_no_choice_and_comes_back(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inductor itself writes it to the environment when it first compiles."""
-    chosen = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir(), "TRITON_CACHE_DIR": f"{default_cache_dir()}/triton/0"}
+    chosen = {
+        "TORCHINDUCTOR_CACHE_DIR": default_cache_dir(),
+        "TRITON_CACHE_DIR": f"{default_cache_dir()}/triton/0",
+    }
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     with private_compiler_cache():
@@ -47,7 +52,9 @@ def test_inductors_default_is_no_choice_and_comes_back(own: Path, monkeypatch: p
     assert {name: os.environ[name] for name in VARIABLES} == chosen
 
 
-def test_what_the_user_chose_is_kept(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_chose_is_kept(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     with private_compiler_cache():
         assert cache_dir() == str(tmp_path / "mine")

@@ -28,8 +28,14 @@ def test_sums_of_any_number_of_heads_are_right(num_heads: int, bits: int) -> Non
         if bits not in {isa.bit_width() for isa in valid_vec_isa_list()}:
             pytest.skip(f"no vectors of {bits} bits")
         torch.manual_seed(0)
-        heads, features = torch.randn(5, 16, num_heads), torch.randn(16, 16, num_heads).transpose(1, 2)
-        with sums_stay_in_bounds(), inductor_config.patch({"cpp.simdlen": bits, "fx_graph_cache": False}):
+        heads, features = (
+            torch.randn(5, 16, num_heads),
+            torch.randn(16, 16, num_heads).transpose(1, 2),
+        )
+        with (
+            sums_stay_in_bounds(),
+            inductor_config.patch({"cpp.simdlen": bits, "fx_graph_cache": False}),
+        ):
             torch._dynamo.reset()
             actual, code = run_and_get_cpp_code(torch.compile(_sums), heads, features)
     torch.testing.assert_close(actual, _sums(heads, features))

@@ -11,21 +11,39 @@ from tests.helpers.tiny_models import small_config, tiny_model
 
 def test_autotuning_is_taken_from_where_it_happened() -> None:
     spent = durations(Moment(10, 1, 2), Moment(20, 4, 3), Moment(25, 4, 7))
-    assert spent == {"trace_seconds": 3, "compile_seconds": 6, "autotune_seconds": 5, "capture_seconds": 1}
+    assert spent == {
+        "trace_seconds": 3,
+        "compile_seconds": 6,
+        "autotune_seconds": 5,
+        "capture_seconds": 1,
+    }
     assert sum(spent.values()) == 25 - 10  # type: ignore[arg-type]
 
 
 def test_what_torch_counts_as_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
     before = Moment.now()
-    counted = {"CachingAutotuner.benchmark_all_configs": [1.0, 2.0], "mm_template_autotuning": [4.0], "GraphLowering.run": [8.0]}
+    counted = {
+        "CachingAutotuner.benchmark_all_configs": [1.0, 2.0],
+        "mm_template_autotuning": [4.0],
+        "GraphLowering.run": [8.0],
+    }
     for name, seconds in counted.items():
-        monkeypatch.setitem(compilation_time_metrics, name, [*compilation_time_metrics.get(name, []), *seconds])
+        monkeypatch.setitem(
+            compilation_time_metrics, name, [*compilation_time_metrics.get(name, []), *seconds]
+        )
     assert Moment.now().autotune - before.autotune == pytest.approx(7.0)
     assert Moment.now().trace == before.trace
 
 
 def test_a_phase_in_parts() -> None:
-    made = BucketReport(bucket="a", size=1, trace_seconds=1, compile_seconds=2, autotune_seconds=3, capture_seconds=4)
+    made = BucketReport(
+        bucket="a",
+        size=1,
+        trace_seconds=1,
+        compile_seconds=2,
+        autotune_seconds=3,
+        capture_seconds=4,
+    )
     loaded = BucketReport(bucket="b", size=1, loaded=True, compile_seconds=5, capture_seconds=6)
     parts = phases_of(PhaseReport(name="compile and capture", seconds=30, bytes=7), [made, loaded])
     assert {part.name: (part.seconds, part.bytes) for part in parts} == {
@@ -41,5 +59,14 @@ def test_the_phases_of_a_start() -> None:
         "import", "examine model", "measure activations", "allocate KV cache",
         "trace", "compile", "load compiled", "autotune", "capture", "other", "verify",
     ]  # fmt: skip
-    assert min(phases["import"], phases["trace"], phases["compile"], phases["capture"], phases["verify"]) > 0
+    assert (
+        min(
+            phases["import"],
+            phases["trace"],
+            phases["compile"],
+            phases["capture"],
+            phases["verify"],
+        )
+        > 0
+    )
     assert phases["load compiled"] == 0

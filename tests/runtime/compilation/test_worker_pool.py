@@ -43,7 +43,11 @@ def test_a_module_travels_without_what_its_large_tensors_hold() -> None:
     assert there.weight is there.same
     assert there.weight is weight
     assert isinstance(weight, nn.Parameter)
-    assert (weight.shape, weight.dtype, weight.device) == (model.weight.shape, model.weight.dtype, model.weight.device)
+    assert (weight.shape, weight.dtype, weight.device) == (
+        model.weight.shape,
+        model.weight.dtype,
+        model.weight.device,
+    )
     assert there.first.untyped_storage().data_ptr() == there.second.untyped_storage().data_ptr()
     assert there.second.data_ptr() - there.first.data_ptr() == 4 * LARGE
     assert torch.equal(there.scale, model.scale)
@@ -69,7 +73,9 @@ def expected() -> list[list[int]]:
 
 
 @pytest.mark.gpu
-def test_two_processes_compile_and_the_engine_does_not(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_two_processes_compile_and_the_engine_does_not(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
     config = pooled(tmp_path)
     tokens, report, traced = tokens_and_report(config)
     assert tokens == expected
@@ -80,29 +86,42 @@ def test_two_processes_compile_and_the_engine_does_not(tmp_path: Path, expected:
     assert not report.fallbacks
     tokens, report, traced = tokens_and_report(config)
     assert (tokens, traced) == (expected, 1 + len(report.buckets))
-    assert all(bucket.loaded for bucket in report.buckets), "the other processes traced the same graphs"
+    assert all(bucket.loaded for bucket in report.buckets), (
+        "the other processes traced the same graphs"
+    )
     assert "compiled by" not in report.facts
 
 
-def test_a_compiler_that_is_set_up_otherwise_compiles_here(tmp_path: Path, expected: list[list[int]]) -> None:
+def test_a_compiler_that_is_set_up_otherwise_compiles_here(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
     with inductor_config.patch(max_fusion_size=3):
         tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
     assert traced - 1 == len(report.buckets) == len(report.warnings)
-    assert all("torch._inductor.config.max_fusion_size: 3; here: 64" in warning for warning in report.warnings)
+    assert all(
+        "torch._inductor.config.max_fusion_size: 3; here: 64" in warning
+        for warning in report.warnings
+    )
 
 
-def test_processes_that_end_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]) -> None:
+def test_processes_that_end_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
     start = subprocess.Popen
     dying = [sys.executable, "-c", "import sys; sys.exit('no memory')"]
-    monkeypatch.setattr(compile_pool.subprocess, "Popen", lambda command, **kwargs: start(dying, **kwargs))
+    monkeypatch.setattr(
+        compile_pool.subprocess, "Popen", lambda command, **kwargs: start(dying, **kwargs)
+    )
     tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
     assert traced - 1 == len(report.buckets) == len(report.warnings)
     assert all("ended too soon: no memory" in warning for warning in report.warnings)
 
 
-def test_what_does_not_pickle_is_compiled_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]) -> None:
+def test_what_does_not_pickle_is_compiled_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
     monkeypatch.setattr(MODEL, "unpicklable", lambda: None, raising=False)
     with pytest.raises((pickle.PicklingError, AttributeError)):
         hollow.dumps(MODEL)

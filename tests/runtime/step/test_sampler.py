@@ -51,24 +51,43 @@ def on_device() -> Iterator[None]:
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(
+        DEVICE
+    )
 
 
 def some_tokens(count: int, seed: int) -> list[int]:
     """Ids below 100, so that some repeat."""
-    return torch.randint(3, 100, (count,), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
+    return torch.randint(
+        3, 100, (count,), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    ).tolist()
 
 
-def request(prompt: Sequence[int], output: Sequence[int] = (), *, bad_words: Any = (), stops: Any = (), **params: Any) -> Request:
+def request(
+    prompt: Sequence[int],
+    output: Sequence[int] = (),
+    *,
+    bad_words: Any = (),
+    stops: Any = (),
+    **params: Any,
+) -> Request:
     wanted = SamplingParams(**{"temperature": 0.0, **params})
-    ids = {"prompt_token_ids": prompt, "token_ids": list(output), "bad_words": list(bad_words), "stop_token_ids": frozenset(stops)}
+    ids = {
+        "prompt_token_ids": prompt,
+        "token_ids": list(output),
+        "bad_words": list(bad_words),
+        "stop_token_ids": frozenset(stops),
+    }
     return Request(params=wanted, seed=wanted.seed or 0, **ids)
 
 
 def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
     """The rows' parameters and state, with the leavings of others wherever a request brings nothing."""
     count = len(requests)
-    bias, counts = torch.full((count, VOCAB), float("nan")), torch.full((count, VOCAB), 7, dtype=torch.int32)
+    bias, counts = (
+        torch.full((count, VOCAB), float("nan")),
+        torch.full((count, VOCAB), 7, dtype=torch.int32),
+    )
     bad_words = torch.full((count, MAX_BAD_WORDS, MAX_BAD_WORD_LEN), -1)
     bad_words[..., -1] = torch.arange(MAX_BAD_WORDS)
     recent = torch.full((count, MAX_BAD_WORD_LEN - 1), -1)
@@ -84,7 +103,9 @@ def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
                 bad_words[row, number, -len(word) :] = torch.tensor(word)
         last = [*wanted.prompt_token_ids, *wanted.token_ids][-recent.shape[1] :]
         recent[row, recent.shape[1] - len(last) :] = torch.tensor(last)
-    params = RowParams.of(torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE))
+    params = RowParams.of(
+        torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE)
+    )
     return params, History(bias, counts, bad_words, recent)
 
 
@@ -101,7 +122,9 @@ def only(ids: Sequence[int]) -> Processor:
     return SuppressTokensLogitsProcessor([token for token in range(VOCAB) if token not in ids])
 
 
-def openai_penalties(output: Sequence[int], *, presence: float = 0, frequency: float = 0) -> Processor:
+def openai_penalties(
+    output: Sequence[int], *, presence: float = 0, frequency: float = 0
+) -> Processor:
     """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, where c[j] is how often j was generated."""
 
     def penalise(_: Tensor, scores: Tensor) -> Tensor:
@@ -173,7 +196,10 @@ def test_adjusted_logits_are_those_of_transformers(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     changes = bool(processors) and name != "min_tokens reached"
     assert torch.equal(actual, LOGITS[row]) != changes
-    assert sample_full(LOGITS, params, history, torch.zeros(len(CASES), dtype=torch.int64))[row] == expected.argmax()
+    assert (
+        sample_full(LOGITS, params, history, torch.zeros(len(CASES), dtype=torch.int64))[row]
+        == expected.argmax()
+    )
 
 
 def test_rows_do_not_influence_each_other() -> None:
@@ -220,7 +246,9 @@ MIXES: list[dict[str, Any]] = [
 MIX_IDS = ["-".join(f"{name}={value:g}" for name, value in mix.items()) for mix in MIXES]
 
 
-def warped(logits_SV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def warped(
+    logits_SV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """Logits as transformers' `generate` would sample from them."""
     warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
@@ -232,12 +260,17 @@ def warped(logits_SV: Tensor, temperature: float, top_k: int = 0, top_p: float =
 def fits(ids: Tensor, probabilities: Tensor) -> bool:
     """Whether the draws are distributed like that, and none is of probability 0; tokens seen less than 5 times are lumped."""
     probabilities, ids = probabilities.cpu(), ids.cpu()
-    expected, counts = probabilities.double() * len(ids), torch.bincount(ids, minlength=len(probabilities)).double()
+    expected, counts = (
+        probabilities.double() * len(ids),
+        torch.bincount(ids, minlength=len(probabilities)).double(),
+    )
     rare = expected < 5
     bins = [torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected)]
     observed, wanted = (values if bins[1][-1] >= 5 else values[:-1] for values in bins)
     impossible = counts[probabilities == 0].sum() > 0
-    return not impossible and (len(wanted) < 2 or chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3)
+    return not impossible and (
+        len(wanted) < 2 or chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+    )
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=MIX_IDS)
@@ -248,14 +281,20 @@ def test_frequencies_are_those_of_the_warped_probabilities(mix: dict[str, Any]) 
     params, history = (take(rows, [0] * draws) for rows in rows_of([request(P, O, seed=7, **mix)]))
     probabilities, counting = warped(logits[:1], **mix)[0].softmax(-1), torch.arange(draws)
     assert fits(sample_full(logits, params, history, counting), probabilities)
-    assert fits(sample_full(logits, params._replace(seed=counting), history, torch.full_like(counting, 12)), probabilities)
+    assert fits(
+        sample_full(logits, params._replace(seed=counting), history, torch.full_like(counting, 12)),
+        probabilities,
+    )
 
 
 def test_frequencies_of_the_random_sampler() -> None:
     draws, logits = 8000, 2 * rand(1, VOCAB)
     for temperature in (0.7, 1.0, 2.0):
         settings = torch.full((draws,), temperature), torch.full((draws,), 7), torch.arange(draws)
-        assert fits(sample_random(logits.expand(draws, -1), *settings), (logits[0] / temperature).softmax(-1))
+        assert fits(
+            sample_random(logits.expand(draws, -1), *settings),
+            (logits[0] / temperature).softmax(-1),
+        )
 
 
 def test_frequencies_after_adjustments() -> None:
@@ -264,8 +303,14 @@ def test_frequencies_after_adjustments() -> None:
     draws, logits = 8000, 2 * rand(1, VOCAB)
     wanted = request(P, O, bad_words=WORDS, **mix, **adjustments)
     params, history = (take(rows, [0] * draws) for rows in rows_of([wanted]))
-    processors = [biased(BIAS), RepetitionPenaltyLogitsProcessor(1.3), openai_penalties(O, presence=0.5)]
-    scores = LogitsProcessorList([*processors, NoBadWordsLogitsProcessor(WORDS)])(torch.tensor([ALL]), logits.clone())
+    processors = [
+        biased(BIAS),
+        RepetitionPenaltyLogitsProcessor(1.3),
+        openai_penalties(O, presence=0.5),
+    ]
+    scores = LogitsProcessorList([*processors, NoBadWordsLogitsProcessor(WORDS)])(
+        torch.tensor([ALL]), logits.clone()
+    )
     ids = sample_full(logits.expand(draws, -1), params, history, torch.arange(draws))
     assert fits(ids, warped(scores, **mix)[0].softmax(-1))
 
@@ -275,16 +320,26 @@ def test_each_draw_is_that_from_the_warped_logits() -> None:
     requests = [request(P, O, seed=seed, **mix) for seed, mix in enumerate(MIXES)]
     params, history = rows_of(requests)
     for position in range(0, 2000, 50):
-        logits, positions = 3 * rand(len(MIXES), VOCAB, seed=position), torch.full((len(MIXES),), position)
+        logits, positions = (
+            3 * rand(len(MIXES), VOCAB, seed=position),
+            torch.full((len(MIXES),), position),
+        )
         left = torch.cat([warped(logits[row : row + 1], **mix) for row, mix in enumerate(MIXES)])
         expected = sample_random(left, torch.ones(len(MIXES)), params.seed, positions)
         assert torch.equal(sample_full(logits, params, history, positions), expected)
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
-    seed, position = torch.tensor([1, 2, 3, 4, 2**40 + 1, 2**62, 0, 1, 2**63 - 1, 1]), torch.tensor([5, 5, 6, 7, 5, 9, 0, 6, 3, 9])
+    seed, position = (
+        torch.tensor([1, 2, 3, 4, 2**40 + 1, 2**62, 0, 1, 2**63 - 1, 1]),
+        torch.tensor([5, 5, 6, 7, 5, 9, 0, 6, 3, 9]),
+    )
     params, history = rows_of([request(P, O, **mix) for mix in MIXES])
-    params, logits, order = params._replace(seed=seed), rand(len(MIXES), VOCAB), torch.tensor([3, 1, 9, 0, 2, 8, 5, 4, 7, 6])
+    params, logits, order = (
+        params._replace(seed=seed),
+        rand(len(MIXES), VOCAB),
+        torch.tensor([3, 1, 9, 0, 2, 8, 5, 4, 7, 6]),
+    )
 
     def full(rows: Tensor, logits: Tensor) -> Tensor:
         return sample_full(logits, take(params, rows), take(history, rows), position[rows])
@@ -296,23 +351,45 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
         together = sampler(torch.arange(len(MIXES)), logits)
         assert torch.equal(sampler(order, logits[order]), together[order])
         for row in range(len(MIXES)):
-            assert torch.equal(sampler(torch.tensor([row]), logits[row : row + 1]), together[row : row + 1])
+            assert torch.equal(
+                sampler(torch.tensor([row]), logits[row : row + 1]), together[row : row + 1]
+            )
     assert len(set(random(torch.arange(len(MIXES)), torch.zeros(len(MIXES), VOCAB)).tolist())) > 7
 
 
 def test_rows_of_temperature_zero_among_others() -> None:
     """What would truncate their distribution does nothing."""
-    greedy = {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": 1.5, "logit_bias": BIAS}
+    greedy = {
+        "temperature": 0.0,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.5,
+        "repetition_penalty": 1.5,
+        "logit_bias": BIAS,
+    }
     drawn = {"temperature": 1.5, "repetition_penalty": 1.5, "logit_bias": BIAS}
-    params, history = rows_of([request(P, O, **(drawn if row % 2 else greedy)) for row in range(100)])
+    params, history = rows_of(
+        [request(P, O, **(drawn if row % 2 else greedy)) for row in range(100)]
+    )
     logits, position = rand(100, VOCAB), torch.arange(100)
-    best, ids = adjust(logits, params, history).argmax(-1), sample_full(logits, params, history, position)
+    best, ids = (
+        adjust(logits, params, history).argmax(-1),
+        sample_full(logits, params, history, position),
+    )
     assert torch.equal(ids[::2], best[::2])
     assert (ids[1::2] != best[1::2]).sum() > 20
 
 
 # Where the hash of seed 7 ends in all ones (the first four) or nearly all zeros: (position, token).
-EXTREMES = [(146, 141579), (469, 110443), (754, 80284), (2342, 99923), (833, 122858), (926, 63551), (986, 58404)]
+EXTREMES = [
+    (146, 141579),
+    (469, 110443),
+    (754, 80284),
+    (2342, 99923),
+    (833, 122858),
+    (926, 63551),
+    (986, 58404),
+]
 
 
 def test_noise_is_finite() -> None:
@@ -327,9 +404,20 @@ def test_noise_is_finite() -> None:
 
 
 def test_compiled_is_eager() -> None:
-    requests = [*REQUESTS, *(request(P, O, seed=seed, repetition_penalty=1.1, **mix) for seed, mix in enumerate(MIXES))]
+    requests = [
+        *REQUESTS,
+        *(
+            request(P, O, seed=seed, repetition_penalty=1.1, **mix)
+            for seed, mix in enumerate(MIXES)
+        ),
+    ]
     compiled = torch.compile(sample_full, fullgraph=True)
     params, history = rows_of(requests)
     for step in range(3):
-        inputs = 3 * rand(len(requests), VOCAB, seed=step), params, history, torch.arange(len(requests)) + step
+        inputs = (
+            3 * rand(len(requests), VOCAB, seed=step),
+            params,
+            history,
+            torch.arange(len(requests)) + step,
+        )
         assert torch.equal(compiled(*inputs), sample_full(*inputs))

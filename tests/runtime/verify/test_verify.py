@@ -40,8 +40,12 @@ def llm() -> Iterator[CompiledLLM]:
 
 @pytest.fixture(scope="module")
 def llm_with_states() -> Iterator[CompiledLLM]:
-    config = small_config(buckets={"decode": [4], "prefill": [48], "samplers": ["full"]}, verify=True)
-    with CompiledLLM(shrunk_model(tiny_config("lfm2")).to(DEVICE), None, config, progress=False) as engine:
+    config = small_config(
+        buckets={"decode": [4], "prefill": [48], "samplers": ["full"]}, verify=True
+    )
+    with CompiledLLM(
+        shrunk_model(tiny_config("lfm2")).to(DEVICE), None, config, progress=False
+    ) as engine:
         yield engine
 
 
@@ -66,11 +70,15 @@ def test_honest_buckets_pass(llm: CompiledLLM) -> None:
 
 def test_honest_buckets_pass_where_layers_see_chunks() -> None:
     model = shrunk_model(tiny_config("llama4_text")).to(DEVICE)
-    config = small_config(buckets={"decode": [], "prefill": [48], "samplers": ["full"]}, verify=True)
+    config = small_config(
+        buckets={"decode": [], "prefill": [48], "samplers": ["full"]}, verify=True
+    )
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert any(group.window < 0 for group in llm.runtime.memory.groups)
         reports = llm.report().buckets
-    assert [report.verification.failure for report in reports if report.verification] == [None] * len(reports)
+    assert [report.verification.failure for report in reports if report.verification] == [
+        None
+    ] * len(reports)
 
 
 def test_honest_buckets_pass_where_layers_have_states(llm_with_states: CompiledLLM) -> None:
@@ -84,7 +92,12 @@ def test_honest_buckets_pass_where_layers_have_states(llm_with_states: CompiledL
     before = [slots.clone() for slots in memory.states.slots]
     for bucket in (Bucket("prefill", 48, "full"), Bucket("decode", 4, "full")):
         launch = _launch(llm_with_states, bucket)
-        assert verify(bucket, launch, llm_with_states.model, memory, llm_with_states.runtime.limits).failure is None
+        assert (
+            verify(
+                bucket, launch, llm_with_states.model, memory, llm_with_states.runtime.limits
+            ).failure
+            is None
+        )
         assert all(torch.equal(*pair) for pair in zip(before, memory.states.slots, strict=True))
 
 
@@ -107,15 +120,25 @@ def _writes_to_all(states: list[torch.Tensor], launch: Callable[[], object]) -> 
         slots.nan_to_num_()
 
 
-@pytest.mark.parametrize("bucket", [Bucket("prefill", 48, "full"), Bucket("decode", 4, "full")], ids=str)
+@pytest.mark.parametrize(
+    "bucket", [Bucket("prefill", 48, "full"), Bucket("decode", 4, "full")], ids=str
+)
 @pytest.mark.parametrize("fault", [_forgets, _begins_anew, _writes_to_all])
 def test_wrong_states_are_caught(
-    llm_with_states: CompiledLLM, bucket: Bucket, fault: Callable[[list[torch.Tensor], Callable[[], object]], None]
+    llm_with_states: CompiledLLM,
+    bucket: Bucket,
+    fault: Callable[[list[torch.Tensor], Callable[[], object]], None],
 ) -> None:
     memory, launch = llm_with_states.runtime.memory, _launch(llm_with_states, bucket)
     assert memory.states is not None
     slots = memory.states.slots
-    found = verify(bucket, lambda: fault(slots, launch), llm_with_states.model, memory, llm_with_states.runtime.limits)
+    found = verify(
+        bucket,
+        lambda: fault(slots, launch),
+        llm_with_states.model,
+        memory,
+        llm_with_states.runtime.limits,
+    )
     assert found.failure is not None
 
 
@@ -130,15 +153,24 @@ def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
     for step in range(9):
         llm.engine.step()
         memory = llm.runtime.memory
-        kept = {name: buffer.clone() for module in (memory.state, memory.caches) for name, buffer in module.named_buffers()}
+        kept = {
+            name: buffer.clone()
+            for module in (memory.state, memory.caches)
+            for name, buffer in module.named_buffers()
+        }
         bucket, report = BUCKETS[step % len(BUCKETS)], replace(llm.report())
-        assert verify(bucket, _launch(llm, bucket), llm.model, memory, llm.runtime.limits).failure is None
+        assert (
+            verify(bucket, _launch(llm, bucket), llm.model, memory, llm.runtime.limits).failure
+            is None
+        )
         for module in (memory.state, memory.caches):
             assert all(torch.equal(buffer, kept[name]) for name, buffer in module.named_buffers())
         assert llm.report() == report
     while llm.engine.has_work:
         llm.engine.step()
-    assert [job.requests[0].token_ids for job in jobs] == [reference(prompt, 12) for prompt in prompts]
+    assert [job.requests[0].token_ids for job in jobs] == [
+        reference(prompt, 12) for prompt in prompts
+    ]
 
 
 def _wrong_token(llm: CompiledLLM, launch: Callable[[], object]) -> None:
@@ -177,14 +209,27 @@ def _drops_a_layer(llm: CompiledLLM, launch: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("bucket", BUCKETS, ids=str)
-@pytest.mark.parametrize("fault", [_wrong_token, _wrong_length, _wrong_page, _writes_nothing, _drops_a_layer])
+@pytest.mark.parametrize(
+    "fault", [_wrong_token, _wrong_length, _wrong_page, _writes_nothing, _drops_a_layer]
+)
 def test_wrong_buckets_are_caught(
     llm: CompiledLLM, bucket: Bucket, fault: Callable[[CompiledLLM, Callable[[], object]], None]
 ) -> None:
     with torch.no_grad():
-        found = verify(bucket, lambda: fault(llm, _launch(llm, bucket)), llm.model, llm.runtime.memory, llm.runtime.limits)
+        found = verify(
+            bucket,
+            lambda: fault(llm, _launch(llm, bucket)),
+            llm.model,
+            llm.runtime.memory,
+            llm.runtime.limits,
+        )
     assert found.failure is not None
-    assert verify(bucket, _launch(llm, bucket), llm.model, llm.runtime.memory, llm.runtime.limits).failure is None
+    assert (
+        verify(
+            bucket, _launch(llm, bucket), llm.model, llm.runtime.memory, llm.runtime.limits
+        ).failure
+        is None
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -198,7 +243,11 @@ def test_in_few_bits_honest_and_wrong_are_far_apart(dtype: torch.dtype) -> None:
         assert honest.error < ALLOWED[dtype] / 4
         with torch.no_grad():
             wrong = verify(
-                bucket, lambda: _wrong_length(llm, _launch(llm, bucket)), llm.model, llm.runtime.memory, llm.runtime.limits
+                bucket,
+                lambda: _wrong_length(llm, _launch(llm, bucket)),
+                llm.model,
+                llm.runtime.memory,
+                llm.runtime.limits,
             )
         assert wrong.error > 2 * ALLOWED[dtype]
 
@@ -207,7 +256,9 @@ def test_with_experts_and_few_bits_some_tokens_may_be_routed_otherwise() -> None
     errors = torch.tensor([0.1] * 10 + [2.0] * 2)
     found = _Findings(token_errors=[errors], row_errors=[errors])
     assert _failure(found, 1.0, 0.25) is None
-    assert str(_failure(found, 1.0, 0.0)).startswith("2 of 12 tokens differ from eager, by up to 2 standard deviations")
+    assert str(_failure(found, 1.0, 0.0)).startswith(
+        "2 of 12 tokens differ from eager, by up to 2 standard deviations"
+    )
     assert str(_failure(found, 0.05, 0.25)).startswith("12 of 12 tokens")
 
 
@@ -224,7 +275,9 @@ def test_a_wrong_kernel_is_caught(seen: int, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "decode_attention", wrong)
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 4096}
     config = small_config(limits=limits, buckets={"decode": [4], "prefill": []})
-    with CompiledLLM(tiny_model("llama", max_position_embeddings=4096), None, config, progress=False) as llm:
+    with CompiledLLM(
+        tiny_model("llama", max_position_embeddings=4096), None, config, progress=False
+    ) as llm:
         bucket, runtime = Bucket("decode", 4, "greedy"), llm.runtime
         found = verify(bucket, _launch(llm, bucket), llm.model, runtime.memory, runtime.limits)
         assert "differ from eager" in str(found.failure)
@@ -238,7 +291,9 @@ def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
     """Also with a window, and a chunk at the end of a prompt; its old pages are used several times, new ones once."""
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 4090}
     config = small_config(limits=limits, buckets={"decode": [4], "prefill": [48]})
-    with CompiledLLM(tiny_model("gemma2", max_position_embeddings=4096), None, config, progress=False) as llm:
+    with CompiledLLM(
+        tiny_model("gemma2", max_position_embeddings=4096), None, config, progress=False
+    ) as llm:
         memory, bounds = llm.runtime.memory, llm.runtime.limits
         for bucket in (Bucket("decode", 4, "greedy"), Bucket("prefill", 48, "greedy")):
             trial = make_trial(bucket, memory, bounds, seed=1, extent="long")
@@ -247,7 +302,9 @@ def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
                 written = trial.slots(group, memory.block_size, new=True)
                 assert len(set(written)) == len(written)
                 assert set(written).isdisjoint(trial.slots(group, memory.block_size, new=False))
-                assert members.window or len(set(trial.tables[group, 0])) < 4090 // memory.block_size
+                assert (
+                    members.window or len(set(trial.tables[group, 0])) < 4090 // memory.block_size
+                )
             assert verify(bucket, _launch(llm, bucket), llm.model, memory, bounds).failure is None
 
 
@@ -318,12 +375,22 @@ def test_a_wrong_bucket_is_not_used(tmp_path: Path) -> None:
     assert str(wrong.failure).startswith("verification: ")
     assert wrong.verification is not None
     assert wrong.verification.agreement == 0
-    assert list(report.stand_ins) == [f"decode-2-greedy failed: {wrong.failure}; decode-4-greedy served"]
-    assert report.stand_ins.total() == {b.bucket: b.replays for b in report.buckets}["decode-4-greedy"] >= 8
+    assert list(report.stand_ins) == [
+        f"decode-2-greedy failed: {wrong.failure}; decode-4-greedy served"
+    ]
+    assert (
+        report.stand_ins.total()
+        == {b.bucket: b.replays for b in report.buckets}["decode-4-greedy"]
+        >= 8
+    )
     assert not report.fallbacks
     assert str(wrong.failure)[:40] in str(report)
     assert report.to_dict()["buckets"][2]["verification"]["failure"] in str(wrong.failure)
     names = {path.name for path in (tmp_path / "artifact").glob("*.bucket")}
-    assert names == {"prefill-16-greedy.bucket", "prefill-48-greedy.bucket", "decode-4-greedy.bucket"}, "nor is it kept"
+    assert names == {
+        "prefill-16-greedy.bucket",
+        "prefill-48-greedy.bucket",
+        "decode-4-greedy.bucket",
+    }, "nor is it kept"
     with pytest.raises(StrictError, match="bucket decode-2-greedy is not what eager is"):
         CompiledLLM(model, None, small_config(verify=True, strict=True), progress=False)
