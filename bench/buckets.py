@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.stats import figure
-from bench.worker_group import Session
+from bench.worker_group import WorkerGroup
 
 
 def run(
-    session: Session, card: Card, *, context: int, steps: int, rounds: int, largest: int
+    session: WorkerGroup, card: Roofline, *, context: int, steps: int, rounds: int, largest: int
 ) -> list[dict[str, Any]]:
     """A row for each batch size: the step's time and bucket, its padded share, and its time against the batch one smaller."""
     rows: list[dict[str, Any]] = []

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import buckets, kernel_runs, latency, passes, startup, stream, throughput
-from bench.card import Card
 from bench.display import Column, number, percent, show_card, show_table, times
 from bench.figures import Draw, bars, lines, save_figure, timelines
 from bench.record import make_record, model_name, save
+from bench.roofline import Roofline
 from bench.trace import idle_between_launches
-from bench.worker_group import Options, Session, fitted, measured_card, started
+from bench.worker_group import Options, WorkerGroup, fitted, measured_card, started
 from bench.workloads import Workload
 from compiled_llm.config.schema import Config
 
@@ -32,7 +32,7 @@ class Bench:
     """One run: a config, the card of its model and machine, and where results go."""
 
     config: Config
-    card: Card
+    roofline: Roofline
     options: Options
     out: Path
 
@@ -41,11 +41,11 @@ class Bench:
         """Measure and show the card."""
         card = measured_card(config, options)
         show_card(card)
-        return cls(config=config, card=card, options=options, out=out)
+        return cls(config=config, roofline=card, options=options, out=out)
 
     def fit(self, longest: int) -> None:
         """Make room for sequences of so many tokens."""
-        self.config, self.card = fitted(self.config, self.card, longest)
+        self.config, self.roofline = fitted(self.config, self.roofline, longest)
 
     def finish(
         self,
@@ -58,11 +58,11 @@ class Bench:
     ) -> None:
         """Show the rows, and keep everything; a note stands below the table."""
         rows, name = result["rows"], model_name(self.config)
-        title = f"{command}: {self.card.model}, {self.card.device_name}"
+        title = f"{command}: {self.roofline.model}, {self.roofline.device_name}"
         show_table(title, columns, rows)
         if note is not None:
             print(note, file=sys.stderr)
-        record = make_record(command, self.config, self.card, arguments, result)
+        record = make_record(command, self.config, self.roofline, arguments, result)
         path = save(record, self.out, name)
         drawn = save_figure(path.with_suffix(".png"), title, *draws) if draws else None
         print(f"kept in {path}{f' and {drawn}' if drawn else ''}", file=sys.stderr)
@@ -70,10 +70,10 @@ class Bench:
 
 
 def run_latency(bench: Bench, names: list[str], plan: latency.Plan) -> None:
-    bench.fit(plan.longest(bench.card.max_num_batched_tokens))
-    with started(names, bench.config, bench.card, bench.options) as session:
-        cells = latency.run(session, names, plan, bench.card)
-        rows = latency.table(cells, plan, bench.card)
+    bench.fit(plan.longest(bench.roofline.max_num_batched_tokens))
+    with started(names, bench.config, bench.roofline, bench.options) as session:
+        cells = latency.run(session, names, plan, bench.roofline)
+        rows = latency.table(cells, plan, bench.roofline)
         result = {"rows": rows, "samples": latency.samples(cells), **_of_session(session)}
     columns: list[Column] = [
         ("system", "system", _TEXT),
@@ -104,9 +104,9 @@ def run_latency(bench: Bench, names: list[str], plan: latency.Plan) -> None:
 def run_throughput(
     bench: Bench, names: list[str], mix: throughput.Mix, *, rounds: int, profile: int
 ) -> None:
-    workload = mix.workload(bench.config, bench.card)
+    workload = mix.workload(bench.config, bench.roofline)
     bench.fit(workload.longest)
-    with started(names, bench.config, bench.card, bench.options) as session:
+    with started(names, bench.config, bench.roofline, bench.options) as session:
         runs = throughput.run(session, names, workload, rounds=rounds)
         rows = throughput.table(session, runs, workload)
         for row in rows if profile else []:
@@ -152,7 +152,7 @@ def run_throughput(
 def run_startup(bench: Bench, names: list[str], *, context: int, rounds: int) -> None:
     bench.fit(context + 1)
     rows = startup.run(
-        names, bench.config, bench.card, bench.options, context=context, rounds=rounds
+        names, bench.config, bench.roofline, bench.options, context=context, rounds=rounds
     )
     for row in rows:
         row["label"] = f"{row['system']}, {row['caches']}"
@@ -176,15 +176,15 @@ def run_startup(bench: Bench, names: list[str], *, context: int, rounds: int) ->
 def run_buckets(
     bench: Bench, *, context: int, steps: int, rounds: int, largest: int | None
 ) -> None:
-    last = largest or bench.card.max_num_seqs
-    if last > bench.card.max_num_seqs:
+    last = largest or bench.roofline.max_num_seqs
+    if last > bench.roofline.max_num_seqs:
         raise ValueError(
-            f"--largest {last} is above limits.max_num_seqs={bench.card.max_num_seqs}: lower it or raise the limit"
+            f"--largest {last} is above limits.max_num_seqs={bench.roofline.max_num_seqs}: lower it or raise the limit"
         )
     bench.fit(_room(bench, [last], context, steps, rounds))
-    with started(["ours"], bench.config, bench.card, bench.options) as session:
+    with started(["ours"], bench.config, bench.roofline, bench.options) as session:
         rows = buckets.run(
-            session, bench.card, context=context, steps=steps, rounds=rounds, largest=last
+            session, bench.roofline, context=context, steps=steps, rounds=rounds, largest=last
         )
         cliff = buckets.worst(rows)
         result = {"rows": rows, "worst": cliff, **_of_session(session)}
@@ -234,7 +234,7 @@ def run_passes(
     passes.variants(bench.config, only)
     bench.fit(_room(bench, batches, context, steps, rounds))
     sizes = {"batches": batches, "context": context, "steps": steps, "rounds": rounds}
-    rows = passes.run(bench.config, bench.card, bench.options, only=only, **sizes)  # type: ignore[arg-type]
+    rows = passes.run(bench.config, bench.roofline, bench.options, only=only, **sizes)  # type: ignore[arg-type]
     columns: list[Column] = [
         ("passes", "variant", _TEXT),
         ("batch", "batch", _TEXT),
@@ -260,9 +260,9 @@ def run_stream(
     bench: Bench, names: list[str], *, batch: int, context: int, steps: int, rounds: int
 ) -> None:
     bench.fit(_room(bench, [batch], context, steps, rounds))
-    with started(names, bench.config, bench.card, bench.options) as session:
+    with started(names, bench.config, bench.roofline, bench.options) as session:
         rows = stream.run(
-            session, names, bench.card, batch=batch, context=context, steps=steps, rounds=rounds
+            session, names, bench.roofline, batch=batch, context=context, steps=steps, rounds=rounds
         )
         result = {"rows": rows, **_of_session(session)}
     columns: list[Column] = [
@@ -277,7 +277,7 @@ def run_stream(
     ]
     draws = [
         bars(rows, x="system", ys=["step_ms"], label="ms a step"),
-        *([timelines(rows)] if bench.card.device == "cuda" else []),
+        *([timelines(rows)] if bench.roofline.device == "cuda" else []),
     ]
     arguments = {
         "systems": names,
@@ -288,12 +288,17 @@ def run_stream(
     }
     note = "a CPU has no launches to count and no device that waits: host time is all of the step"
     bench.finish(
-        "stream", arguments, result, columns, draws, note if bench.card.device == "cpu" else None
+        "stream",
+        arguments,
+        result,
+        columns,
+        draws,
+        note if bench.roofline.device == "cpu" else None,
     )
 
 
 def run_kernels(bench: Bench, *, only: str | None) -> None:
-    rows = kernel_runs.run(bench.card, only=only)
+    rows = kernel_runs.run(bench.roofline, only=only)
     columns: list[Column] = [
         ("kind", "kind", _TEXT),
         ("sequences x tokens - heads", "shape", _TEXT),
@@ -317,7 +322,7 @@ def run_kernels(bench: Bench, *, only: str | None) -> None:
     bench.finish("kernels", {"only": only}, {"rows": rows}, columns, draws)
 
 
-def _of_session(session: Session) -> dict[str, Any]:
+def _of_session(session: WorkerGroup) -> dict[str, Any]:
     """What a reader should know of the systems: versions and settings, the start, failures, and our own counters."""
     reports = {
         name: session.call(name, "report")
@@ -335,7 +340,9 @@ def _of_session(session: Session) -> dict[str, Any]:
     }
 
 
-def _idle(session: Session, name: str, workload: Workload, steps: int) -> dict[str, float | None]:
+def _idle(
+    session: WorkerGroup, name: str, workload: Workload, steps: int
+) -> dict[str, float | None]:
     """How long the GPU waits between two launches, for our own engines."""
     if not name.startswith("ours") or name not in session.workers:
         return {}
@@ -354,5 +361,5 @@ def _room(bench: Bench, batches: list[int], context: int, steps: int, rounds: in
         context
         + 2
         + steps * (rounds + 2)
-        + -(-max(batches) * context // bench.card.max_num_batched_tokens)
+        + -(-max(batches) * context // bench.roofline.max_num_batched_tokens)
     )

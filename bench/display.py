@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 
 # A column: its title, the row's key, and how a value is written.
 Column = tuple[str, str, Callable[[Any], str]]
@@ -25,7 +25,7 @@ def times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def show_card(card: Card) -> None:
+def show_card(card: Roofline) -> None:
     """The card, as lines of names and values."""
     grid = Table.grid(padding=(0, 2))
     for name, value in card.lines():

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.worker_client import ROOT
 
 
-def run(card: Card, *, only: str | None = None) -> list[dict[str, Any]]:
+def run(card: Roofline, *, only: str | None = None) -> list[dict[str, Any]]:
     """A row for each kernel and shape: microseconds of a call, bytes and operations a second, and time against ours.
 
     Args:
@@ -55,7 +55,7 @@ def run(card: Card, *, only: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(measured: dict[str, Any], card: Card) -> dict[str, Any]:
+def _row(measured: dict[str, Any], card: Roofline) -> dict[str, Any]:
     info = measured["extra_info"]
     seconds = measured["stats"]["median"] / info["calls"]
     row = {

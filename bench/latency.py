@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.stats import figure, ratio
 from bench.systems import Generated
-from bench.worker_group import Session
+from bench.worker_group import WorkerGroup
 from bench.workloads import fresh_prompts
 
 _LEAD = 4  # tokens in which a system gets over what only its first steps do
@@ -56,7 +56,7 @@ class Cell:
     failure: str | None = None
 
 
-def run(session: Session, names: list[str], plan: Plan, card: Card) -> list[Cell]:
+def run(session: WorkerGroup, names: list[str], plan: Plan, card: Roofline) -> list[Cell]:
     """Every batch size on every system: warmed up, then in rounds, in each of which the systems take turns."""
     cells = []
     for batch in plan.batches:
@@ -70,7 +70,7 @@ def run(session: Session, names: list[str], plan: Plan, card: Card) -> list[Cell
     return cells
 
 
-def table(cells: list[Cell], plan: Plan, card: Card) -> list[dict[str, Any]]:
+def table(cells: list[Cell], plan: Plan, card: Roofline) -> list[dict[str, Any]]:
     """A row for each cell: medians, spreads, what reading alone would take, and ratios to the first system at the same batch."""
     rows = []
     for cell in cells:
@@ -104,7 +104,7 @@ def samples(cells: list[Cell]) -> list[dict[str, Any]]:
     return [asdict(cell) for cell in cells]
 
 
-def _begin(session: Session, name: str, batch: int, plan: Plan, card: Card) -> Cell:
+def _begin(session: WorkerGroup, name: str, batch: int, plan: Plan, card: Roofline) -> Cell:
     """An empty cell, its system warmed up for it."""
     cell = Cell(system=name, batch=batch, first_ms=[], step_ms=[], host_us=[])
     if name not in session.workers:
@@ -118,7 +118,7 @@ def _begin(session: Session, name: str, batch: int, plan: Plan, card: Card) -> C
     return cell
 
 
-def _sample(session: Session, cell: Cell, plan: Plan, card: Card, number: int) -> None:
+def _sample(session: WorkerGroup, cell: Cell, plan: Plan, card: Roofline, number: int) -> None:
     """One round of one cell; prompts are the same for all systems, and new in every call."""
     lead = plan.lead(cell.batch, card.max_num_batched_tokens)
     first = _generate(session, cell, plan, card, 1, seed=3 * number)
@@ -138,7 +138,7 @@ def _sample(session: Session, cell: Cell, plan: Plan, card: Card, number: int) -
 
 
 def _generate(
-    session: Session, cell: Cell, plan: Plan, card: Card, length: int, *, seed: int
+    session: WorkerGroup, cell: Cell, plan: Plan, card: Roofline, length: int, *, seed: int
 ) -> Generated | None:
     if cell.failure is not None:
         return None

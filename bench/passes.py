@@ -6,10 +6,10 @@ machine drifted meanwhile can be seen beside what the passes earn.
 
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.stats import figure
 from bench.systems import SYSTEMS
-from bench.worker_group import Options, Session, setup_of
+from bench.worker_group import Options, WorkerGroup, setup_of
 from compiled_llm.config.schema import Config
 
 ALL, AGAIN = "all on", "all on, again"
@@ -32,7 +32,7 @@ def variants(config: Config, only: list[str]) -> dict[str, Config]:
 
 def run(
     config: Config,
-    card: Card,
+    card: Roofline,
     options: Options,
     *,
     only: list[str],
@@ -44,7 +44,7 @@ def run(
     """A row for each variant and batch size; a variant that cannot run says why."""
     rows = []
     for name, variant in variants(config, only).items():
-        session = Session()
+        session = WorkerGroup()
         try:
             session.start(name, setup_of(variant, card), options, target=SYSTEMS["ours"])
             for batch in batches:
@@ -57,7 +57,13 @@ def run(
 
 
 def _row(
-    session: Session, name: str, batch: int, context: int, steps: int, rounds: int, card: Card
+    session: WorkerGroup,
+    name: str,
+    batch: int,
+    context: int,
+    steps: int,
+    rounds: int,
+    card: Roofline,
 ) -> dict[str, Any]:
     arguments = {
         "batch": batch,

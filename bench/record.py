@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.worker_client import ROOT
 from compiled_llm.config.schema import Config
 
@@ -19,7 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def make_record(
-    command: str, config: Config, card: Card, arguments: dict[str, Any], result: dict[str, Any]
+    command: str, config: Config, card: Roofline, arguments: dict[str, Any], result: dict[str, Any]
 ) -> dict[str, Any]:
     """All that is needed to read a result later: when, with what, on what, and what came out."""
     return {

@@ -23,7 +23,7 @@ from compiled_llm.runtime.limits import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Roofline:
     """The facts that every table is read against.
 
     Attributes:
@@ -79,15 +79,15 @@ class Card:
         ]
 
 
-class CardMaker:
+class RooflineProbe:
     """Makes the card in a process of its own, so that none of the device's memory stays taken."""
 
     def measure(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a `Card`."""
+        """The fields of a `Roofline`."""
         return asdict(make_card(parse_config(config)))
 
 
-def make_card(config: Config) -> Card:
+def make_card(config: Config) -> Roofline:
     """Measure the device, and count what the config's model reads."""
     device = resolve_device(config.model)
     model_config = _model_config(config.model)
@@ -98,7 +98,7 @@ def make_card(config: Config) -> Card:
     )
     limits = Limits.resolve(config.limits, model_config, device)
     copied, read = measure_bandwidth(device)
-    return Card(
+    return Roofline(
         model=type(model).__name__,
         device=device.type,
         device_name=device_name(device),

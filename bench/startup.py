@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.worker_client import WorkerError
 from bench.worker_group import Options, open_worker, setup_of
 from bench.workloads import fresh_prompts
@@ -32,7 +32,7 @@ _CACHES = {
 
 
 def run(
-    names: list[str], config: Config, card: Card, options: Options, *, context: int, rounds: int
+    names: list[str], config: Config, card: Roofline, options: Options, *, context: int, rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each system, cold and warm, and round; each round begins with caches that are empty."""
     if (
@@ -59,7 +59,7 @@ def run(
 
 
 def _start(
-    name: str, config: Config, card: Card, options: Options, env: dict[str, str], context: int
+    name: str, config: Config, card: Roofline, options: Options, env: dict[str, str], context: int
 ) -> dict[str, Any]:
     """Seconds of one start; `other` is what no phase accounts for."""
     prompts = fresh_prompts(1, context, vocab_size=card.vocab_size, seed=0)

@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.stats import figure
 from bench.trace import busy_us
-from bench.worker_group import Session
+from bench.worker_group import WorkerGroup
 
 _KEPT = 4  # steps whose spans are kept for the timeline
 
 
 def run(
-    session: Session,
+    session: WorkerGroup,
     names: list[str],
-    card: Card,
+    card: Roofline,
     *,
     batch: int,
     context: int,

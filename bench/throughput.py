@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.sharegpt import read_lengths, token_counter
 from bench.stats import figure, ratio
 from bench.systems import Generated
-from bench.worker_group import Session
+from bench.worker_group import WorkerGroup
 from bench.workloads import Workload, of_lengths, offline
 from compiled_llm.config.schema import Config
 
@@ -26,7 +26,7 @@ class Mix:
     temperature: float = 0.6
     sharegpt: Path | None = None
 
-    def workload(self, config: Config, card: Card) -> Workload:
+    def workload(self, config: Config, card: Roofline) -> Workload:
         """Its prompts; raises ValueError where the file cannot be used."""
         if self.sharegpt is None:
             lengths = {"prompt_lengths": self.prompt_lengths, "output_lengths": self.output_lengths}
@@ -48,7 +48,7 @@ class Run:
     failure: str | None = None
 
 
-def run(session: Session, names: list[str], workload: Workload, *, rounds: int) -> list[Run]:
+def run(session: WorkerGroup, names: list[str], workload: Workload, *, rounds: int) -> list[Run]:
     """Every system warmed up, then rounds in which they take turns."""
     runs = [Run(system=name, rounds=[]) for name in names]
     warm_up = replace(workload, output_lengths=[min(_WARM_UP, n) for n in workload.output_lengths])
@@ -61,7 +61,7 @@ def run(session: Session, names: list[str], workload: Workload, *, rounds: int) 
     return runs
 
 
-def table(session: Session, runs: list[Run], workload: Workload) -> list[dict[str, Any]]:
+def table(session: WorkerGroup, runs: list[Run], workload: Workload) -> list[dict[str, Any]]:
     """A row for each system; ratios are of tokens a second, against the first one."""
     rows = []
     for each in runs:
@@ -82,7 +82,7 @@ def table(session: Session, runs: list[Run], workload: Workload) -> list[dict[st
     return rows
 
 
-def _generate(session: Session, each: Run, workload: Workload) -> Generated | None:
+def _generate(session: WorkerGroup, each: Run, workload: Workload) -> Generated | None:
     if each.failure is None and each.system not in session.workers:
         each.failure = session.failures.get(each.system, "it did not start")
     if each.failure is not None:

@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
         self.alive = alive
 
 
-class Worker:
+class WorkerClient:
     """A process with one object.
 
     Args:

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.systems import SYSTEMS, Generated, Setup
-from bench.worker_client import Worker, WorkerError
+from bench.worker_client import WorkerClient, WorkerError
 from compiled_llm.config.schema import Config
 
 
@@ -26,7 +26,7 @@ class Options:
 
 
 @dataclass(slots=True, kw_only=True)
-class Session:
+class WorkerGroup:
     """The systems that run, and why the others do not.
 
     Attributes:
@@ -34,7 +34,7 @@ class Session:
         failures: why a system is not there (any more), by its name.
     """
 
-    workers: dict[str, Worker] = field(default_factory=dict)
+    workers: dict[str, WorkerClient] = field(default_factory=dict)
     ready_seconds: dict[str, float] = field(default_factory=dict)
     described: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -109,9 +109,11 @@ class Session:
 
 
 @contextmanager
-def started(names: list[str], config: Config, card: Card, options: Options) -> Iterator[Session]:
+def started(
+    names: list[str], config: Config, card: Roofline, options: Options
+) -> Iterator[WorkerGroup]:
     """A session with these systems; on a GPU they share its memory in equal parts."""
-    session = Session()
+    session = WorkerGroup()
     shared = card.device == "cuda" and len(names) > 1
     share = 0.9 / len(names) if shared else None
     try:
@@ -124,7 +126,7 @@ def started(names: list[str], config: Config, card: Card, options: Options) -> I
         session.close()
 
 
-def fitted(config: Config, card: Card, longest: int) -> tuple[Config, Card]:
+def fitted(config: Config, card: Roofline, longest: int) -> tuple[Config, Roofline]:
     """Both with room for sequences of `longest` tokens; says so where a limit had to be raised for that."""
     if longest <= card.max_model_len:
         return config, card
@@ -137,7 +139,7 @@ def fitted(config: Config, card: Card, longest: int) -> tuple[Config, Card]:
 
 
 def setup_of(
-    config: Config, card: Card, *, share: float | None = None, before: float = 0.0
+    config: Config, card: Roofline, *, share: float | None = None, before: float = 0.0
 ) -> Setup:
     """What a system is told."""
     return Setup(
@@ -159,18 +161,18 @@ def open_worker(
     *,
     target: str | None = None,
     env: Mapping[str, str] | None = None,
-) -> Worker:
+) -> WorkerClient:
     """A process with the system, not started; raises WorkerError."""
     pythonpath = options.vllm_pythonpath if name == "vllm" else None
-    return Worker(
+    return WorkerClient(
         target or SYSTEMS[name], asdict(setup), pythonpath=pythonpath, env=env, limit=options.limit
     )
 
 
-def measured_card(config: Config, options: Options) -> Card:
+def measured_card(config: Config, options: Options) -> Roofline:
     """The card, from a process that has ended since; raises ValueError where the config cannot be served."""
     try:
-        with Worker("bench.roofline:CardMaker", {}, limit=options.limit) as worker:
-            return Card(**worker.call("measure", config=config.model_dump(mode="json")))
+        with WorkerClient("bench.roofline:CardMaker", {}, limit=options.limit) as worker:
+            return Roofline(**worker.call("measure", config=config.model_dump(mode="json")))
     except WorkerError as error:
         raise ValueError(f"the card could not be made: {error}") from None

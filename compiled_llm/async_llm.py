@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from compiled_llm.engine.processor import Job, raise_failure
+from compiled_llm.engine.processor import RequestGroup, raise_failure
 from compiled_llm.engine.prompts import Message, Prompt
 from compiled_llm.engine_thread import Channel, EngineThread
 from compiled_llm.llm import CompiledLLM, LoadOptions
@@ -78,7 +78,7 @@ class AsyncCompiledLLM:
         jobs, engine = llm.jobs, llm.engine
         name = request_id or uuid.uuid4().hex
 
-        def make() -> Job:
+        def make() -> RequestGroup:
             """Refuse what the engine would, before its text is tokenised, and out of the engine's thread."""
             engine.check_room(getattr(params, "n", jobs.default_params.n))
             job = jobs.make(prompt, params, priority=priority, streaming=streaming, request_id=name)

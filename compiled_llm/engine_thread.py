@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import Job
+from compiled_llm.engine.processor import RequestGroup
 from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
 from compiled_llm.llm import CompiledLLM
@@ -34,7 +34,7 @@ class Channel:
         settled: how many characters of each completion's text no stop string can take back.
     """
 
-    job: Job
+    job: RequestGroup
     loop: asyncio.AbstractEventLoop
     streaming: bool
     latest: deque[RequestOutput | BaseException] = field(default_factory=lambda: deque(maxlen=1))
@@ -194,11 +194,11 @@ class EngineThread:
 
     def _work(self, llm: CompiledLLM) -> None:
         while not self._closing:
-            self._obey(wait=not (llm.engine.has_work or llm.runtime.capture_wanted))
+            self._obey(wait=not (llm.engine.has_work or llm.model_runner.capture_wanted))
             if llm.engine.has_work and not self._closing:
                 self._step(llm.engine)
-            elif llm.runtime.capture_wanted and not self._closing:
-                llm.runtime.capture_next()
+            elif llm.model_runner.capture_wanted and not self._closing:
+                llm.model_runner.capture_next()
         for channel in list(self._channels.values()):
             self._abort(channel)
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm.config.loader import parse_config
 from compiled_llm.engine.engine import CHANGING, Engine
-from compiled_llm.engine.processor import Job, Jobs, raise_failure
+from compiled_llm.engine.processor import RequestGroup, RequestProcessor, raise_failure
 from compiled_llm.engine.prompts import (
     Message,
     Prompt,
@@ -31,7 +31,7 @@ from compiled_llm.progress import feeder, progress_bar
 from compiled_llm.report.report import Report
 from compiled_llm.running import run
 from compiled_llm.runtime.compilation.worker_pool import CompilePool, begin_early
-from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.sampling_params import SamplingParams
 from compiled_llm.startup import (
     ConfigLike,
@@ -81,7 +81,7 @@ class CompiledLLM:
         self.model, self.tokenizer, self.config = model, tokenizer, resolve_config(config)
         with ExitStack() as resources:
             report = _report or new_report()
-            self._runtime: Runtime | None = start(
+            self._model_runner: ModelRunner | None = start(
                 model,
                 self.config,
                 report,
@@ -90,15 +90,15 @@ class CompiledLLM:
                 pool=_pool,
                 just_loaded=_just_loaded,
             )
-            max_model_len = self._runtime.limits.max_model_len
-            self._jobs = Jobs(
+            max_model_len = self._model_runner.limits.max_model_len
+            self._jobs = RequestProcessor(
                 tokenizer,
                 model.generation_config,
                 max_model_len=max_model_len,
                 tokenizer_failure=_tokenizer_failure,
             )
             self._engine = Engine(
-                self._runtime,
+                self._model_runner,
                 vocab_size=vocab_size(model),
                 num_embeddings=num_embeddings(model),
                 decode_token=self._jobs.decode_token,
@@ -187,7 +187,7 @@ class CompiledLLM:
             )
         feed = feeder(streamer)
         # By arrival, a queue that is always long enough is as good as all of them.
-        at_once = 2 * self.runtime.limits.max_num_seqs if priority is None else None
+        at_once = 2 * self.model_runner.limits.max_num_seqs if priority is None else None
         with (
             progress_bar(total, enabled=progress and streamer is None) as show,
             closing(run(self._alive(), jobs, at_once=at_once)) as requests,
@@ -233,16 +233,16 @@ class CompiledLLM:
         Raises:
             ValueError: a prompt cannot be served; see `check`.
         """
-        unfinished: dict[Request, tuple[int, Job]] = {}
+        unfinished: dict[Request, tuple[int, RequestGroup]] = {}
 
-        def jobs() -> Iterator[Job]:
+        def jobs() -> Iterator[RequestGroup]:
             for number, (prompt, params) in enumerate(prompts):
                 job = self._make_job(prompt, params)
                 unfinished.update(dict.fromkeys(job.requests, (number, job)))
                 yield job
 
         with closing(
-            run(self._alive(), jobs(), at_once=2 * self.runtime.limits.max_num_seqs)
+            run(self._alive(), jobs(), at_once=2 * self.model_runner.limits.max_num_seqs)
         ) as requests:
             for request in requests:
                 if request.finish_reason is not None:
@@ -261,11 +261,11 @@ class CompiledLLM:
         self._alive().reset_prefix_cache()
 
     @property
-    def runtime(self) -> Runtime:
+    def model_runner(self) -> ModelRunner:
         """What runs the steps."""
         self._alive()
-        assert self._runtime is not None
-        return self._runtime
+        assert self._model_runner is not None
+        return self._model_runner
 
     @property
     def engine(self) -> Engine:
@@ -273,13 +273,13 @@ class CompiledLLM:
         return self._alive()
 
     @property
-    def jobs(self) -> Jobs:
+    def jobs(self) -> RequestProcessor:
         """What makes the engine's requests, and their outputs."""
         return self._jobs
 
     def report(self) -> Report:
         """Phases, buckets, passes, fallbacks and graph events so far; prints as tables."""
-        return self.runtime.report
+        return self.model_runner.report
 
     def close(self) -> None:
         """Free the caches and graphs, and give the model its own attention back. A second call does nothing.
@@ -287,12 +287,12 @@ class CompiledLLM:
         Raises:
             RuntimeError: the engine is in use, in a logits processor or by another thread.
         """
-        if self._runtime is None:
+        if self._model_runner is None:
             return
-        self._check_idle(self._runtime)
+        self._check_idle(self._model_runner)
         del self._engine
-        self._runtime.keep_traffic()
-        self._runtime = None
+        self._model_runner.keep_traffic()
+        self._model_runner = None
         self._give_back()
         if self.model.device.type == "cuda":
             gc.collect()  # compiled functions and their graphs refer to each other
@@ -312,18 +312,20 @@ class CompiledLLM:
         self.close()
 
     def _alive(self) -> Engine:
-        if self._runtime is None:
+        if self._model_runner is None:
             raise RuntimeError("this CompiledLLM is closed: make a new one")
         return self._engine
 
-    def _check_idle(self, runtime: Runtime) -> None:
+    def _check_idle(self, model_runner: ModelRunner) -> None:
         """Raise a RuntimeError if this is in use on the stack of the thread that owns it."""
         frame = (
-            sys._getframe() if runtime.is_owner else sys._current_frames().get(runtime.owner_thread)
+            sys._getframe()
+            if model_runner.is_owner
+            else sys._current_frames().get(model_runner.owner_thread)
         )
         if count_on_stack(self._engine, CHANGING, frame):
             raise RuntimeError("this CompiledLLM is in a step: close it when that has ended")
-        if not runtime.is_owner and count_on_stack(self, _GENERATING, frame):
+        if not model_runner.is_owner and count_on_stack(self, _GENERATING, frame):
             raise RuntimeError(
                 "this CompiledLLM is generating in the thread that made it: close it there, or afterwards"
             )
@@ -335,7 +337,7 @@ class CompiledLLM:
         priority: Sequence[int] | None,
         *,
         streaming: bool,
-    ) -> list[Job]:
+    ) -> list[RequestGroup]:
         """Checked jobs, or a ValueError that says which prompt is at fault."""
         count = len(prompts)
         listed = (
@@ -363,13 +365,13 @@ class CompiledLLM:
         *,
         priority: int = 0,
         streaming: bool = False,
-    ) -> Job:
+    ) -> RequestGroup:
         engine = self._alive()
         job = self._jobs.make(prompt, params, priority=priority, streaming=streaming)
         engine.check(job.requests[0])
         return job
 
-    def _stream(self, job: Job) -> Iterator[str]:
+    def _stream(self, job: RequestGroup) -> Iterator[str]:
         (request,) = job.requests
         assert request.detokenizer is not None
         with closing(run(self._alive(), [job])) as steps:

@@ -3,12 +3,12 @@
 from collections.abc import Generator, Iterable
 
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import Job
+from compiled_llm.engine.processor import RequestGroup
 from compiled_llm.engine.request import Request
 
 
 def run(
-    engine: Engine, jobs: Iterable[Job], *, at_once: int | None = None
+    engine: Engine, jobs: Iterable[RequestGroup], *, at_once: int | None = None
 ) -> Generator[Request, None, None]:
     """Run jobs to their ends; yields their requests as they get on, and each of them once when it has ended.
 

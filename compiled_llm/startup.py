@@ -17,8 +17,8 @@ from compiled_llm.models.weight_packing import linears_by_input, merged
 from compiled_llm.report.report import PhaseReport, Report
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import PageGroup
-from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
+from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 
 ConfigLike = Config | str | Path | dict[str, Any] | None
@@ -43,7 +43,7 @@ def new_report() -> Report:
 def start(
     model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None,
     just_loaded: bool = False,
-) -> Runtime:  # fmt: skip
+) -> ModelRunner:  # fmt: skip
     """Route the model's attention here and compile it, one engine at a time; `resources` gives the model back as it was.
 
     With `just_loaded`, nobody has had the model since transformers loaded it, so its source tells what it computes.
@@ -64,11 +64,11 @@ def start(
                 config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
             )
             resources.enter_context(merged(model, groups if wanted else []))
-        runtime = Runtime(
+        model_runner = ModelRunner(
             served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded
         )
-    report.facts.update(_facts(runtime, model))
-    return runtime
+    report.facts.update(_facts(model_runner, model))
+    return model_runner
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
@@ -86,8 +86,8 @@ def vocab_size(model: PreTrainedModel) -> int:
     return int(head.weight.shape[0])
 
 
-def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
-    memory, limits = runtime.memory, runtime.limits
+def _facts(model_runner: ModelRunner, model: PreTrainedModel) -> dict[str, str | int]:
+    memory, limits = model_runner.memory, model_runner.limits
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
     return {
         "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
@@ -96,7 +96,7 @@ def _facts(runtime: Runtime, model: PreTrainedModel) -> dict[str, str | int]:
     }
 
 
-def _describe(group: PageGroup, block_size: int) -> str:
+def _describe(group: KVCacheGroup, block_size: int) -> str:
     window = (
         f" with a window of {group.window}"
         if group.window > 0

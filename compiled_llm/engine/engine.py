@@ -17,20 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compiled_llm.engine.input_batch import Rows
-from compiled_llm.engine.kv_cache_manager import KVCache
+from compiled_llm.engine.input_batch import InputBatch
+from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.logits_processors import processed
 from compiled_llm.engine.recovery import EngineBrokenError, count_on_stack, move_unfinished
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_checks import check
 from compiled_llm.engine.sampling_rows import bias_of, extras_of
-from compiled_llm.engine.scheduler import OutOfPagesError, Scheduler, SchedulerLimits
-from compiled_llm.engine.scheduler_output import Plan
+from compiled_llm.engine.scheduler import OutOfBlocksError, Scheduler, SchedulerLimits
+from compiled_llm.engine.scheduler_output import SchedulerOutput
 from compiled_llm.outputs import FinishReason, by_token
-from compiled_llm.runtime.model_runner import Logprobs, Runtime
+from compiled_llm.runtime.model_runner import Logprobs, ModelRunner
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
-from compiled_llm.runtime.step.readback import Ticket
-from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.readback import StepHandle
+from compiled_llm.runtime.step.sampler_state import SamplerState
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
 _MAX_FUTILE = 3
@@ -46,8 +46,8 @@ class QueueFullError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    plan: Plan
-    ticket: Ticket
+    plan: SchedulerOutput
+    ticket: StepHandle
 
 
 class Engine:
@@ -62,15 +62,19 @@ class Engine:
 
     def __init__(
         self,
-        runtime: Runtime,
+        model_runner: ModelRunner,
         *,
         vocab_size: int,
         num_embeddings: int | None = None,
         decode_token: Callable[[int], str] | None = None,
     ) -> None:
-        self._runtime, self._vocab_size, self._decode_token = runtime, vocab_size, decode_token
+        self._model_runner, self._vocab_size, self._decode_token = (
+            model_runner,
+            vocab_size,
+            decode_token,
+        )
         self._num_embeddings = vocab_size if num_embeddings is None else num_embeddings
-        self._limits, self._stats = runtime.config.limits, runtime.report.scheduling
+        self._limits, self._stats = model_runner.config.limits, model_runner.report.scheduling
         self._scheduler = self._make_scheduler()
         self._launched: deque[_Launched] = deque()
         self._news: list[Request] = []
@@ -81,12 +85,12 @@ class Engine:
         self._broken: str | None = None
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> KVCacheManager:
         """The pages of the running requests."""
         return self._scheduler.cache
 
     @property
-    def _rows(self) -> Rows:
+    def _rows(self) -> InputBatch:
         return self._scheduler.rows
 
     @property
@@ -145,9 +149,9 @@ class Engine:
             request,
             vocab_size=self._vocab_size,
             num_embeddings=self._num_embeddings,
-            max_model_len=self._runtime.limits.max_model_len,
+            max_model_len=self._model_runner.limits.max_model_len,
         )
-        self._runtime.check_samplers(
+        self._model_runner.check_samplers(
             request.params.sampler, scoring=request.params.prompt_logprobs is not None
         )
 
@@ -164,7 +168,7 @@ class Engine:
         if (
             not self.has_work
         ):  # once a batch of requests is enough: this takes longer than a step's own checks
-            self._runtime.check_model()
+            self._model_runner.check_model()
         with self._changing():
             self._scheduler.add(request)
 
@@ -178,7 +182,7 @@ class Engine:
             return
         if self._broken is not None:
             request.finish_reason, request.error = "error", self._broken
-        elif self._is_nested() or not self._runtime.is_owner:
+        elif self._is_nested() or not self._model_runner.is_owner:
             self._withdrawn.append(request)
         else:
             with self._changing():
@@ -222,7 +226,7 @@ class Engine:
         """Refuse a call that may not be made now, and recover from one that was cut short."""
         if self._broken is not None:
             raise EngineBrokenError(f"this engine is broken: {self._broken}: make a new one")
-        self._runtime.check_owner()
+        self._model_runner.check_owner()
         if self._consistent:
             return
         if self._is_nested():
@@ -238,7 +242,7 @@ class Engine:
     def _recover(self) -> None:
         """Drop whatever the call that was cut short may have changed; see `recovery`."""
         try:
-            self._runtime.recover()
+            self._model_runner.recover()
             fresh = self._make_scheduler()
             ended = move_unfinished(
                 self._scheduler,
@@ -269,16 +273,18 @@ class Engine:
 
     def _make_scheduler(self) -> Scheduler:
         """A scheduler with rows and pages of its own, all of them free."""
-        runtime, limits = self._runtime, self._runtime.limits
-        cache = KVCache(
-            runtime.memory.groups,
-            block_size=runtime.memory.block_size,
+        model_runner, limits = self._model_runner, self._model_runner.limits
+        cache = KVCacheManager(
+            model_runner.memory.groups,
+            block_size=model_runner.memory.block_size,
             max_num_seqs=limits.max_num_seqs,
-            max_blocks=runtime.memory.state.max_blocks,
-            sharing=runtime.config.cache.prefix_caching and not runtime.has_states,
+            max_blocks=model_runner.memory.state.max_blocks,
+            sharing=model_runner.config.cache.prefix_caching and not model_runner.has_states,
         )
         return Scheduler(
-            Rows(limits.max_num_seqs, limits.max_model_len), cache, SchedulerLimits.of(runtime)
+            InputBatch(limits.max_num_seqs, limits.max_model_len),
+            cache,
+            SchedulerLimits.of(model_runner),
         )
 
     def _step(self) -> list[Request]:
@@ -290,7 +296,7 @@ class Engine:
             if self._launched or self._news:
                 self._learn_all()
                 return self._take_news()
-            self._runtime.capture_next()
+            self._model_runner.capture_next()
         began, waited = time.perf_counter(), self._stats.wait_seconds
         self._expire(began)
         plan = self._plan()
@@ -311,26 +317,32 @@ class Engine:
     def _captures_now(self) -> bool:
         """A capture may take long, so prompts are computed before it, unless they go on and on."""
         prompts = self.num_waiting or self._rows.prefilling
-        return self._runtime.capture_overdue or (self._runtime.capture_due and not prompts)
+        return self._model_runner.capture_overdue or (
+            self._model_runner.capture_due and not prompts
+        )
 
     def _take_news(self) -> list[Request]:
         news, self._news = self._news, []
         return list(dict.fromkeys(news))
 
-    def _plan(self) -> Plan | None:
+    def _plan(self) -> SchedulerOutput | None:
         while True:
             try:
                 return self._scheduler.plan()
-            except OutOfPagesError:
+            except OutOfBlocksError:
                 if not self._launched:
                     self._scheduler.preempt()
                     self._stats.preemptions += 1
                 self._learn_all()
 
-    def _launch(self, plan: Plan) -> None:
-        runtime, rows, batch = self._runtime, self._rows, plan.batch
+    def _launch(self, plan: SchedulerOutput) -> None:
+        model_runner, rows, batch = self._model_runner, self._rows, plan.batch
         self._write_extras(plan)
-        ticket = runtime.decode(batch) if isinstance(batch, DecodeBatch) else runtime.prefill(batch)
+        ticket = (
+            model_runner.decode(batch)
+            if isinstance(batch, DecodeBatch)
+            else model_runner.prefill(batch)
+        )
         self._launched.append(_Launched(plan, ticket))
         self._count(plan)
         if plan.scored:
@@ -340,18 +352,18 @@ class Engine:
         ].any():  # their tokens are chosen on the host, before the next step can be planned
             self._learn_all()
 
-    def _write_extras(self, plan: Plan) -> None:
+    def _write_extras(self, plan: SchedulerOutput) -> None:
         for row in plan.joined:
             request = self._rows.requests[row]
             if request is not None and request.params.sampler == "full":
-                self._runtime.set_extras(row, extras_of(request, self._vocab_size))
+                self._model_runner.set_extras(row, extras_of(request, self._vocab_size))
         for row in plan.lifted:
             request = self._rows.request(row)
-            self._runtime.set_extras(
-                row, RowExtras(bias=bias_of(request, self._vocab_size, may_stop=True))
+            self._model_runner.set_extras(
+                row, SamplerState(bias=bias_of(request, self._vocab_size, may_stop=True))
             )
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: SchedulerOutput) -> None:
         stats, batch = self._stats, plan.batch
         stats.steps += 1
         stats.decode_steps += isinstance(batch, DecodeBatch)
@@ -371,11 +383,13 @@ class Engine:
         """Take in what a step sampled, for the requests that still have their rows."""
         rows, plan = self._rows, launched.plan
         began = time.perf_counter()
-        sampled = self._runtime.tokens(launched.ticket)
+        sampled = self._model_runner.tokens(launched.ticket)
         now = time.perf_counter()
         self._stats.wait_seconds += now - began
         live = plan.rows[rows.owner[plan.rows] == plan.owners]
-        logprobs = self._runtime.logprobs(launched.ticket) if rows.logprobs[live].any() else None
+        logprobs = (
+            self._model_runner.logprobs(launched.ticket) if rows.logprobs[live].any() else None
+        )
         for row in live[rows.external[live]].tolist():
             self._choose(row, sampled, logprobs)
         live = plan.rows[rows.owner[plan.rows] == plan.owners]
@@ -420,8 +434,8 @@ class Engine:
 
     def _choose(self, row: int, sampled: NDArray[np.int64], logprobs: Logprobs | None) -> None:
         """Let the request's own logits processors change its logits, and sample from those instead."""
-        request, runtime = self._rows.request(row), self._runtime
-        tokens, logits = self._rows.tokens[row, : self._rows.known[row]], runtime.logits(row)
+        request, model_runner = self._rows.request(row), self._model_runner
+        tokens, logits = self._rows.tokens[row, : self._rows.known[row]], model_runner.logits(row)
         self._stats.processor_calls += 1
         try:
             logits = processed(request, tokens, logits)
@@ -430,15 +444,15 @@ class Engine:
         except BaseException as error:  # SystemExit, too, is the request's own
             self._end(request, "error", f"{type(error).__name__}: {error}")
             return
-        sampled[row], chosen = runtime.choose(row, logits)
+        sampled[row], chosen = model_runner.choose(row, logits)
         if logprobs is not None:
             logprobs.values[row], logprobs.ids[row] = chosen
 
-    def _learn_prompts(self, plan: Plan) -> None:
+    def _learn_prompts(self, plan: SchedulerOutput) -> None:
         """Take in the logprobs of prompt tokens; waits for the step just launched."""
         batch = plan.batch
         assert isinstance(batch, PrefillBatch)
-        found = self._runtime.prompt_logprobs(len(batch.ids))
+        found = self._model_runner.prompt_logprobs(len(batch.ids))
         beyond = (
             batch.targets >= self._vocab_size
         )  # the output head has no logit for these: their probability is 0

@@ -16,7 +16,7 @@ from compiled_llm.runtime.step.sampler import RowParams
 _MAX_STOP_IDS = 16
 
 
-class Rows:
+class InputBatch:
     """What the host knows of each row, [R] int64 unless another shape is given.
 
     Attributes:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled_llm.engine.block_pool import BlockPool
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE, Int64
 from passes.ops.paged_attention import oldest_seen
 
@@ -46,7 +46,7 @@ class Candidate:
     needs: list[int] = field(default_factory=list)
 
 
-class KVCache:
+class KVCacheManager:
     """Pages of the running rows.
 
     Args:
@@ -60,7 +60,7 @@ class KVCache:
 
     def __init__(
         self,
-        groups: Sequence[PageGroup],
+        groups: Sequence[KVCacheGroup],
         *,
         block_size: int,
         max_num_seqs: int,

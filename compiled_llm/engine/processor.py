@@ -27,7 +27,7 @@ _CHARACTERS_PER_TOKEN = (
 
 
 @dataclass(slots=True, kw_only=True)
-class Job:
+class RequestGroup:
     """A prompt and the requests for its `n` completions.
 
     Attributes:
@@ -47,7 +47,7 @@ class Job:
         return all(request.finish_reason is not None for request in self.requests)
 
 
-class Jobs:
+class RequestProcessor:
     """Makes jobs for one model, and their outputs.
 
     Args:
@@ -80,7 +80,7 @@ class Jobs:
         priority: int = 0,
         streaming: bool = False,
         request_id: str | None = None,
-    ) -> Job:
+    ) -> RequestGroup:
         """A prompt's requests, not checked against the engine yet; raises ValueError."""
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
@@ -109,7 +109,7 @@ class Jobs:
             )
             for number in range(params.n)
         ]
-        return Job(prompt=text, requests=requests, request_id=request_id)
+        return RequestGroup(prompt=text, requests=requests, request_id=request_id)
 
     def check_stream(self, params: SamplingParams | None) -> None:
         """Raise a ValueError unless a request with these params can be streamed as text."""
@@ -120,7 +120,7 @@ class Jobs:
         if params is not None and params.n > 1:
             raise ValueError(f"stream() yields one completion, got n={params.n}: use generate()")
 
-    def output(self, job: Job) -> RequestOutput:
+    def output(self, job: RequestGroup) -> RequestOutput:
         """What has come of a job so far; text of running requests only where it streams."""
         first = job.requests[0]
         return RequestOutput(

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from compiled_llm.engine.request import Request
 from compiled_llm.runtime.step.sampler import RowParams
-from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.sampler_state import SamplerState
 
 
 def pack_params(request: Request) -> NDArray[np.int64]:
@@ -28,10 +28,10 @@ def pack_params(request: Request) -> NDArray[np.int64]:
     )
 
 
-def extras_of(request: Request, vocab_size: int) -> RowExtras:
+def extras_of(request: Request, vocab_size: int) -> SamplerState:
     """What the row needs besides, given what the request has generated so far."""
     long_words = [word for word in request.bad_words if len(word) > 1]
-    return RowExtras(
+    return SamplerState(
         bias=bias_of(request, vocab_size, may_stop=False) if _is_biased(request) else None,
         counts=_counts(request, vocab_size) if _is_counted(request) else None,
         bad_words=long_words or None,

@@ -12,16 +12,16 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from compiled_llm.engine.input_batch import Rows
-from compiled_llm.engine.kv_cache_manager import Candidate, KVCache
+from compiled_llm.engine.input_batch import InputBatch
+from compiled_llm.engine.kv_cache_manager import Candidate, KVCacheManager
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_queue import RequestQueue
-from compiled_llm.engine.scheduler_output import Chunk, Plan, plan_decode, plan_prefill
-from compiled_llm.runtime.model_runner import Runtime
+from compiled_llm.engine.scheduler_output import Chunk, SchedulerOutput, plan_decode, plan_prefill
+from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.runtime.step.batch_inputs import Int64
 
 
-class OutOfPagesError(Exception):
+class OutOfBlocksError(Exception):
     """There is no page for a row that decodes; what steps in flight will free is not known yet."""
 
 
@@ -36,20 +36,20 @@ class SchedulerLimits:
     prefills_alone: bool = False
 
     @classmethod
-    def of(cls, runtime: Runtime) -> "SchedulerLimits":
-        tokens = runtime.limits.max_num_batched_tokens
+    def of(cls, model_runner: ModelRunner) -> "SchedulerLimits":
+        tokens = model_runner.limits.max_num_batched_tokens
         return cls(
             max_num_batched_tokens=tokens,
-            prefill_sizes=runtime.prefill_sizes,
-            decodes_apart=runtime.decodes_apart,
-            prefills_alone=runtime.has_states,
+            prefill_sizes=model_runner.prefill_sizes,
+            decodes_apart=model_runner.decodes_apart,
+            prefills_alone=model_runner.has_states,
         )
 
 
 class Scheduler:
     """Keeps the queue, and plans steps over the rows and their pages."""
 
-    def __init__(self, rows: Rows, cache: KVCache, limits: SchedulerLimits) -> None:
+    def __init__(self, rows: InputBatch, cache: KVCacheManager, limits: SchedulerLimits) -> None:
         self.rows, self.cache, self._limits = rows, cache, limits
         self._queue = RequestQueue()
         self._arrivals: dict[Request, int] = {}  # all unfinished requests, by arrival
@@ -112,7 +112,7 @@ class Scheduler:
         self._queue.put_back(request)
         return request
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> SchedulerOutput | None:
         """The next step, or None when there is nothing to do until steps in flight have ended.
 
         Raises:
@@ -125,11 +125,11 @@ class Scheduler:
             decoding = decoding[:0]
         changed = self.cache.grow_decoding(decoding, rows.computed[decoding])
         if changed is None:
-            raise OutOfPagesError
+            raise OutOfBlocksError
         chunks = self._chunks(len(decoding)) if alone is None else alone
         if not chunks and not len(decoding):
             if rows.prefilling:
-                raise OutOfPagesError  # for the next chunk of a window's pages
+                raise OutOfBlocksError  # for the next chunk of a window's pages
             return None
         lifted = np.flatnonzero(rows.remaining == rows.lift_at).tolist()
         rows.lift_at[lifted] = -1

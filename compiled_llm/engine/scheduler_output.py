@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from compiled_llm.engine.input_batch import Rows
-from compiled_llm.engine.kv_cache_manager import KVCache
+from compiled_llm.engine.input_batch import InputBatch
+from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.runtime.step.batch_inputs import RECENT, DecodeBatch, Int64, PrefillBatch
 
 
@@ -19,12 +19,12 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class SchedulerOutput:
     """One step.
 
     Attributes:
         batch: for the runtime.
-        rows: [S] that sample a token; owners: [S] who had them (see `Rows.owner`).
+        rows: [S] that sample a token; owners: [S] who had them (see `InputBatch.owner`).
         joined: rows that a request has taken with this step.
         lifted: rows whose stopping tokens are no longer banned.
         scored: chunks whose tokens' logprobs are wanted.
@@ -39,13 +39,13 @@ class Plan:
 
 
 def plan_decode(
-    rows: Rows,
-    cache: KVCache,
+    rows: InputBatch,
+    cache: KVCacheManager,
     decoding: Int64,
     changed: tuple[Int64, Int64, Int64],
     *,
     same_rows: bool,
-) -> Plan:
+) -> SchedulerOutput:
     """One more token for the decoding rows; `changed` entries of the cache's tables go with it."""
     _, changed_rows, _ = changed
     batch = DecodeBatch(
@@ -55,10 +55,12 @@ def plan_decode(
         sampler=rows.batch_sampler(decoding),
         unchanged=same_rows and not len(changed_rows),
     )
-    return Plan(batch=batch, rows=decoding, owners=rows.owner[decoding])
+    return SchedulerOutput(batch=batch, rows=decoding, owners=rows.owner[decoding])
 
 
-def plan_prefill(rows: Rows, cache: KVCache, decoding: Int64, chunks: list[Chunk]) -> Plan:
+def plan_prefill(
+    rows: InputBatch, cache: KVCacheManager, decoding: Int64, chunks: list[Chunk]
+) -> SchedulerOutput:
     """One more token for the decoding rows, and chunks of other rows' prompts."""
     chunk_rows = np.array([chunk.row for chunk in chunks], np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
@@ -87,10 +89,10 @@ def plan_prefill(rows: Rows, cache: KVCache, decoding: Int64, chunks: list[Chunk
         samples=np.concatenate([np.ones_like(decoding), ends.astype(np.int64)]),
         sampler="scoring" if scored else rows.batch_sampler(sampling),
     )
-    return Plan(batch=batch, rows=sampling, owners=rows.owner[sampling], scored=scored)
+    return SchedulerOutput(batch=batch, rows=sampling, owners=rows.owner[sampling], scored=scored)
 
 
-def _scored(rows: Rows, begin: int, chunks: list[Chunk]) -> list[tuple[Chunk, int]]:
+def _scored(rows: InputBatch, begin: int, chunks: list[Chunk]) -> list[tuple[Chunk, int]]:
     """The chunks whose tokens' logprobs are wanted, and where in the batch their tokens begin, the first ones at `begin`."""
     begins = np.cumsum([begin, *(chunk.count for chunk in chunks)]).tolist()
     placed = zip(chunks, begins, strict=False)
@@ -101,7 +103,9 @@ def _scored(rows: Rows, begin: int, chunks: list[Chunk]) -> list[tuple[Chunk, in
     ]
 
 
-def _scores(rows: Rows, num_tokens: int, scored: list[tuple[Chunk, int]]) -> tuple[Int64, Int64]:
+def _scores(
+    rows: InputBatch, num_tokens: int, scored: list[tuple[Chunk, int]]
+) -> tuple[Int64, Int64]:
     """For each token of the batch the one that follows it in its prompt and how many top logprobs are wanted there, or -1."""
     targets, scores = np.full((2, num_tokens), -1, np.int64)
     for chunk, at in scored:

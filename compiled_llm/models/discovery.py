@@ -19,8 +19,13 @@ from compiled_llm.models.attention import (
 from compiled_llm.models.attention_routing import route
 from compiled_llm.models.exported_model import ServedModel, trace
 from compiled_llm.models.mask_probe import EXAMINING_NAME
-from compiled_llm.models.model_call import Forward, PositionsCache
-from compiled_llm.models.recurrent_state import RowStates, State, fresh_cache, states_of
+from compiled_llm.models.model_call import ModelCall, PositionsCache
+from compiled_llm.models.recurrent_state import (
+    RecurrentState,
+    RecurrentStates,
+    fresh_cache,
+    states_of,
+)
 from compiled_llm.system.compiler_lock import eager_steps_excluded
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -107,17 +112,17 @@ def continues_from_states(model: ServedModel) -> bool:
     return _alike(whole, rest, model.dtype)
 
 
-def allocate_states(model: ServedModel, num_rows: int) -> RowStates | None:
+def allocate_states(model: ServedModel, num_rows: int) -> RecurrentStates | None:
     """Slots for the states of so many sequences at once; None where the model has no states."""
     cache = fresh_cache(model.config)
     return (
         None
         if cache is None
-        else RowStates(discover_states(model), len(cache.layers), num_rows, model.device)
+        else RecurrentStates(discover_states(model), len(cache.layers), num_rows, model.device)
     )
 
 
-def discover_states(model: ServedModel) -> list[State]:
+def discover_states(model: ServedModel) -> list[RecurrentState]:
     """What layers of an attached model remember of a sequence besides keys and values."""
     cache = fresh_cache(model.config)
     if cache is None:
@@ -226,7 +231,7 @@ def _call(model: ServedModel, ids: list[list[int]], cache: Cache, at: list[list[
     if model.device.type == "meta" and not isinstance(cache, PositionsCache):
         masks = {}  # layers with states look whether it masks anything
     try:
-        return Forward(model).call(tokens, positions, cache, **masks)
+        return ModelCall(model).call(tokens, positions, cache, **masks)
     except (torch.OutOfMemoryError, UnsupportedModelError):
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

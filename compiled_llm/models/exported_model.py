@@ -37,7 +37,7 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-class TracedModel(nn.Module):
+class ExportedModel(nn.Module):
     """A model in the form of its forward's graph; all else is the model's own, its parameters too.
 
     Attributes:
@@ -76,15 +76,15 @@ class TracedModel(nn.Module):
         return Output(self.forward_graph(input_ids[0], position_ids[0], wanted)[None])
 
 
-ServedModel = PreTrainedModel | TracedModel
+ServedModel = PreTrainedModel | ExportedModel
 
 
 def model_itself(served: ServedModel) -> PreTrainedModel:
     """The model, in whatever form it is served."""
-    return served.model if isinstance(served, TracedModel) else served
+    return served.model if isinstance(served, ExportedModel) else served
 
 
-def trace(model: PreTrainedModel) -> TracedModel:
+def trace(model: PreTrainedModel) -> ExportedModel:
     """The graph of an attached model, each attention in it a call of ours.
 
     Raises:
@@ -113,7 +113,7 @@ def trace(model: PreTrainedModel) -> TracedModel:
         _take_positions(traced.graph)
         traced.recompile()
         _check(call, traced)
-    return TracedModel(model, traced)
+    return ExportedModel(model, traced)
 
 
 class _Attend(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.models.exported_model import ServedModel, TracedModel
+from compiled_llm.models.exported_model import ExportedModel, ServedModel
 
 
 def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
@@ -20,7 +20,7 @@ def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
         "softcap": any(layer.softcap for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
         "ALiBi": any(layer.alibi for layer in layers),
-        "attention of its own": isinstance(model, TracedModel),
+        "attention of its own": isinstance(model, ExportedModel),
         "shared key heads": any(layer.num_heads > layer.num_kv_heads for layer in layers),
         "keys and values of different dims": any(
             layer.key_dim != layer.value_dim for layer in layers

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from compiled_llm.models.recurrent_state import RowStates
+from compiled_llm.models.recurrent_state import RecurrentStates
 
 
-class Forward:
+class ModelCall:
     """Calls a model on T tokens."""
 
-    def __init__(self, model: nn.Module, states: RowStates | None = None) -> None:
+    def __init__(self, model: nn.Module, states: RecurrentStates | None = None) -> None:
         self._model, self._states = model, states
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 

@@ -19,7 +19,7 @@ from compiled_llm.models.discovery import (
     examine,
 )
 from compiled_llm.models.features import features
-from compiled_llm.models.recurrent_state import State
+from compiled_llm.models.recurrent_state import RecurrentState
 from compiled_llm.models.rotary import fixed_frequencies
 from compiled_llm.models.weight_packing import linears_by_input
 
@@ -38,7 +38,7 @@ class Preflight:
     model_type: str
     num_parameters: int
     layers: tuple[AttentionLayer, ...]
-    states: tuple[State, ...]
+    states: tuple[RecurrentState, ...]
     features: tuple[str, ...]
     rotary_embeddings: int
     merged_projections: tuple[tuple[str, ...], ...]

@@ -21,7 +21,7 @@ Kind = Literal["conv", "recurrent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class RecurrentState:
     """One state of a cache layer: `index` is its number there, `shape` is that of one sequence."""
 
     layer: int
@@ -54,7 +54,7 @@ def fresh_cache(config: PretrainedConfig) -> Cache | None:
     )
 
 
-def states_of(cache: Cache) -> list[State]:
+def states_of(cache: Cache) -> list[RecurrentState]:
     """The states that a forward of one sequence left in its cache."""
     states = []
     for number, layer in enumerate(cache.layers):
@@ -67,7 +67,7 @@ def states_of(cache: Cache) -> list[State]:
                 for index, tensor in held.items():
                     if tensor is not None:
                         states.append(
-                            State(
+                            RecurrentState(
                                 layer=number,
                                 index=index,
                                 kind=kind,
@@ -78,11 +78,11 @@ def states_of(cache: Cache) -> list[State]:
     return states
 
 
-class RowStates(nn.Module):
+class RecurrentStates(nn.Module):
     """The states of R rows and one more, the trash row, as buffers [R + 1, ...] in the order of `states`."""
 
     def __init__(
-        self, states: Sequence[State], num_layers: int, num_rows: int, device: torch.device
+        self, states: Sequence[RecurrentState], num_layers: int, num_rows: int, device: torch.device
     ) -> None:
         super().__init__()
         self._states, self._num_layers = tuple(states), num_layers
@@ -150,7 +150,7 @@ class StatesLayer(LinearAttentionLayer, PassingLayer):  # type: ignore[override]
     def __init__(self) -> None:
         LinearAttentionLayer.__init__(self)
 
-    def put(self, state: State, rows: Tensor) -> None:
+    def put(self, state: RecurrentState, rows: Tensor) -> None:
         """Let the layer hold this state [B, ...]."""
         if state.kind == "conv":
             self.conv_states[state.index], self.conv_kernel_size[state.index] = (

@@ -6,7 +6,7 @@ from html import escape
 
 from compiled_llm.report.report import Report
 from compiled_llm.report.svg import Bar, bar_plot
-from compiled_llm.report.tables import Sheet
+from compiled_llm.report.tables import ReportTable
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #d8dade }
@@ -67,11 +67,11 @@ def _pass_effects(report: Report) -> list[Bar]:
     return [Bar(name, values) for name, values in counts.items()]
 
 
-def _table(sheet: Sheet) -> str:
+def _table(sheet: ReportTable) -> str:
     return f"<table>{_row(sheet, sheet.columns, 'th')}{''.join(_row(sheet, row, 'td') for row in sheet.rows)}</table>"
 
 
-def _row(sheet: Sheet, cells: Sequence[str], tag: str) -> str:
+def _row(sheet: ReportTable, cells: Sequence[str], tag: str) -> str:
     marks = (
         "" if not sheet.is_number(column) else ' class="number"' for column in range(len(cells))
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compiled_llm.report.tables import Sheet, printed
+from compiled_llm.report.tables import ReportTable, printed
 from compiled_llm.runtime.memory.kv_cache import used_bytes
 from passes import PassReport
 
@@ -183,24 +183,24 @@ class Report:
             f"padding: {self.padding_waste:.1%} of the tokens computed in buckets",
         ]
 
-    def sheets(self) -> Iterator[Sheet]:
+    def sheets(self) -> Iterator[ReportTable]:
         """All that is counted, as tables."""
         phases = [(phase.name, f"{phase.seconds:.2f}", _mib(phase.bytes)) for phase in self.phases]
-        yield Sheet("phases", ["phase", "seconds", "MiB"], phases)
-        yield Sheet("buckets", _BUCKET, [_bucket_row(bucket) for bucket in self.buckets])
+        yield ReportTable("phases", ["phase", "seconds", "MiB"], phases)
+        yield ReportTable("buckets", _BUCKET, [_bucket_row(bucket) for bucket in self.buckets])
         columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
-        yield Sheet(
+        yield ReportTable(
             "passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes]
         )
         if any(bucket.verification for bucket in self.buckets):
             yield self._verification_sheet()
-        yield Sheet(
+        yield ReportTable(
             "eager fallbacks",
             ["reason", "steps"],
             [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")],
         )
         if self.stand_ins:
-            yield Sheet(
+            yield ReportTable(
                 "other buckets",
                 ["reason", "steps"],
                 [(r, str(n)) for r, n in self.stand_ins.items()],
@@ -209,20 +209,20 @@ class Report:
             (name.replace("_", " "), f"{value:.6g}")
             for name, value in asdict(self.scheduling).items()
         ]
-        yield Sheet("scheduling", ["what", "count"], counts)
-        yield Sheet(
+        yield ReportTable("scheduling", ["what", "count"], counts)
+        yield ReportTable(
             "graph events",
             ["event", "count"],
             [(name, str(count)) for name, count in self.graph_events.items()],
         )
 
-    def _verification_sheet(self) -> Sheet:
+    def _verification_sheet(self) -> ReportTable:
         found = [
             _verified_row(bucket.bucket, bucket.verification)
             for bucket in self.buckets
             if bucket.verification is not None
         ]
-        return Sheet("verification", _VERIFIED, found)
+        return ReportTable("verification", _VERIFIED, found)
 
 
 _SECONDS = ["trace s", "compile s", "tune s", "capture s"]

@@ -12,7 +12,7 @@ _WORDS = {"mode", "made by", "failure", "bucket", "outcome"}
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class ReportTable:
     """A table, as text."""
 
     title: str
@@ -24,11 +24,11 @@ class Sheet:
         return column > 0 and self.columns[column] not in _WORDS
 
 
-def printed(parts: Iterable[Sheet | str]) -> str:
+def printed(parts: Iterable[ReportTable | str]) -> str:
     """Tables, and lines between them, for a terminal of 140 columns."""
     console = Console(file=io.StringIO(), width=140)
     for part in parts:
-        if isinstance(part, Sheet):
+        if isinstance(part, ReportTable):
             console.print(_table(part))
         else:
             console.print(part, highlight=False, markup=False)
@@ -36,10 +36,10 @@ def printed(parts: Iterable[Sheet | str]) -> str:
     return console.file.getvalue()
 
 
-def _table(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title, title_justify="left")
-    for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="right" if sheet.is_number(number) else "left")
-    for row in sheet.rows:
+def _table(source: ReportTable) -> Table:
+    table = Table(title=source.title, title_justify="left")
+    for number, column in enumerate(source.columns):
+        table.add_column(column, justify="right" if source.is_number(number) else "left")
+    for row in source.rows:
         table.add_row(*map(Text, row))
     return table

@@ -12,7 +12,7 @@ from compiled_llm.runtime.artifacts.cache import refuse_artifact, tidy
 from compiled_llm.runtime.artifacts.model_source import snapshot
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture.lazy import pending
-from compiled_llm.runtime.capture.warmup import Entry, compile_buckets, graph_budget
+from compiled_llm.runtime.capture.warmup import CapturedBucket, compile_buckets, graph_budget
 from compiled_llm.runtime.compilation.timing import phases_of
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
@@ -20,7 +20,7 @@ from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.verify.verify import check_entry
 
 
-class BucketMaker:
+class BucketBuilder:
     """Makes buckets for one engine, all at its start or one at a time later.
 
     Args:
@@ -45,7 +45,7 @@ class BucketMaker:
 
     def make_all(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
-    ) -> list[Entry]:
+    ) -> list[CapturedBucket]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
         if self._config.compile.capture == "lazy":
             self._tidy()
@@ -61,7 +61,7 @@ class BucketMaker:
                 self._verify(entries)
         return entries
 
-    def make_one(self, bucket: Bucket) -> Entry:
+    def make_one(self, bucket: Bucket) -> CapturedBucket:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
         if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
             self._snapshot = self._artifact = None
@@ -76,7 +76,7 @@ class BucketMaker:
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
-            return Entry(
+            return CapturedBucket(
                 bucket=bucket,
                 report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure),
             )
@@ -84,7 +84,7 @@ class BucketMaker:
 
     def _compile(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None
-    ) -> list[Entry]:
+    ) -> list[CapturedBucket]:
         model, layers, memory, config, artifact = (
             self._model,
             self._layers,
@@ -109,7 +109,7 @@ class BucketMaker:
         if self._artifact is not None:
             tidy(self._artifact, self._config.compile.cache_limit, self._report)
 
-    def _verify(self, entries: Sequence[Entry]) -> None:
+    def _verify(self, entries: Sequence[CapturedBucket]) -> None:
         """Give up the buckets that differ from eager, and what is kept of them."""
         for entry in entries:
             check_entry(entry, self._model, self._memory, self._limits, strict=self._config.strict)

@@ -21,14 +21,14 @@ from compiled_llm.models.unchanged import Unchanged
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import keeps, open_artifact, refuse_artifact
-from compiled_llm.runtime.artifacts.fingerprint import Key, make_key
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, make_key
 from compiled_llm.runtime.artifacts.model_source import ModelCode, identify
-from compiled_llm.runtime.bucket_builder import BucketMaker
+from compiled_llm.runtime.bucket_builder import BucketBuilder
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
-from compiled_llm.runtime.capture.bucket_selector import Serving
+from compiled_llm.runtime.capture.bucket_selector import BucketSelector
 from compiled_llm.runtime.capture.lazy import LazyBuckets, between_steps
-from compiled_llm.runtime.capture.warmup import Entry, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
 from compiled_llm.runtime.compilation.compiler import Launch, trace
 from compiled_llm.runtime.compilation.cuda_graph_trees import (
     graph_events,
@@ -39,9 +39,9 @@ from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import allocate
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
-from compiled_llm.runtime.step.readback import Readback, Ticket
+from compiled_llm.runtime.step.readback import Readback, StepHandle
 from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
-from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import choose
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
 from passes.ops.top_logprobs import top_logprobs
@@ -54,7 +54,7 @@ class Logprobs(NamedTuple):
     ids: NDArray[np.int64]
 
 
-class Runtime:
+class ModelRunner:
     """Runs the steps of an attached model. It belongs to the thread that made it: graph trees are thread-local.
 
     Attributes:
@@ -110,7 +110,7 @@ class Runtime:
                     f"{model.config.model_type} keeps states of its sequences, so prompts share no pages"
                 )
             self._artifact = self._open_artifact() if keeps(config) else None
-            maker = BucketMaker(
+            maker = BucketBuilder(
                 model, layers, self.memory, config, self.limits, self._artifact, report
             )
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
@@ -120,7 +120,7 @@ class Runtime:
                 else None
             )
         self._lazy = LazyBuckets(maker.make_one)
-        self._serving = Serving(
+        self._serving = BucketSelector(
             self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask
         )
         self._readback = Readback(self.memory.state)
@@ -129,7 +129,7 @@ class Runtime:
         report.graph_events = dict.fromkeys(graph_events(model.device), 0)
 
     @property
-    def entries(self) -> dict[Bucket, Entry]:
+    def entries(self) -> dict[Bucket, CapturedBucket]:
         """The buckets, compiled or not."""
         return self._serving.entries
 
@@ -228,7 +228,7 @@ class Runtime:
                 self._serving.replace(self._lazy.capture_next())
         self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
 
-    def prefill(self, batch: PrefillBatch) -> Ticket:
+    def prefill(self, batch: PrefillBatch) -> StepHandle:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
         self.check_owner()
         entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
@@ -238,7 +238,7 @@ class Runtime:
         self.memory.state.stage_prefill(batch, asked.size if entry is None else entry.bucket.size)
         return self._run(entry, asked)
 
-    def decode(self, batch: DecodeBatch) -> Ticket:
+    def decode(self, batch: DecodeBatch) -> StepHandle:
         """One more token for every row of the batch."""
         self.check_owner()
         entry = self._serving.find("decode", len(batch.rows), batch.sampler)
@@ -246,11 +246,11 @@ class Runtime:
             self.memory.state.stage_decode(batch)
         return self._run(entry, Bucket("decode", len(batch.rows), batch.sampler))
 
-    def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
+    def tokens(self, ticket: StepHandle) -> NDArray[np.int64]:
         """[R + 1] the token that the step sampled in each of its rows, -1 where the scores were not finite; waits for the step."""
         return self._readback.tokens(ticket)
 
-    def logprobs(self, ticket: Ticket) -> Logprobs:
+    def logprobs(self, ticket: StepHandle) -> Logprobs:
         """[R + 1, 1 + M] of a step of the full sampler, for the rows that wanted some; waits for the step."""
         return Logprobs(*self._readback.logprobs(ticket))
 
@@ -262,7 +262,7 @@ class Runtime:
             state.prompt_ids[:num_tokens].cpu().numpy(),
         )
 
-    def set_extras(self, row: int, extras: RowExtras) -> None:
+    def set_extras(self, row: int, extras: SamplerState) -> None:
         """Write what few rows need."""
         self.check_owner()
         extras.write(self.memory.state, row)
@@ -291,11 +291,11 @@ class Runtime:
         values, ids = top_logprobs(state.logits[rows], chosen, params.logprobs, MAX_LOGPROBS)
         return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
 
-    def key(self) -> Key:
+    def key(self) -> Fingerprint:
         """What a compiled step of this engine depends on. Raises ValueError where that cannot be told."""
         return self._key(self._identify())
 
-    def _key(self, code: ModelCode) -> Key:
+    def _key(self, code: ModelCode) -> Fingerprint:
         memory = self.memory
         buffers = [memory.state, memory.caches, *([memory.states] if memory.states else [])]
         return make_key(self.model, code.words, buffers, memory.groups, self.config, self.limits)
@@ -334,7 +334,7 @@ class Runtime:
             with suppress(OSError):  # a full disk, say: nobody waits for this
                 self._artifact.add_traffic(seen)
 
-    def _run(self, entry: Entry | None, batch: Bucket) -> Ticket:
+    def _run(self, entry: CapturedBucket | None, batch: Bucket) -> StepHandle:
         self._traffic[batch.kind].seen[batch.size] += 1
         with torch.no_grad():
             if entry is None or entry.compiled is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.roofline import Card
+from bench.roofline import Roofline
 from bench.systems import Setup
 from bench.worker_client import WorkerError
 from compiled_llm.config.loader import parse_config
@@ -39,18 +39,18 @@ def tiny_config(directory: Path, **changes: Any) -> Config:
     )
 
 
-def made_up_card(**changes: Any) -> Card:
+def made_up_card(**changes: Any) -> Roofline:
     """A card of nothing that exists."""
     values: dict[str, Any] = {
         "model": "Tiny", "device": "cpu", "device_name": "a CPU", "dtype": "float32", "vocab_size": 160, "parameters": 1000,
         "weight_bytes": 4000, "kv_bytes": 16, "copy_bandwidth": 2e6, "read_bandwidth": 1e6, "max_num_seqs": 4,
         "max_num_batched_tokens": 64, "max_model_len": 128,
     }  # fmt: skip
-    return Card(**(values | changes))
+    return Roofline(**(values | changes))
 
 
 class Local:
-    """As `bench.worker_client.Worker`, without a process: values still pass through JSON."""
+    """As `bench.worker_client.WorkerClient`, without a process: values still pass through JSON."""
 
     def __init__(self, system: Any) -> None:
         self.system = system

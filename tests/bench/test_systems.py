@@ -11,7 +11,7 @@ from bench.systems import System
 from bench.systems.ours_steps import Steps
 from bench.systems.transformers_batching import TransformersBatching
 from bench.systems.transformers_generate import TransformersEager
-from bench.worker_group import Options, Session, fitted, setup_of
+from bench.worker_group import Options, WorkerGroup, fitted, setup_of
 from bench.workloads import fresh_prompts
 from compiled_llm.config.schema import Config
 from tests.bench.local import Local, made_up_card, open_local, tiny_config
@@ -74,7 +74,7 @@ def test_a_limit_is_raised_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_every_batch_size_is_timed(tmp_path: Path) -> None:
-    local = Session(workers={"ours": Local(_started(Steps, tiny_config(tmp_path)))})  # type: ignore[dict-item]
+    local = WorkerGroup(workers={"ours": Local(_started(Steps, tiny_config(tmp_path)))})  # type: ignore[dict-item]
     rows = buckets.run(local, _CARD, context=20, steps=2, rounds=2, largest=4)
     local.close()
     assert [row["batch"] for row in rows] == [1, 2, 3, 4]
@@ -83,7 +83,7 @@ def test_every_batch_size_is_timed(tmp_path: Path) -> None:
 
 
 def test_on_a_cpu_the_stream_has_host_time_alone(tmp_path: Path) -> None:
-    local = Session(workers={"ours": Local(_started(Steps, tiny_config(tmp_path)))})  # type: ignore[dict-item]
+    local = WorkerGroup(workers={"ours": Local(_started(Steps, tiny_config(tmp_path)))})  # type: ignore[dict-item]
     (row,) = stream.run(local, ["ours"], _CARD, batch=2, context=8, steps=3, rounds=2)
     assert row["launches"] is None
     assert row["host_us"] > 0

@@ -7,8 +7,8 @@ import pytest
 
 from bench import latency, throughput
 from bench.systems import SYSTEMS, Setup
-from bench.worker_client import Worker, WorkerError
-from bench.worker_group import Options, Session
+from bench.worker_client import WorkerClient, WorkerError
+from bench.worker_group import Options, WorkerGroup
 from bench.workloads import offline
 from tests.bench.local import made_up_card, write_architecture
 
@@ -22,8 +22,8 @@ _SETUP = Setup(
 )
 
 
-def _session(monkeypatch: pytest.MonkeyPatch, **classes: str) -> Session:
-    session = Session()
+def _session(monkeypatch: pytest.MonkeyPatch, **classes: str) -> WorkerGroup:
+    session = WorkerGroup()
     for name, found in classes.items():
         monkeypatch.setitem(SYSTEMS, name, f"tests.bench.fakes:{found}")
         session.start(name, _SETUP, Options())
@@ -31,13 +31,13 @@ def _session(monkeypatch: pytest.MonkeyPatch, **classes: str) -> Session:
 
 
 def test_what_a_worker_prints_does_not_reach_its_answers() -> None:
-    with Worker("tests.bench.fakes:Fake", {}) as worker:
+    with WorkerClient("tests.bench.fakes:Fake", {}) as worker:
         assert worker.call("start") == 1.5
         assert "beneath Python" in worker.log.read_text()
 
 
 def test_an_error_is_an_answer_and_a_death_has_a_reason() -> None:
-    with Worker("tests.bench.fakes:Crashing", {}) as worker:
+    with WorkerClient("tests.bench.fakes:Crashing", {}) as worker:
         with pytest.raises(WorkerError, match=r"ValueError: it cannot$") as failed:
             worker.call("fail")
         assert failed.value.alive
@@ -50,7 +50,7 @@ def test_an_error_is_an_answer_and_a_death_has_a_reason() -> None:
 def test_a_call_that_takes_too_long_is_ended() -> None:
     began = time.perf_counter()
     with (
-        Worker("tests.bench.fakes:Fake", {}, limit=1.0) as worker,
+        WorkerClient("tests.bench.fakes:Fake", {}, limit=1.0) as worker,
         pytest.raises(WorkerError, match="longer than --limit 1 s"),
     ):
         worker.call("sleep", seconds=60)
@@ -58,7 +58,7 @@ def test_a_call_that_takes_too_long_is_ended() -> None:
 
 
 def test_closing_lets_the_object_go_first() -> None:
-    worker = Worker("tests.bench.fakes:Fake", {})
+    worker = WorkerClient("tests.bench.fakes:Fake", {})
     worker.close()
     assert "let go" in worker.log.read_text()
     worker.close()
@@ -66,14 +66,14 @@ def test_closing_lets_the_object_go_first() -> None:
 
 def test_an_unknown_target_is_an_error() -> None:
     with pytest.raises(WorkerError, match="no attribute 'Nothing'"):
-        Worker("tests.bench.fakes:Nothing", {})
+        WorkerClient("tests.bench.fakes:Nothing", {})
 
 
 def test_vllm_without_vllm_is_left_out_with_a_sentence() -> None:
     with pytest.raises(
         WorkerError, match="vllm is not importable here: install it, or pass --vllm-pythonpath DIR"
     ):
-        Worker(SYSTEMS["vllm"], {**_fields(), "config": {}})
+        WorkerClient(SYSTEMS["vllm"], {**_fields(), "config": {}})
 
 
 _VLLM = """
@@ -98,7 +98,7 @@ def test_vllm_is_found_in_a_path_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text(_VLLM)
     model = {"name": str(write_architecture(tmp_path)), "weights": "random"}
     arguments = {**_fields(), "config": {"model": model}, "memory_share": 0.25}
-    with Worker(SYSTEMS["vllm"], arguments, pythonpath=str(tmp_path)) as worker:
+    with WorkerClient(SYSTEMS["vllm"], arguments, pythonpath=str(tmp_path)) as worker:
         assert worker.call("start") > 0
         assert worker.call(
             "generate", prompts=[[1], [2, 3]], output_lengths=[4, 5], temperature=0.6

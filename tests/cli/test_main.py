@@ -21,8 +21,8 @@ from compiled_llm.cli.exit_status import run_command
 from compiled_llm.cli.main import app
 from compiled_llm.engine.processor import RequestFailedError
 from compiled_llm.report.report import Report
-from compiled_llm.runtime.artifacts.artifact import Artifact, Kept
-from compiled_llm.runtime.artifacts.fingerprint import Key
+from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.capture.warmup import StrictError
 from compiled_llm.runtime.verify import verify
@@ -88,7 +88,9 @@ def test_compile_says_why_a_directory_was_not_used(
     """Whatever else there was to warn of before."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(api, "new_report", lambda: Report(warnings=["prompts share no pages"]))
-    Artifact(tmp_path / "a", Key({"model": "b"})).save("decode-4-greedy", Kept(step=b"", passes=[]))
+    Artifact(tmp_path / "a", Fingerprint({"model": "b"})).save(
+        "decode-4-greedy", SavedBucket(step=b"", passes=[])
+    )
     nothing = ["--set", "buckets.prefill=[]"]
     with pytest.warns(UserWarning, match="the artifact was not used"):
         done = CliRunner().invoke(
@@ -129,8 +131,8 @@ def test_verify(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_suggest(tmp_path: Path) -> None:
-    artifact = Artifact(tmp_path, Key({"torch": "2.11.0"}))
-    artifact.save("decode-4-greedy", Kept(step=b"", passes=[]))
+    artifact = Artifact(tmp_path, Fingerprint({"torch": "2.11.0"}))
+    artifact.save("decode-4-greedy", SavedBucket(step=b"", passes=[]))
     done = CliRunner().invoke(app, ["buckets", "suggest", str(tmp_path)])
     assert "knows of no traffic" in str(done.exception)
     artifact.add_traffic({"decode": Traffic(limit=8, buckets=[4, 8], seen=Counter({3: 2, 8: 1}))})

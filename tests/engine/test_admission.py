@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from compiled_llm.engine import kv_cache_manager
-from compiled_llm.engine.input_batch import Rows
-from compiled_llm.engine.kv_cache_manager import KVCache
+from compiled_llm.engine.input_batch import InputBatch
+from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_queue import RequestQueue
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
 
@@ -27,10 +27,10 @@ def scheduler_of(
 ) -> Scheduler:
     """Blocks of 16 tokens, and 64 tokens a step."""
     groups = [
-        PageGroup(window=window, layers=(n,), num_pages=1 + num_pages)
+        KVCacheGroup(window=window, layers=(n,), num_pages=1 + num_pages)
         for n, window in enumerate(windows)
     ]
-    cache = KVCache(
+    cache = KVCacheManager(
         groups,
         block_size=16,
         max_num_seqs=max_num_seqs,
@@ -38,7 +38,7 @@ def scheduler_of(
         sharing=True,
     )
     limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[64], decodes_apart=True)
-    return Scheduler(Rows(max_num_seqs, max_model_len), cache, limits)
+    return Scheduler(InputBatch(max_num_seqs, max_model_len), cache, limits)
 
 
 def request_of(length: int, priority: int = 0, **options: Any) -> Request:
@@ -123,7 +123,7 @@ def test_a_prompt_that_waits_for_pages_is_hashed_once_and_tried_when_pages_may_s
 ) -> None:
     hashed, tried = (
         count_calls(monkeypatch, kv_cache_manager, "chain"),
-        count_calls(monkeypatch, KVCache, "_num_shared"),
+        count_calls(monkeypatch, KVCacheManager, "_num_shared"),
     )
     scheduler = scheduler_of(70)
     running = [request_of(150), request_of(150, priority=1)]

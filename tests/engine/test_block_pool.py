@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from compiled_llm.engine.block_pool import BlockPool
-from compiled_llm.engine.kv_cache_manager import Candidate, Int64, KVCache
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.engine.kv_cache_manager import Candidate, Int64, KVCacheManager
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
 
 NUM_ROWS, BLOCK_SIZE, MAX_BLOCKS = 3, 2, 10
@@ -142,10 +142,10 @@ class CacheMachine(RuleBasedStateMachine):
             for window, more in zip(windows, spare, strict=False)
         ]
         groups = [
-            PageGroup(window=w, layers=(n,), num_pages=size)
+            KVCacheGroup(window=w, layers=(n,), num_pages=size)
             for n, (w, size) in enumerate(zip(windows, sizes, strict=True))
         ]
-        self.cache = KVCache(
+        self.cache = KVCacheManager(
             groups,
             block_size=BLOCK_SIZE,
             max_num_seqs=NUM_ROWS,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from compiled_llm import SamplingParams
-from compiled_llm.engine.processor import Job, Jobs
+from compiled_llm.engine.processor import RequestGroup, RequestProcessor
 from compiled_llm.outputs import Beginning, CompletionOutput, Logprob
 
 
@@ -45,11 +45,11 @@ class Panicking(Letters):
         return super().decode(ids)
 
 
-def jobs_of(tokenizer: Any, max_model_len: int = 8) -> Jobs:
-    return Jobs(tokenizer, None, max_model_len=max_model_len)
+def jobs_of(tokenizer: Any, max_model_len: int = 8) -> RequestProcessor:
+    return RequestProcessor(tokenizer, None, max_model_len=max_model_len)
 
 
-def finish(job: Job, token_ids: list[int]) -> None:
+def finish(job: RequestGroup, token_ids: list[int]) -> None:
     for request in job.requests:
         request.token_ids, request.finish_reason = token_ids, "length"
 

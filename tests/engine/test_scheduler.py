@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.input_batch import Rows
-from compiled_llm.engine.kv_cache_manager import KVCache
+from compiled_llm.engine.input_batch import InputBatch
+from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import PageGroup, _pages_of_a_sequence
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, _pages_of_a_sequence
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
 from tests.helpers.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
@@ -42,7 +42,7 @@ class Setup:
     sharing: bool = True
     states: bool = False
 
-    def runtime(self) -> SimulatedRuntime:
+    def model_runner(self) -> SimulatedRuntime:
         limits = Limits(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_seqs + self.spare_tokens,
@@ -55,7 +55,7 @@ class Setup:
             else {size for size in self.smaller_buckets if size < tokens} | {tokens}
         )
         groups = [
-            PageGroup(
+            KVCacheGroup(
                 window=window,
                 layers=(number,),
                 num_pages=1 + _pages_of_a_sequence(window, self.block_size, limits) + spare,
@@ -128,8 +128,8 @@ class Driver:
     """Lets requests arrive and leave, and checks after each step what must always hold."""
 
     def __init__(self, setup: Setup, cases: Sequence[Case], forget_at: int | None = None) -> None:
-        self.runtime, self._cases, self._forget_at = setup.runtime(), cases, forget_at
-        self.engine = Engine(self.runtime, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
+        self.model_runner, self._cases, self._forget_at = setup.model_runner(), cases, forget_at
+        self.engine = Engine(self.model_runner, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
         self.requests: dict[int, Request] = {}
         self.step = 0
 
@@ -138,7 +138,7 @@ class Driver:
         while len(self.requests) < len(self._cases) or self.engine.has_work:
             for number, case in enumerate(self._cases):
                 if number not in self.requests and case.arrival <= self.step:
-                    self.requests[number] = case.request(self.runtime.limits.max_model_len)
+                    self.requests[number] = case.request(self.model_runner.limits.max_model_len)
                     self.engine.check(self.requests[number])
                     self.engine.add(self.requests[number])
                 if case.abort_after is not None and case.arrival + case.abort_after == self.step:
@@ -154,8 +154,8 @@ class Driver:
             == free
             == [pool.capacity for pool in self.engine.cache.pools]
         )
-        stats, requests = self.runtime.report.scheduling, self.requests.values()
-        assert stats.tokens == self.runtime.num_tokens
+        stats, requests = self.model_runner.report.scheduling, self.requests.values()
+        assert stats.tokens == self.model_runner.num_tokens
         assert stats.preemptions == sum(request.num_preemptions for request in requests)
         assert stats.cached_tokens <= sum(request.num_cached_tokens for request in requests)
         for number, case in enumerate(self._cases):
@@ -165,10 +165,15 @@ class Driver:
         scheduled = {
             request for request in self.requests.values() if request.timings.scheduled is not None
         }
-        had_work, before = self.engine.has_work, (self.runtime.num_tokens, self.runtime.num_reads)
+        had_work, before = (
+            self.engine.has_work,
+            (self.model_runner.num_tokens, self.model_runner.num_reads),
+        )
         news = self.engine.step()
         assert (
-            news or not had_work or before != (self.runtime.num_tokens, self.runtime.num_reads)
+            news
+            or not had_work
+            or before != (self.model_runner.num_tokens, self.model_runner.num_reads)
         ), "a step did nothing"
         assert all(request.finish_reason is not None or request.token_ids for request in news)
         self._check_places()
@@ -208,15 +213,15 @@ class Driver:
 
     def _check_result(self, case: Case, request: Request) -> None:
         assert request.num_cached_tokens < case.length
-        expected, reason = case.alone(self.runtime.sequences, request.max_tokens)
+        expected, reason = case.alone(self.model_runner.sequences, request.max_tokens)
         if request.finish_reason == "abort":
             assert case.abort_after is not None
             assert request.token_ids == expected[: len(request.token_ids)]
             return
         assert (request.token_ids, request.finish_reason) == (expected, reason)
         if case.scored:
-            path = self.runtime.sequences.path(
-                self.runtime.sequences.extend(0, case.prompt)
+            path = self.model_runner.sequences.path(
+                self.model_runner.sequences.extend(0, case.prompt)
             ).tolist()
             assert request.prompt_logprobs is not None
             assert request.prompt_logprobs[0] is None
@@ -299,9 +304,9 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
 
 
 def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> None:
-    rows = Rows(max_num_seqs=4, max_model_len=128)
-    cache = KVCache(
-        [PageGroup(window=0, layers=(0,), num_pages=100)],
+    rows = InputBatch(max_num_seqs=4, max_model_len=128)
+    cache = KVCacheManager(
+        [KVCacheGroup(window=0, layers=(0,), num_pages=100)],
         block_size=16,
         max_num_seqs=4,
         max_blocks=8,
@@ -366,9 +371,9 @@ def test_shared_pages_of_a_window_leave_room_for_the_rest(window: int) -> None:
 def test_a_full_bucket_is_preferred_to_a_slight_spill(
     num_decoding: int, lengths: list[int], expected: int
 ) -> None:
-    rows = Rows(max_num_seqs=32, max_model_len=128)
-    group = PageGroup(window=0, layers=(0,), num_pages=1000)
-    cache = KVCache([group], block_size=16, max_num_seqs=32, max_blocks=8, sharing=False)
+    rows = InputBatch(max_num_seqs=32, max_model_len=128)
+    group = KVCacheGroup(window=0, layers=(0,), num_pages=1000)
+    cache = KVCacheManager([group], block_size=16, max_num_seqs=32, max_blocks=8, sharing=False)
     limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[16, 64], decodes_apart=True)
     scheduler = Scheduler(rows, cache, limits)
     for length in [1] * num_decoding:

@@ -11,10 +11,10 @@ from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.model_runner import Runtime
-from compiled_llm.runtime.step.buffers import StepState, _Staging
+from compiled_llm.runtime.model_runner import ModelRunner
+from compiled_llm.runtime.step.buffers import StepBuffers, _Staging
 from compiled_llm.runtime.step.readback import Readback
-from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import DecodeStep, PrefillStep
 from tests.faults.injection import failing_call
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.gpu
 CALLS: dict[str, tuple[Any, str]] = {
     "pages": (BlockPool, "allocate"),
     "shared pages": (BlockPool, "share"),
-    "copy of a decode batch": (StepState, "stage_decode"),
-    "copy of a prefill batch": (StepState, "stage_prefill"),
+    "copy of a decode batch": (StepBuffers, "stage_decode"),
+    "copy of a prefill batch": (StepBuffers, "stage_prefill"),
     "pinned copy": (_Staging, "copy_to"),
     "event": (_Staging, "wait"),
     "allocation of a step": (Memory, "step"),
@@ -35,10 +35,10 @@ CALLS: dict[str, tuple[Any, str]] = {
     "readback": (Readback, "start"),
     "tokens": (Readback, "tokens"),
     "logprobs": (Readback, "logprobs"),
-    "extras": (RowExtras, "write"),
-    "prompt logprobs": (Runtime, "prompt_logprobs"),
-    "logits for a processor": (Runtime, "logits"),
-    "choice after a processor": (Runtime, "choose"),
+    "extras": (SamplerState, "write"),
+    "prompt logprobs": (ModelRunner, "prompt_logprobs"),
+    "logits for a processor": (ModelRunner, "logits"),
+    "choice after a processor": (ModelRunner, "choose"),
 }
 ERRORS = [torch.OutOfMemoryError, OSError, KeyboardInterrupt]
 PARAMS = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}

@@ -9,11 +9,11 @@ import pytest
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.schema import Config
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import Job
+from compiled_llm.engine.processor import RequestGroup
 from compiled_llm.engine.request import Request
 from compiled_llm.running import run
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from tests.faults.injection import LineCounter
 from tests.helpers.simulated import VOCAB_SIZE, SimulatedRuntime
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -26,17 +26,17 @@ NUM_PAGES = 24
 def _simulated() -> Engine:
     """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
     groups = [
-        PageGroup(window=0, layers=(0,), num_pages=NUM_PAGES),
-        PageGroup(window=24, layers=(1,), num_pages=NUM_PAGES),
+        KVCacheGroup(window=0, layers=(0,), num_pages=NUM_PAGES),
+        KVCacheGroup(window=24, layers=(1,), num_pages=NUM_PAGES),
     ]
     limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
-    runtime = SimulatedRuntime(
+    model_runner = SimulatedRuntime(
         groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True
     )
-    return Engine(runtime, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
+    return Engine(model_runner, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
 
 
-def _jobs() -> list[Job]:
+def _jobs() -> list[RequestGroup]:
     """Shared prompts, greedy and penalised, with stop tokens banned for a while, and logprobs of prompts."""
     beginning = [1 + number % 20 for number in range(40)]
     jobs = []
@@ -47,7 +47,7 @@ def _jobs() -> list[Job]:
         prompt = [*beginning[: 40 - 5 * (number % 2)], 1 + number]
         stops = frozenset({3}) if number % 3 else frozenset()
         jobs.append(
-            Job(
+            RequestGroup(
                 prompt=None,
                 requests=[
                     Request(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compiled_llm import CompiledLLM, SamplingParams
-from compiled_llm.engine.processor import Job
+from compiled_llm.engine.processor import RequestGroup
 from compiled_llm.engine.request import Request
 from compiled_llm.running import run
 from tests.helpers.tiny_models import VOCAB_SIZE
@@ -86,7 +86,7 @@ def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
 
 def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
     """Each case's request after all have ended, in the cases' order."""
-    jobs: dict[int, Job] = {}
+    jobs: dict[int, RequestGroup] = {}
     step = 0
     while len(jobs) < len(cases) or llm.engine.has_work:
         for number, case in enumerate(cases):

@@ -15,13 +15,13 @@ from compiled_llm.config.schema import CacheConfig, Config, LimitsConfig
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING
-from compiled_llm.runtime.step.readback import Ticket
+from compiled_llm.runtime.step.readback import StepHandle
 from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
-from compiled_llm.runtime.step.sampler_state import RowExtras
+from compiled_llm.runtime.step.sampler_state import SamplerState
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8
@@ -63,7 +63,7 @@ class Sequences:
 
 
 class SimulatedRuntime:
-    """Stands in for `Runtime`: R rows, G groups of pages, N pages a row at most.
+    """Stands in for `ModelRunner`: R rows, G groups of pages, N pages a row at most.
 
     Attributes:
         max_blocks: N; memory, state: itself, as far as the engine asks them.
@@ -75,7 +75,7 @@ class SimulatedRuntime:
 
     def __init__(
         self,
-        groups: Sequence[PageGroup],
+        groups: Sequence[KVCacheGroup],
         limits: Limits,
         *,
         block_size: int,
@@ -118,7 +118,7 @@ class SimulatedRuntime:
     def check_model(self) -> None:
         """Nothing can change here."""
 
-    def decode(self, batch: DecodeBatch) -> Ticket:
+    def decode(self, batch: DecodeBatch) -> StepHandle:
         assert self.decodes_apart
         assert len(batch.rows)
         if batch.unchanged:
@@ -133,7 +133,7 @@ class SimulatedRuntime:
         self._compute(rows, [[token] for token in ids.tolist()], ends.tolist())
         return self._sample(rows, rows, batch.sampler)
 
-    def prefill(self, batch: PrefillBatch) -> Ticket:
+    def prefill(self, batch: PrefillBatch) -> StepHandle:
         rows, fresh = batch.seq_rows, batch.fresh > 0
         assert 0 < len(batch.ids) == batch.lengths.sum() <= self.limits.max_num_batched_tokens
         assert fresh.any() or not self.decodes_apart
@@ -160,7 +160,7 @@ class SimulatedRuntime:
         self._scored = computed if batch.sampler == "scoring" else []
         return self._sample(rows.tolist(), rows[batch.samples > 0].tolist(), batch.sampler)
 
-    def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
+    def tokens(self, ticket: StepHandle) -> NDArray[np.int64]:
         assert self._num_steps - RING <= ticket.step
         self.num_reads += 1
         return self._ring[ticket.step].copy()
@@ -171,7 +171,7 @@ class SimulatedRuntime:
         values[:, 0] = self._scored
         return Logprobs(values, np.ones_like(values, np.int64))
 
-    def set_extras(self, row: int, extras: RowExtras) -> None:
+    def set_extras(self, row: int, extras: SamplerState) -> None:
         if extras.bias is not None:
             self._banned[row] = set(np.flatnonzero(np.isneginf(extras.bias)).tolist())
 
@@ -203,7 +203,7 @@ class SimulatedRuntime:
         self.num_tokens += len(computed)
         return computed
 
-    def _sample(self, rows: list[int], wanted: list[int], sampler: str) -> Ticket:
+    def _sample(self, rows: list[int], wanted: list[int], sampler: str) -> StepHandle:
         """Draw a token in each row; of those that are not wanted, nobody may read it."""
         ring = np.full(len(self._tokens), -1, np.int64)
         for row in rows:
@@ -215,7 +215,7 @@ class SimulatedRuntime:
             ring[row] = self._tokens[row]
         self._ring[self._num_steps] = ring
         self._num_steps += 1
-        return Ticket(self._num_steps - 1)
+        return StepHandle(self._num_steps - 1)
 
     def _draw(self, row: int) -> int:
         banned = self._banned[row] if self._params[row, _FLAGS] & _BIASED else ()

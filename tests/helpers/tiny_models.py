@@ -100,6 +100,6 @@ def check_matches(report: Report) -> None:
 def poison(llm: CompiledLLM) -> None:
     """Fill every page with NaN; to be called while no request runs, so that all of them are free or trash."""
     llm.reset_prefix_cache()
-    for cache in llm.runtime.memory.caches:
+    for cache in llm.model_runner.memory.caches:
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))

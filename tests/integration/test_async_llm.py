@@ -30,7 +30,7 @@ from compiled_llm import (
     SamplingParams,
 )
 from compiled_llm.async_llm import RequestStream
-from compiled_llm.engine.processor import Job, Jobs
+from compiled_llm.engine.processor import RequestGroup, RequestProcessor
 from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
 from compiled_llm.engine_thread import EngineThread
@@ -118,8 +118,8 @@ def test_concurrent_requests_give_what_the_synchronous_api_gives(
     async def main() -> list[RequestOutput]:
         streams = [
             await llm.add(p, w, priority=n % 3, streaming=n % 2 == 0)
-            for n, (p, w) in enumerate(zip(prompts, params))
-        ]  # noqa: B905
+            for n, (p, w) in enumerate(zip(prompts, params, strict=True))
+        ]
         return await asyncio.gather(*map(last, streams))
 
     for output, wanted in zip(asyncio.run(main()), expected, strict=True):
@@ -438,10 +438,10 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
     async def main() -> None:
         # What comes while the thread is ending shall be told the cause too.
         monkeypatch.setattr(EngineThread, "_deliver", slowly(0.1, EngineThread._deliver))
-        monkeypatch.setattr(Jobs, "make", slowly(0.2, Jobs.make))
+        monkeypatch.setattr(RequestProcessor, "make", slowly(0.2, RequestProcessor.make))
         llm = await asyncio.to_thread(AsyncCompiledLLM, make_llm)
         streams = [await llm.add(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
-        runtime = await llm.call(lambda engine: weakref.ref(engine.runtime))
+        model_runner = await llm.call(lambda engine: weakref.ref(engine.model_runner))
         await llm.call(lambda engine: setattr(engine.engine, "step", step))
         for error in await asyncio.gather(*map(last, streams), return_exceptions=True):
             assert isinstance(error, EngineBrokenError)
@@ -463,7 +463,7 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
         llm.close()
         llm.close()
         gc.collect()
-        assert runtime() is None  # its caches and graphs are free for the next engine
+        assert model_runner() is None  # its caches and graphs are free for the next engine
 
     asyncio.run(main())
 
@@ -592,15 +592,15 @@ def test_an_output_that_cannot_be_made_ends_its_request_alone(
     error: BaseException,
     streaming: bool,
 ) -> None:
-    make = Jobs.output
+    make = RequestProcessor.output
 
-    def output(self: Jobs, job: Job) -> RequestOutput:
+    def output(self: RequestProcessor, job: RequestGroup) -> RequestOutput:
         if job.request_id == "bad" and len(job.requests[0].token_ids) >= 5:
             raise error
         return make(self, job)
 
     async def main() -> None:
-        monkeypatch.setattr(Jobs, "output", output)
+        monkeypatch.setattr(RequestProcessor, "output", output)
         before = await free_pages(llm)
         bad = await llm.add(
             prompt_of(30),

@@ -60,7 +60,7 @@ def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("phase", ["examine", "merged", "Runtime", "_facts"])
+@pytest.mark.parametrize("phase", ["examine", "merged", "ModelRunner", "_facts"])
 def test_a_start_that_fails_gives_the_model_back(
     phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_model_that_was_changed_under_its_engine_is_refused(
         with pytest.raises(RuntimeError, match=CHANGES[change]):
             llm.generate([prompt])
         with pytest.raises(RuntimeError, match=CHANGES[change]):
-            llm.runtime.capture_next()
+            llm.model_runner.capture_next()
 
 
 def test_weights_that_get_other_values_in_place_are_served() -> None:

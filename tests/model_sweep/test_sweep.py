@@ -83,11 +83,11 @@ def test_a_wrong_window_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_positions_are_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiled_llm.models.model_call import Forward
+    from compiled_llm.models.model_call import ModelCall
 
-    original = Forward.__call__
+    original = ModelCall.__call__
     monkeypatch.setattr(
-        Forward,
+        ModelCall,
         "__call__",
         lambda self, ids, positions, *wanted: original(self, ids, positions // 2, *wanted),
     )

@@ -15,7 +15,7 @@ from compiled_llm.models import exported_model
 from compiled_llm.models.attention import UndecidedError
 from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import AttentionLayer, check_tokens_meet_in_attention, examine
-from compiled_llm.models.exported_model import TracedModel
+from compiled_llm.models.exported_model import ExportedModel
 from compiled_llm.models.weight_packing import linears_by_input
 from passes.export.score_mod import Bias
 from tests.conftest import DEVICE
@@ -65,11 +65,11 @@ def _model(
     return model.eval().to(DEVICE)
 
 
-def _examined(model: PreTrainedModel) -> tuple[TracedModel, list[AttentionLayer]]:
+def _examined(model: PreTrainedModel) -> tuple[ExportedModel, list[AttentionLayer]]:
     with attached(model):
         served, layers = examine(model)
         check_tokens_meet_in_attention(served, 128)
-    assert isinstance(served, TracedModel)
+    assert isinstance(served, ExportedModel)
     return served, layers
 
 

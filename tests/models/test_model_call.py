@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm.models.attention import CURRENT
 from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.model_call import Forward
+from compiled_llm.models.model_call import ModelCall
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
 
@@ -32,7 +32,7 @@ def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # t
         torch.tensor([11, 12, 13], device=DEVICE),
         torch.zeros(3, dtype=torch.int64, device=DEVICE),
     )
-    forward = Forward(model)
+    forward = ModelCall(model)
     seen: list[torch.Tensor] = []
 
     def attend(module, q, k, v, call):  # type: ignore[no-untyped-def]  # a sum of what a token brings, by its place

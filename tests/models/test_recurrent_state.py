@@ -76,7 +76,7 @@ def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -
         assert greedy(llm, prompts, 24) == expected
         report = llm.report()
         llm.engine.cache.check()
-        assert (report.scheduling.preemptions > 0) == bool(llm.runtime.memory.groups), (
+        assert (report.scheduling.preemptions > 0) == bool(llm.model_runner.memory.groups), (
             "without pages, nobody lacks one"
         )
     assert any("keeps states" in warning for warning in report.warnings)

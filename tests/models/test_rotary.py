@@ -88,7 +88,7 @@ def test_a_length_beyond_the_limit_is_refused_by_name(
 def test_auto_is_the_original_length_and_says_so() -> None:
     model = _llama(LONGROPE)
     with CompiledLLM(model, None, _config(max_model_len="auto"), progress=False) as llm:
-        assert llm.runtime.limits.max_model_len == 64
+        assert llm.model_runner.limits.max_model_len == 64
         (warning,) = llm.report().warnings
     assert warning.startswith(
         "limits.max_model_len is 64 instead of 256: beyond 64 tokens, rope_type 'longrope'"

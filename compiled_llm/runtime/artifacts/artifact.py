@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from compiled_llm.runtime.artifacts.fingerprint import Key, hash_of
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, hash_of
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.system.atomic_file import locked, remove_unfinished, write_whole
 from compiled_llm.system.file_trust import UntrustedFileError, read_trusted, refusal
@@ -30,7 +30,7 @@ MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class SavedBucket:
     """One bucket: the compiled step, serialised, what the passes reported when it was compiled, and our own kernels.
 
     Attributes:
@@ -61,7 +61,7 @@ class Artifact:
     """
 
     directory: Path
-    key: Key
+    key: Fingerprint
     notice: Callable[[str], None] = _ignore
     config: str = ""
     by_graph: bool = False
@@ -96,7 +96,7 @@ class Artifact:
         """Why the directory is not to be trusted: other users own or may write it, its manifest or a directory above it."""
         return refusal(self.directory) or refusal(self.directory / MANIFEST)
 
-    def load(self, bucket: str) -> Kept | None:
+    def load(self, bucket: str) -> SavedBucket | None:
         """The bucket as it was saved for this key, or None; a damaged or untrusted file is as good as none."""
         path = self._path(bucket)
         if read_key(self.directory) != self.key or not path.exists():
@@ -105,7 +105,7 @@ class Artifact:
         if content is None:
             return None
         self._restore_libraries()
-        kept: Kept = pickle.loads(content)
+        kept: SavedBucket = pickle.loads(content)
         restore_kernels(kept.kernels)
         return kept
 
@@ -125,7 +125,7 @@ class Artifact:
                 _write(self._libraries / name, made[name].read_bytes())
             self._damaged.remove(name)
 
-    def save(self, bucket: str, kept: Kept) -> None:
+    def save(self, bucket: str, kept: SavedBucket) -> None:
         """Keep the bucket, in place of what was there, also of another key; raises OSError."""
         with locked(self.directory):
             remove_unfinished([*self.directory.glob(".*"), *self._libraries.rglob(".*")])
@@ -217,11 +217,11 @@ def read_traffic(directory: Path) -> dict[str, Traffic]:
         return {}
 
 
-def read_key(directory: Path) -> Key | None:
+def read_key(directory: Path) -> Fingerprint | None:
     """The key in a directory's manifest; None where there is none, or none that is whole."""
     manifest = read_manifest(directory)
     try:
-        key = Key(dict(manifest["key"]), dict(manifest["settings"]))
+        key = Fingerprint(dict(manifest["key"]), dict(manifest["settings"]))
     except (ValueError, KeyError, TypeError):
         return None
     return (

@@ -12,7 +12,7 @@ from compiled_llm.config.schema import Config
 from compiled_llm.models.default_model import cache_dir
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import MANIFEST, Artifact, read_manifest
-from compiled_llm.runtime.artifacts.fingerprint import Key
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.system.atomic_file import locked
 
 
@@ -23,7 +23,9 @@ class _Found:
     bytes: int
 
 
-def open_artifact(config: Config, key: Key, report: Report, *, by_graph: bool) -> Artifact | None:
+def open_artifact(
+    config: Config, key: Fingerprint, report: Report, *, by_graph: bool
+) -> Artifact | None:
     """Open the artifact that the config names, if it fits or is empty, else the one in the cache directory.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compiled_llm.config.schema import Config
 from compiled_llm.models.exported_model import ServedModel, model_itself
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import PageGroup
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.system.cpu import instruction_set
 from passes.ops.cpu.vector_isa import vector_isa
 from passes.pipeline import source_digest
@@ -35,7 +35,7 @@ _SOURCES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class Fingerprint:
     """All that a compiled step depends on besides its bucket, by name, in words.
 
     Attributes:
@@ -49,7 +49,7 @@ class Key:
     def digest(self) -> str:
         return hash_of(json.dumps([self.parts, self.settings], sort_keys=True).encode())
 
-    def differences(self, other: "Key") -> list[str]:
+    def differences(self, other: "Fingerprint") -> list[str]:
         """A line for each part in which the other differs."""
         mine, theirs = self.parts | self.settings, other.parts | other.settings
         pairs = [
@@ -62,15 +62,15 @@ def make_key(
     model: ServedModel,
     code: str,
     buffers: Sequence[nn.Module],
-    groups: Sequence[PageGroup],
+    groups: Sequence[KVCacheGroup],
     config: Config,
     limits: Limits,
-) -> Key:
+) -> Fingerprint:
     """The key of an engine whose buffers and caches are allocated; `code` identifies what the model runs."""
     seqs, tokens, length = limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len
     pages = " + ".join(str(group.num_pages) for group in groups)
     options = {"passes": config.pass_order(), **config.compile.options}
-    return Key(
+    return Fingerprint(
         {
             **{package: version(package) for package in ("torch", "triton", "transformers")},
             "python": platform.python_version(),

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from compiled_llm.config.schema import Sampler
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import Bucket, Kind, match
-from compiled_llm.runtime.capture.warmup import Entry, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
 
 
-class Serving:
+class BucketSelector:
     """Finds the buckets of an engine.
 
     Args:
@@ -23,7 +23,7 @@ class Serving:
     """
 
     def __init__(
-        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[Entry] | None, report: Report, *, strict: bool,
+        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[CapturedBucket] | None, report: Report, *, strict: bool,
         ask: Callable[[Bucket], None] = lambda bucket: None,
     ) -> None:  # fmt: skip
         self._buckets, self._report, self._strict, self._ask = buckets, report, strict, ask
@@ -31,9 +31,9 @@ class Serving:
             entries is not None,
             {entry.bucket: entry for entry in entries or ()},
         )
-        self._found: dict[tuple[Kind, int, Sampler], Entry] = {}
+        self._found: dict[tuple[Kind, int, Sampler], CapturedBucket] = {}
 
-    def find(self, kind: Kind, size: int, sampler: Sampler) -> Entry | None:
+    def find(self, kind: Kind, size: int, sampler: Sampler) -> CapturedBucket | None:
         """The entry that serves a batch, or None; counted, unless it is the one that fits best. Raises StrictError."""
         entry = self._found.get((kind, size, sampler))
         if entry is not None:
@@ -77,7 +77,7 @@ class Serving:
             }
         )
 
-    def replace(self, entry: Entry) -> None:
+    def replace(self, entry: CapturedBucket) -> None:
         """Take an entry for the one that its bucket had, which served no step; also in the report."""
         old = self.entries[entry.bucket].report
         self.entries[entry.bucket] = entry

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from compiled_llm.report.report import BucketReport
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import Entry
-from compiled_llm.runtime.step.buffers import StepState
+from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.system.compiler_lock import compiler_is_free
 
 _PATIENCE = 5.0  # seconds
@@ -30,7 +30,10 @@ class LazyBuckets:
     """
 
     def __init__(
-        self, make: Callable[[Bucket], Entry], *, clock: Callable[[], float] = time.perf_counter
+        self,
+        make: Callable[[Bucket], CapturedBucket],
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make, self._clock = make, clock
         self._wanted: Counter[Bucket] = Counter()
@@ -57,7 +60,7 @@ class LazyBuckets:
             self._asked_at = self._clock()
         self._wanted[bucket] += 1
 
-    def capture_next(self) -> Entry:
+    def capture_next(self) -> CapturedBucket:
         """Make the one that most steps have asked for; the larger of two alike."""
         bucket = max(self._wanted, key=lambda bucket: (self._wanted[bucket], bucket.cost))
         del self._wanted[bucket]  # also if it fails: it is not tried again
@@ -68,18 +71,18 @@ class LazyBuckets:
         return entry
 
 
-def pending(buckets: Iterable[Bucket]) -> list[Entry]:
+def pending(buckets: Iterable[Bucket]) -> list[CapturedBucket]:
     """Entries of buckets that nobody has asked for yet."""
     reason = "compile.capture is lazy"
     reports = (
         (bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason))
         for bucket in buckets
     )
-    return [Entry(bucket=bucket, report=report) for bucket, report in reports]
+    return [CapturedBucket(bucket=bucket, report=report) for bucket, report in reports]
 
 
 @contextmanager
-def between_steps(state: StepState) -> Iterator[None]:
+def between_steps(state: StepBuffers) -> Iterator[None]:
     """Afterwards the next step finds what it would have found; all steps before must have been read."""
     before = {name: state.get_buffer(name).clone() for name in _WRITTEN}
     try:

@@ -19,7 +19,7 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.weight_packing import merged_groups
 from compiled_llm.report.report import BucketReport, Report
-from compiled_llm.runtime.artifacts.artifact import Artifact, Kept, read_traffic
+from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket, read_traffic
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture.graph_budget import GraphBudget, by_usefulness
 from compiled_llm.runtime.compilation.compiler import (
@@ -45,7 +45,7 @@ class StrictError(RuntimeError):
 
 
 @dataclass(slots=True, kw_only=True)
-class Entry:
+class CapturedBucket:
     """A bucket and its step; `compiled` is None when it could not be compiled, for the reason in its report."""
 
     bucket: Bucket
@@ -57,7 +57,7 @@ def compile_buckets(
     buckets: Sequence[Bucket], model: ServedModel, layers: list[AttentionLayer], memory: Memory, config: Config,
     artifact: Artifact | None, report: Report, *, progress: bool, budget: GraphBudget | None = None,
     pool: CompilePool | None = None,
-) -> list[Entry]:  # fmt: skip
+) -> list[CapturedBucket]:  # fmt: skip
     """Compile and capture each bucket: large to small, or with `memory.graphs` the most useful first.
 
     A bucket that fails is left to eager; with `strict` it is an error. One that `memory.graphs` has no room for is left out.
@@ -73,7 +73,7 @@ def compile_buckets(
     """
     check_options(config.compile.options)
     entries = [
-        Entry(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size))
+        CapturedBucket(bucket=bucket, report=BucketReport(bucket=str(bucket), size=bucket.size))
         for bucket in buckets
     ]
     budget = budget or graph_budget(config, model.device)
@@ -120,7 +120,7 @@ def compile_buckets(
     return entries
 
 
-def _warn_of_unkept(entries: list[Entry]) -> None:
+def _warn_of_unkept(entries: list[CapturedBucket]) -> None:
     reasons = [entry.report.unkept for entry in entries if entry.report.unkept is not None]
     if reasons:
         warnings.warn(
@@ -137,7 +137,7 @@ def graph_budget(config: Config, device: torch.device) -> GraphBudget:
     )
 
 
-def _keep_within(budget: GraphBudget, entry: Entry, device: torch.device) -> None:
+def _keep_within(budget: GraphBudget, entry: CapturedBucket, device: torch.device) -> None:
     """Give a recording back that goes beyond the budget."""
     if entry.compiled is None:
         return
@@ -173,7 +173,7 @@ def make_pipeline(
 
 
 def _compile(
-    entry: Entry, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, notices: list[str], *,
+    entry: CapturedBucket, step: Step, pipeline: Pipeline, config: Config, artifact: Artifact | None, notices: list[str], *,
     compiled_now: bool,
 ) -> None:  # fmt: skip
     report, device = entry.report, step.state.tokens.device
@@ -242,7 +242,7 @@ def _load(
         return None
 
 
-def _has_graph(step: Step, kept: Kept, report: BucketReport) -> bool:
+def _has_graph(step: Step, kept: SavedBucket, report: BucketReport) -> bool:
     began = time.perf_counter()
     digest = trace(step)
     report.trace_seconds += time.perf_counter() - began
@@ -262,7 +262,7 @@ def _save(
         kernels = compile_kernels(pipeline.kernel_calls)
         artifact.save(
             str(bucket),
-            Kept(
+            SavedBucket(
                 step=serialize(compiled),
                 passes=pipeline.reports,
                 kernels=kernels,
@@ -284,7 +284,9 @@ def _raise_pass_error(error: BaseException | None) -> None:
 
 
 @contextmanager
-def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Entry, torch.device], None]]:
+def _progress(
+    total: int, *, enabled: bool
+) -> Iterator[Callable[[CapturedBucket, torch.device], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -294,7 +296,7 @@ def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[Entry, torch.d
     with Progress(*columns, console=Console(stderr=True, quiet=not enabled), transient=True) as bar:
         task = bar.add_task("compiling buckets", total=total)
 
-        def show(entry: Entry, device: torch.device) -> None:
+        def show(entry: CapturedBucket, device: torch.device) -> None:
             report = entry.report
             outcome = (
                 report.failure

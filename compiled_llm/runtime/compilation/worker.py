@@ -2,7 +2,7 @@
 
     python -m compiled_llm.runtime.compilation.worker
 
-It reads one pickled `Work` from standard input, and writes a line of JSON for each bucket to standard output when that lies in
+It reads one pickled `CompileTask` from standard input, and writes a line of JSON for each bucket to standard output when that lies in
 the artifact, or has failed. When its standard input ends, it ends, and all that it forked with it.
 """
 
@@ -25,14 +25,14 @@ with importing():
     import torch._inductor.codegen.triton
     import torch._inductor.compile_fx
 
-    from compiled_llm.runtime.artifacts.artifact import Kept
-    from compiled_llm.runtime.artifacts.fingerprint import Key, compiler_settings
+    from compiled_llm.runtime.artifacts.artifact import SavedBucket
+    from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, compiler_settings
     from compiled_llm.runtime.buckets import Bucket
     from compiled_llm.runtime.capture.warmup import make_pipeline
     from compiled_llm.runtime.compilation import weightless_pickle
     from compiled_llm.runtime.compilation.compiler import compile_only
     from compiled_llm.runtime.compilation.compiler_cache import private_compiler_cache
-    from compiled_llm.runtime.compilation.worker_pool import Work
+    from compiled_llm.runtime.compilation.worker_pool import CompileTask
     from passes.ops.precompile import compile_kernels
 
 _NUMBER = struct.Struct("=H")
@@ -45,7 +45,7 @@ def main() -> None:
     size = sys.stdin.buffer.read(8)
     if len(size) < 8:
         return
-    work: Work = pickle.loads(sys.stdin.buffer.read(int.from_bytes(size)))
+    work: CompileTask = pickle.loads(sys.stdin.buffer.read(int.from_bytes(size)))
     tasks, numbers = os.pipe()
     os.write(numbers, b"".join(_NUMBER.pack(number) for number in range(len(work.buckets))))
     os.close(numbers)
@@ -65,7 +65,7 @@ def _end_with(stream: BinaryIO) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _compile_all(work: Work, tasks: int, answers: int) -> None:
+def _compile_all(work: CompileTask, tasks: int, answers: int) -> None:
     """Take the number of a bucket, compile that, and so on while there are any."""
     torch.set_num_threads(work.num_threads)
     failure, engine = None, None
@@ -87,7 +87,7 @@ def _compile_all(work: Work, tasks: int, answers: int) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def _check_settings(key: Key) -> None:
+def _check_settings(key: Fingerprint) -> None:
     """Raise RuntimeError where this process would compile otherwise than the one that asks."""
     different = key.differences(replace(key, settings=compiler_settings()))
     if different:
@@ -97,7 +97,7 @@ def _check_settings(key: Key) -> None:
 
 
 @torch.no_grad()
-def _compile(bucket: Bucket, engine: Any, work: Work) -> None:
+def _compile(bucket: Bucket, engine: Any, work: CompileTask) -> None:
     model, layers, memory = engine
     pipeline = make_pipeline(work.config, bucket, model, layers)
     options = {"compile_threads": work.threads, **work.config.compile.options}
@@ -106,7 +106,7 @@ def _compile(bucket: Bucket, engine: Any, work: Work) -> None:
         kernels = compile_kernels(pipeline.kernel_calls)
         work.artifact.save(
             str(bucket),
-            Kept(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest),
+            SavedBucket(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest),
         )
 
 

@@ -38,7 +38,7 @@ _CONTEXT_BYTES = 700 * 2**20  # of GPU memory, that a process takes which only c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class CompileTask:
     """What there is to compile.
 
     Attributes:
@@ -78,7 +78,7 @@ class CompilePool:
         self._expected: set[str] = set()
         self._answers: dict[str, dict[str, Any]] = {}
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: CompileTask) -> None:
         """Begin; once in its life. Raises what pickling raises."""
         content = pickle.dumps(work)
         assert self._process.stdin is not None
@@ -200,8 +200,8 @@ def at_work(
 
 def _make_work(
     buckets: list[Bucket], engine: Engine, config: Config, artifact: Artifact, count: int
-) -> Work:
-    return Work(
+) -> CompileTask:
+    return CompileTask(
         engine=weightless_pickle.dumps(engine),
         buckets=buckets,
         config=config,

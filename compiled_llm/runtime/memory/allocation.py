@@ -9,19 +9,19 @@ from torch import nn
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer, allocate_states
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.models.recurrent_state import RowStates
+from compiled_llm.models.recurrent_state import RecurrentStates
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import Bucket, Kind
 from compiled_llm.runtime.capture.graph_budget import set_aside
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import (
-    PageGroup,
+    KVCacheGroup,
     allocate_caches,
     plan_groups,
     trash_groups,
 )
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch
-from compiled_llm.runtime.step.buffers import StepState
+from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.runtime.step.recurrent_step import SequenceStep
 from compiled_llm.runtime.step.step import DecodeStep, PrefillStep, Step
 
@@ -31,12 +31,12 @@ STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": Se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What every step works on; see `StepState`, `LayerCache` and `RowStates`; `states` is None for a model without any."""
+    """What every step works on; see `StepBuffers`, `LayerCache` and `RecurrentStates`; `states` is None for a model without any."""
 
-    state: StepState
-    states: RowStates | None
+    state: StepBuffers
+    states: RecurrentStates | None
     caches: nn.ModuleList
-    groups: list[PageGroup]
+    groups: list[KVCacheGroup]
     block_size: int
 
     def eager_bucket(self, exact: Bucket, limits: Limits) -> Bucket:
@@ -65,7 +65,7 @@ def allocate(
     """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
     device, block_size = model.device, config.cache.block_size
     vocab_size: int = model.get_output_embeddings().weight.shape[0]
-    state = StepState(
+    state = StepBuffers(
         max_num_seqs=limits.max_num_seqs,
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
@@ -89,8 +89,8 @@ def allocate(
 def _measure_activations(
     model: ServedModel,
     layers: list[AttentionLayer],
-    state: StepState,
-    states: RowStates | None,
+    state: StepBuffers,
+    states: RecurrentStates | None,
     block_size: int,
     limits: Limits,
 ) -> int:
@@ -113,7 +113,7 @@ def _measure_activations(
     return peak
 
 
-def stage_padding(state: StepState, bucket: Bucket) -> None:
+def stage_padding(state: StepBuffers, bucket: Bucket) -> None:
     """Give the step nothing to do."""
     if bucket.kind == "prefill":
         state.stage_prefill(state.padding_batch(), bucket.size)

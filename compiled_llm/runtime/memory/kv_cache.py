@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PageGroup:
+class KVCacheGroup:
     """Layers that see equally far back, and so need and release pages together.
 
     Attributes:
@@ -46,14 +46,14 @@ class PageGroup:
     num_pages: int
 
 
-def trash_groups(layers: list[AttentionLayer]) -> list[PageGroup]:
+def trash_groups(layers: list[AttentionLayer]) -> list[KVCacheGroup]:
     """The groups of the layers, with the trash page alone."""
     windows = dict.fromkeys(layer.window for layer in layers)
     members = {
         w: tuple(number for number, layer in enumerate(layers) if layer.window == w)
         for w in windows
     }
-    return [PageGroup(window=w, layers=members[w], num_pages=NUM_TRASH_PAGES) for w in windows]
+    return [KVCacheGroup(window=w, layers=members[w], num_pages=NUM_TRASH_PAGES) for w in windows]
 
 
 def plan_groups(
@@ -63,7 +63,7 @@ def plan_groups(
     device: torch.device,
     *,
     reserved: int,
-) -> list[PageGroup]:
+) -> list[KVCacheGroup]:
     """The groups of the layers, and how many pages each gets; `reserved` bytes are kept free for activations.
 
     What the budget lacks for all sequences at once is taken from all groups alike.
@@ -115,7 +115,7 @@ def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:
 
 
 def allocate_caches(
-    layers: list[AttentionLayer], groups: list[PageGroup], block_size: int, device: torch.device
+    layers: list[AttentionLayer], groups: list[KVCacheGroup], block_size: int, device: torch.device
 ) -> nn.ModuleList:
     """One zeroed cache for each attention layer."""
     num_pages = {layer: group.num_pages for group in groups for layer in group.layers}

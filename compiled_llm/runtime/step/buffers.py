@@ -33,7 +33,7 @@ from compiled_llm.runtime.step.sampler import (
 RING = 4
 
 
-class StepState(nn.Module):
+class StepBuffers(nn.Module):
     """Buffers of the rows, of the batch, and of what the last steps gave.
 
     tokens, positions [R + 1] int64: the id that each row feeds next, and its position, which is also how many it has cached.

@@ -8,20 +8,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compiled_llm.runtime.step.buffers import RING, StepState
+from compiled_llm.runtime.step.buffers import RING, StepBuffers
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class StepHandle:
     """One launched step, by its number; what it sampled can be read until `RING` more steps have been launched."""
 
     step: int
 
 
 class Readback:
-    """Reads the rings of `StepState`. Steps are counted on the device and here alike, from the first launch on."""
+    """Reads the rings of `StepBuffers`. Steps are counted on the device and here alike, from the first launch on."""
 
-    def __init__(self, state: StepState) -> None:
+    def __init__(self, state: StepBuffers) -> None:
         self._state = state
         state.step.zero_()
         self._launched = 0
@@ -32,9 +32,9 @@ class Readback:
             self._copy_done = [torch.cuda.Event() for _ in range(RING)]
             self._pinned = torch.zeros_like(state.ring_tokens, device="cpu").pin_memory()
 
-    def start(self) -> Ticket:
+    def start(self) -> StepHandle:
         """Begin to fetch the ids of the step just launched."""
-        ticket = Ticket(self._launched)
+        ticket = StepHandle(self._launched)
         self._launched += 1
         if self._cuda:
             slot = ticket.step % RING
@@ -49,7 +49,7 @@ class Readback:
         """Count as many steps as the device has run. No ticket from before may be read any more; waits for the device."""
         self._launched = int(self._state.step)
 
-    def tokens(self, ticket: Ticket) -> NDArray[np.int64]:
+    def tokens(self, ticket: StepHandle) -> NDArray[np.int64]:
         """[R + 1] int64; waits for the step."""
         slot = self._slot(ticket)
         if not self._cuda:
@@ -57,14 +57,14 @@ class Readback:
         self._copy_done[slot].synchronize()
         return self._pinned[slot].numpy().copy()
 
-    def logprobs(self, ticket: Ticket) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def logprobs(self, ticket: StepHandle) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """[R + 1, 1 + M] float32 and int64; waits for the step."""
         slot = self._slot(ticket)
         return self._fetch(self._state.ring_logprobs[slot], slot), self._fetch(
             self._state.ring_ids[slot], slot
         )
 
-    def _slot(self, ticket: Ticket) -> int:
+    def _slot(self, ticket: StepHandle) -> int:
         assert self._launched - RING <= ticket.step < self._launched, (
             f"{ticket} of {self._launched} steps is gone"
         )

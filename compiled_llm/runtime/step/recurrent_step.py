@@ -11,7 +11,7 @@ from passes.ops.top_logprobs import top_logprobs
 
 
 class SequenceStep(Step):
-    """Up to `size` tokens of the first row of `StepState.prefill`, whose padding comes last there and first here."""
+    """Up to `size` tokens of the first row of `StepBuffers.prefill`, whose padding comes last there and first here."""
 
     def forward(self) -> None:
         state = self.state

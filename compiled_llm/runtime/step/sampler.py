@@ -101,7 +101,7 @@ class RowParams(NamedTuple):
 
 
 class History(NamedTuple):
-    """What the full sampler knows of the rows besides their parameters: [S, V], [S, V], [S, W, L], [S, L - 1]; see `StepState`."""
+    """What the full sampler knows of the rows besides their parameters: [S, V], [S, V], [S, W, L], [S, L - 1]; see `StepBuffers`."""
 
     bias: Tensor
     counts: Tensor

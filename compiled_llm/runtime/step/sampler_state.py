@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compiled_llm.runtime.step.buffers import StepState
+from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.runtime.step.sampler import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowExtras:
+class SamplerState:
     """What a row brings; None where it brings nothing of the kind.
 
     Attributes:
@@ -24,7 +24,7 @@ class RowExtras:
     counts: NDArray[np.int32] | None = None
     bad_words: list[list[int]] | None = None
 
-    def write(self, state: StepState, row: int) -> None:
+    def write(self, state: StepBuffers, row: int) -> None:
         """To the row; its params must say what counts (see `sampling.RowParams`)."""
         if self.bias is not None:
             state.bias[row].copy_(torch.from_numpy(self.bias))

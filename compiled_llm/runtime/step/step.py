@@ -1,6 +1,6 @@
 """One step of the model: ids in, next ids out, everything between in one traceable `forward()` without arguments.
 
-All that a step reads and writes are buffers of `StepState` and of the layer caches; only its bucket shapes the graph. A step
+All that a step reads and writes are buffers of `StepBuffers` and of the layer caches; only its bucket shapes the graph. A step
 of any size also runs eagerly, on the same state and the same caches: that is the fallback.
 """
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from compiled_llm.models.attention import CURRENT, LayerCache, PagedAttention
-from compiled_llm.models.model_call import Forward
-from compiled_llm.models.recurrent_state import RowStates
+from compiled_llm.models.model_call import ModelCall
+from compiled_llm.models.recurrent_state import RecurrentStates
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.step.batch_inputs import DecodeInputs, PrefillInputs
-from compiled_llm.runtime.step.buffers import RING, StepState
+from compiled_llm.runtime.step.buffers import RING, StepBuffers
 from compiled_llm.runtime.step.sampler import (
     MAX_LOGPROBS,
     History,
@@ -33,8 +33,8 @@ class Step(nn.Module):
         caches: nn.ModuleList,
         groups: tuple[int, ...],
         windows: tuple[int, ...],
-        state: StepState,
-        states: RowStates | None,
+        state: StepBuffers,
+        states: RecurrentStates | None,
         bucket: Bucket,
     ) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Step(nn.Module):
             windows,
             state,
         )
-        self.states, self.call_model = states, Forward(model, states)
+        self.states, self.call_model = states, ModelCall(model, states)
         self.size, self.sampler = bucket.size, bucket.sampler
         self.current = CURRENT
         self.block_size = next(
@@ -110,7 +110,7 @@ class Step(nn.Module):
 
 
 def choose(
-    state: StepState,
+    state: StepBuffers,
     logits: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -163,7 +163,7 @@ class DecodeStep(Step):
 
 
 class PrefillStep(Step):
-    """`size` tokens of any rows, as `StepState.prefill` lays them out; samples after the last one of each row."""
+    """`size` tokens of any rows, as `StepBuffers.prefill` lays them out; samples after the last one of each row."""
 
     def forward(self) -> None:
         state = self.state

@@ -45,7 +45,7 @@ Extent = Literal["full", "random", "long"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class RandomBatch:
     """A batch for a bucket, and what its rows have before it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Trial:
 
 def make_trial(
     bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: Extent
-) -> Trial:
+) -> RandomBatch:
     """A batch that the bucket serves: as large as it can be, of a random size, or small, with a sequence as long as one can be."""
     rng, block_size, vocab_size = (
         np.random.default_rng(seed),
@@ -132,13 +132,13 @@ def make_trial(
         params=params,
         vocab_size=vocab_size,
     )
-    return Trial(
+    return RandomBatch(
         rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, regions=regions,
         params=params, tokens=tokens, batch=batch, seed=seed,
     )  # fmt: skip
 
 
-def stage(trial: Trial, memory: Memory, size: int) -> None:
+def stage(trial: RandomBatch, memory: Memory, size: int) -> None:
     """Make the state and the pages what they are before the trial's batch, and lay that out for a step of this size."""
     _stage_rows(trial, memory)
     for group, members in enumerate(memory.groups):
@@ -161,7 +161,7 @@ def stage(trial: Trial, memory: Memory, size: int) -> None:
         memory.state.stage_prefill(trial.batch, size)
 
 
-def _stage_rows(trial: Trial, memory: Memory) -> None:
+def _stage_rows(trial: RandomBatch, memory: Memory) -> None:
     state = memory.state
     for name, buffer in state.named_buffers():
         if name != "ordinals":
@@ -182,7 +182,9 @@ def _stage_rows(trial: Trial, memory: Memory) -> None:
         state.block_table[torch.from_numpy(trial.batch.patch_index).to(device)] = TRASH_PAGE
 
 
-def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int, shifted: bool) -> None:
+def _stage_pages(
+    trial: RandomBatch, group: int, cache: Tensor, *, seed: int, shifted: bool
+) -> None:
     """Random where a token is cached, NaN where none is; the values (`shifted`) of a region around its mean."""
     generator = torch.Generator(cache.device).manual_seed(seed)
     pages = torch.from_numpy(np.append(trial.pages[group], TRASH_PAGE)).to(cache.device)
@@ -200,7 +202,7 @@ def _stage_pages(trial: Trial, group: int, cache: Tensor, *, seed: int, shifted:
     cache.view(-1, *cache.shape[2:])[slots] = content.to(cache.dtype)
 
 
-def _stage_states(trial: Trial, slots: Tensor, *, seed: int) -> None:
+def _stage_states(trial: RandomBatch, slots: Tensor, *, seed: int) -> None:
     """Random where a row is of the trial, NaN where it is not, nor is a row that padding stands for."""
     generator = torch.Generator(slots.device).manual_seed(seed)
     slots[torch.from_numpy(trial.bystanders).to(slots.device)] = float("nan")

@@ -13,11 +13,11 @@ from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
 from compiled_llm.runtime.step.buffers import RING
-from compiled_llm.runtime.verify.random_batches import Trial
+from compiled_llm.runtime.verify.random_batches import RandomBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Snapshot:
     """What a step left of a trial. S sequences, T tokens, V tokens in the vocabulary; keys and values of each layer in turn.
 
     tokens, positions [S]: what the rows go on with; sampled [S]: the tokens that the step reported.
@@ -37,7 +37,7 @@ class Outcome:
 
 
 @contextmanager
-def preserved(memory: Memory, trial: Trial) -> Iterator[None]:
+def preserved(memory: Memory, trial: RandomBatch) -> Iterator[None]:
     """Afterwards all that a trial touches is as before: state, pages, states of its rows, trash. Copies wait on the host."""
     state = {name: buffer.to("cpu", copy=True) for name, buffer in memory.state.named_buffers()}
     pages = [
@@ -57,7 +57,7 @@ def preserved(memory: Memory, trial: Trial) -> Iterator[None]:
             cache[numbers] = content.to(cache.device)
 
 
-def outcome_of(trial: Trial, memory: Memory, bucket: Bucket) -> Outcome:
+def outcome_of(trial: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
     """Read it after a step of this bucket; what the step wrote to the pages becomes zeros."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
     logits = state.logits[rows].float() if bucket.sampler in ("full", "scoring") else None
@@ -76,7 +76,7 @@ def outcome_of(trial: Trial, memory: Memory, bucket: Bucket) -> Outcome:
         slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu()
         for slots in _states(memory)
     ]
-    return Outcome(
+    return Snapshot(
         tokens=state.tokens[rows],
         sampled=state.ring_tokens[(state.step - 1) % RING, rows],
         positions=state.positions[rows],
@@ -88,7 +88,7 @@ def outcome_of(trial: Trial, memory: Memory, bucket: Bucket) -> Outcome:
     )
 
 
-def _written(memory: Memory, trial: Trial) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _written(memory: Memory, trial: RandomBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The keys and the values of each layer, the trial's pages of them, and where the batch's own tokens are."""
     groups = {layer: number for number, group in enumerate(memory.groups) for layer in group.layers}
     layers = [layer for group in memory.groups for layer in group.layers for _ in "kv"]
@@ -97,7 +97,7 @@ def _written(memory: Memory, trial: Trial) -> Iterator[tuple[Tensor, Tensor, Ten
         yield cache, pages, torch.from_numpy(slots).to(cache.device)
 
 
-def _caches(memory: Memory, trial: Trial, *, trash: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _caches(memory: Memory, trial: RandomBatch, *, trash: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The keys and the values of each layer, and the numbers of the trial's pages of them."""
     for group, members in enumerate(memory.groups):
         numbers = [*trial.pages[group].tolist(), *([TRASH_PAGE] if trash else [])]

@@ -26,14 +26,14 @@ from compiled_llm.config.schema import Sampler
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.report.report import Verification
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import Entry, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
 from compiled_llm.runtime.compilation.compiler import release
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.step.batch_inputs import RECENT
 from compiled_llm.runtime.step.sampler import History, RowParams, scores_full
-from compiled_llm.runtime.verify.random_batches import Extent, Trial, make_trial, stage
-from compiled_llm.runtime.verify.snapshot import Outcome, outcome_of, preserved
+from compiled_llm.runtime.verify.random_batches import Extent, RandomBatch, make_trial, stage
+from compiled_llm.runtime.verify.snapshot import Snapshot, outcome_of, preserved
 from compiled_llm.system.compiler_lock import run_eagerly
 from passes.ops.library import references
 
@@ -63,7 +63,7 @@ class _Findings:
 
 
 def check_entry(
-    entry: Entry, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool
+    entry: CapturedBucket, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool
 ) -> None:
     """Verify a compiled bucket; one that fails is not used. With `strict` that is an error, StrictError."""
     if entry.compiled is None:
@@ -113,7 +113,7 @@ def verify(
 
 
 def _try(
-    trial: Trial,
+    trial: RandomBatch,
     found: _Findings,
     bucket: Bucket,
     launch: Callable[[], object],
@@ -159,7 +159,7 @@ def _failure(found: _Findings, allowed: float, share: float) -> str | None:
     return None
 
 
-def _history(trial: Trial, memory: Memory) -> History:
+def _history(trial: RandomBatch, memory: Memory) -> History:
     """What the sampler knows of the trial's rows before the step."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
     recent = torch.full((len(trial.rows), RECENT), -1, device=rows.device)
@@ -167,7 +167,12 @@ def _history(trial: Trial, memory: Memory) -> History:
 
 
 def _compare(
-    found: _Findings, got: Outcome, want: Outcome, trial: Trial, history: History, allowed: float
+    found: _Findings,
+    got: Snapshot,
+    want: Snapshot,
+    trial: RandomBatch,
+    history: History,
+    allowed: float,
 ) -> None:
     assert want.logits is not None
     found.rows += len(trial.rows)
@@ -215,7 +220,7 @@ def _compare(
 
 
 def _gaps(
-    chosen_S: Tensor, want: Outcome, trial: Trial, history: History, slack_S: Tensor
+    chosen_S: Tensor, want: Snapshot, trial: RandomBatch, history: History, slack_S: Tensor
 ) -> Tensor:
     """How far the chosen tokens lie below the right ones, by eager's logits, [S]; a little below a cutoff is still above it."""
     assert want.logits is not None

@@ -20,21 +20,27 @@ from transformers import PreTrainedModel
 from compiled_llm import CompiledLLM
 from compiled_llm.report.report import Report
 from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
-from compiled_llm.runtime.artifacts.artifact import Artifact, Kept, discard, read_key, read_traffic
-from compiled_llm.runtime.artifacts.fingerprint import Key
+from compiled_llm.runtime.artifacts.artifact import (
+    Artifact,
+    SavedBucket,
+    discard,
+    read_key,
+    read_traffic,
+)
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.runtime.compilation.compiler import DISPATCHES, CompiledStep
 from compiled_llm.runtime.compilation.timing import Moment, durations
 from compiled_llm.runtime.step.step import Step
 from passes import Pipeline
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
-KEY = Key({"torch": "2.11.0", "model": "a"})
-OTHER = Key({"torch": "2.11.0", "model": "b", "dtype": "float32"})
+KEY = Fingerprint({"torch": "2.11.0", "model": "a"})
+OTHER = Fingerprint({"torch": "2.11.0", "model": "b", "dtype": "float32"})
 PROMPTS = [prompt_of(5), prompt_of(20)]
 
 
-def kept(content: bytes) -> Kept:
-    return Kept(step=content, passes=[])
+def kept(content: bytes) -> SavedBucket:
+    return SavedBucket(step=content, passes=[])
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def digest(model: PreTrainedModel, bucket: Bucket = STEP) -> str:
     with CompiledLLM(
         model, None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        return trace(llm.runtime.memory.step(llm.runtime.model, bucket))
+        return trace(llm.model_runner.memory.step(llm.model_runner.model, bucket))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.config.loader import parse_config
-from compiled_llm.runtime.artifacts.artifact import Artifact, Kept
+from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.capture.lazy import LazyBuckets, pending
-from compiled_llm.runtime.capture.warmup import Entry
+from compiled_llm.runtime.capture.warmup import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.compilation.timing import Moment, durations
 from compiled_llm.runtime.step.step import Step
@@ -33,7 +33,7 @@ class _Clock:
 def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
     clock, made = _Clock(), list[str]()
 
-    def make(bucket: Bucket) -> Entry:
+    def make(bucket: Bucket) -> CapturedBucket:
         clock.now += 5
         made.append(str(bucket))
         return pending([bucket])[0]
@@ -102,8 +102,8 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
             f"{bucket} is not captured yet: compile.capture is lazy"
             for bucket in ("prefill-48-full", "decode-2-full")
         }
-        while llm.runtime.capture_wanted:
-            llm.runtime.capture_next()
+        while llm.model_runner.capture_wanted:
+            llm.model_runner.capture_next()
         assert sorted(made) == [2, 48]
         eager = report.fallbacks.total()
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
@@ -159,7 +159,7 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             stream = await llm.add(prompt_of(9), params, streaming=False)
             async for output in stream:
                 assert len(output.outputs[0].token_ids) == 4
-            while await llm.call(lambda engine: engine.runtime.capture_wanted):
+            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
                 await asyncio.sleep(0.01)
             return await llm.call(
                 lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets}
@@ -185,8 +185,8 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     with CompiledLLM(model, None, small_config(**LAZY), progress=False) as llm:
         for _ in range(3):
             assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
-        while llm.runtime.capture_wanted:
-            llm.runtime.capture_next()
+        while llm.model_runner.capture_wanted:
+            llm.model_runner.capture_next()
         assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
         report = llm.report()
     assert sorted(tried) == [2, 4, 16]
@@ -233,8 +233,8 @@ def test_an_artifact_in_use_is_marked_so(tmp_path: Path, monkeypatch: pytest.Mon
         with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
             manifest = Path(str(llm.report().facts["artifact"])) / "manifest.json"
             if start == 0:
-                Artifact(manifest.parent, llm.runtime.key()).save(
-                    "decode-9-greedy", Kept(step=b"", passes=[])
+                Artifact(manifest.parent, llm.model_runner.key()).save(
+                    "decode-9-greedy", SavedBucket(step=b"", passes=[])
                 )
                 os.utime(manifest, (0, 0))
     assert manifest.stat().st_mtime > 0

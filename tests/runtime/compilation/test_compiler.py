@@ -33,7 +33,7 @@ def test_generated_code_copies_no_cache() -> None:
         mock.patch.object(GraphLowering, "save_output_code", codes.append),
         CompiledLLM(tiny_model("llama"), None, small_config(**ONE_EACH), progress=False) as llm,
     ):
-        cache = llm.runtime.memory.caches[0].k
+        cache = llm.model_runner.memory.caches[0].k
     assert len(codes) == 2
     shape = re.escape(str(tuple(cache.shape)))
     for code in codes:

@@ -50,7 +50,7 @@ def llm_with_states() -> Iterator[CompiledLLM]:
 
 
 def _launch(llm: CompiledLLM, bucket: Bucket) -> Callable[[], object]:
-    compiled = llm.runtime.entries[bucket].compiled
+    compiled = llm.model_runner.entries[bucket].compiled
     assert compiled is not None
     return compiled.launch
 
@@ -74,7 +74,7 @@ def test_honest_buckets_pass_where_layers_see_chunks() -> None:
         buckets={"decode": [], "prefill": [48], "samplers": ["full"]}, verify=True
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
-        assert any(group.window < 0 for group in llm.runtime.memory.groups)
+        assert any(group.window < 0 for group in llm.model_runner.memory.groups)
         reports = llm.report().buckets
     assert [report.verification.failure for report in reports if report.verification] == [
         None
@@ -82,7 +82,7 @@ def test_honest_buckets_pass_where_layers_see_chunks() -> None:
 
 
 def test_honest_buckets_pass_where_layers_have_states(llm_with_states: CompiledLLM) -> None:
-    memory = llm_with_states.runtime.memory
+    memory = llm_with_states.model_runner.memory
     assert memory.states is not None
     for report in llm_with_states.report().buckets:
         assert report.verification is not None
@@ -94,7 +94,7 @@ def test_honest_buckets_pass_where_layers_have_states(llm_with_states: CompiledL
         launch = _launch(llm_with_states, bucket)
         assert (
             verify(
-                bucket, launch, llm_with_states.model, memory, llm_with_states.runtime.limits
+                bucket, launch, llm_with_states.model, memory, llm_with_states.model_runner.limits
             ).failure
             is None
         )
@@ -129,7 +129,7 @@ def test_wrong_states_are_caught(
     bucket: Bucket,
     fault: Callable[[list[torch.Tensor], Callable[[], object]], None],
 ) -> None:
-    memory, launch = llm_with_states.runtime.memory, _launch(llm_with_states, bucket)
+    memory, launch = llm_with_states.model_runner.memory, _launch(llm_with_states, bucket)
     assert memory.states is not None
     slots = memory.states.slots
     found = verify(
@@ -137,7 +137,7 @@ def test_wrong_states_are_caught(
         lambda: fault(slots, launch),
         llm_with_states.model,
         memory,
-        llm_with_states.runtime.limits,
+        llm_with_states.model_runner.limits,
     )
     assert found.failure is not None
 
@@ -152,7 +152,7 @@ def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
         llm.engine.add(job.requests[0])
     for step in range(9):
         llm.engine.step()
-        memory = llm.runtime.memory
+        memory = llm.model_runner.memory
         kept = {
             name: buffer.clone()
             for module in (memory.state, memory.caches)
@@ -160,7 +160,7 @@ def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
         }
         bucket, report = BUCKETS[step % len(BUCKETS)], replace(llm.report())
         assert (
-            verify(bucket, _launch(llm, bucket), llm.model, memory, llm.runtime.limits).failure
+            verify(bucket, _launch(llm, bucket), llm.model, memory, llm.model_runner.limits).failure
             is None
         )
         for module in (memory.state, memory.caches):
@@ -175,12 +175,12 @@ def test_it_leaves_no_trace(llm: CompiledLLM) -> None:
 
 def _wrong_token(llm: CompiledLLM, launch: Callable[[], object]) -> None:
     launch()
-    llm.runtime.memory.state.tokens.add_(1)
+    llm.model_runner.memory.state.tokens.add_(1)
 
 
 def _wrong_length(llm: CompiledLLM, launch: Callable[[], object]) -> None:
     """Of what a decode step attends to; a prefill step attends to another prompt."""
-    state = llm.runtime.memory.state
+    state = llm.model_runner.memory.state
     state.positions.sub_(1).clamp_(min=0)
     state.prefill[:1].add_(1)
     launch()
@@ -188,14 +188,14 @@ def _wrong_length(llm: CompiledLLM, launch: Callable[[], object]) -> None:
 
 def _wrong_page(llm: CompiledLLM, launch: Callable[[], object]) -> None:
     launch()
-    for cache in llm.runtime.memory.caches:
+    for cache in llm.model_runner.memory.caches:
         cache.v[1:, -1] = 7.0
 
 
 def _writes_nothing(llm: CompiledLLM, launch: Callable[[], object]) -> None:
-    kept = [cache.k.clone() for cache in llm.runtime.memory.caches]
+    kept = [cache.k.clone() for cache in llm.model_runner.memory.caches]
     launch()
-    for cache, before in zip(llm.runtime.memory.caches, kept, strict=True):
+    for cache, before in zip(llm.model_runner.memory.caches, kept, strict=True):
         cache.k.copy_(before)
 
 
@@ -220,13 +220,17 @@ def test_wrong_buckets_are_caught(
             bucket,
             lambda: fault(llm, _launch(llm, bucket)),
             llm.model,
-            llm.runtime.memory,
-            llm.runtime.limits,
+            llm.model_runner.memory,
+            llm.model_runner.limits,
         )
     assert found.failure is not None
     assert (
         verify(
-            bucket, _launch(llm, bucket), llm.model, llm.runtime.memory, llm.runtime.limits
+            bucket,
+            _launch(llm, bucket),
+            llm.model,
+            llm.model_runner.memory,
+            llm.model_runner.limits,
         ).failure
         is None
     )
@@ -246,8 +250,8 @@ def test_in_few_bits_honest_and_wrong_are_far_apart(dtype: torch.dtype) -> None:
                 bucket,
                 lambda: _wrong_length(llm, _launch(llm, bucket)),
                 llm.model,
-                llm.runtime.memory,
-                llm.runtime.limits,
+                llm.model_runner.memory,
+                llm.model_runner.limits,
             )
         assert wrong.error > 2 * ALLOWED[dtype]
 
@@ -278,12 +282,16 @@ def test_a_wrong_kernel_is_caught(seen: int, monkeypatch: pytest.MonkeyPatch) ->
     with CompiledLLM(
         tiny_model("llama", max_position_embeddings=4096), None, config, progress=False
     ) as llm:
-        bucket, runtime = Bucket("decode", 4, "greedy"), llm.runtime
-        found = verify(bucket, _launch(llm, bucket), llm.model, runtime.memory, runtime.limits)
+        bucket, model_runner = Bucket("decode", 4, "greedy"), llm.model_runner
+        found = verify(
+            bucket, _launch(llm, bucket), llm.model, model_runner.memory, model_runner.limits
+        )
         assert "differ from eager" in str(found.failure)
         assert found.error > 10 * found.allowed
         monkeypatch.setattr(verifying, "_FIRST", ("full",))
-        short = verify(bucket, _launch(llm, bucket), llm.model, runtime.memory, runtime.limits)
+        short = verify(
+            bucket, _launch(llm, bucket), llm.model, model_runner.memory, model_runner.limits
+        )
         assert (short.failure is None) == (seen == 2100)
 
 
@@ -294,7 +302,7 @@ def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
     with CompiledLLM(
         tiny_model("gemma2", max_position_embeddings=4096), None, config, progress=False
     ) as llm:
-        memory, bounds = llm.runtime.memory, llm.runtime.limits
+        memory, bounds = llm.model_runner.memory, llm.model_runner.limits
         for bucket in (Bucket("decode", 4, "greedy"), Bucket("prefill", 48, "greedy")):
             trial = make_trial(bucket, memory, bounds, seed=1, extent="long")
             assert trial.starts[0] + trial.counts[0] == 4090
@@ -311,20 +319,22 @@ def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
 @pytest.mark.parametrize("token", [-1, 160])
 def test_what_is_no_token_is_caught(llm: CompiledLLM, token: int) -> None:
     """As a step reports it for a row whose scores are not finite; it is no index."""
-    bucket, state = BUCKETS[4], llm.runtime.memory.state
+    bucket, state = BUCKETS[4], llm.model_runner.memory.state
 
     def launch() -> None:
         _launch(llm, bucket)()
         state.ring_tokens.fill_(token)
 
-    found = verify(bucket, launch, llm.model, llm.runtime.memory, llm.runtime.limits)
+    found = verify(bucket, launch, llm.model, llm.model_runner.memory, llm.model_runner.limits)
     assert found.failure == "it chose tokens that are not in the vocabulary, or none"
 
     def launch_wholly() -> None:
         launch()
         state.tokens.fill_(token)
 
-    found = verify(bucket, launch_wholly, llm.model, llm.runtime.memory, llm.runtime.limits)
+    found = verify(
+        bucket, launch_wholly, llm.model, llm.model_runner.memory, llm.model_runner.limits
+    )
     assert str(found.failure).startswith("it chose tokens that are not in the vocabulary, or none")
 
 
@@ -333,9 +343,9 @@ def test_a_report_of_other_tokens_is_caught(llm: CompiledLLM) -> None:
 
     def launch() -> None:
         _launch(llm, bucket)()
-        llm.runtime.memory.state.ring_tokens.add_(1).remainder_(160)
+        llm.model_runner.memory.state.ring_tokens.add_(1).remainder_(160)
 
-    found = verify(bucket, launch, llm.model, llm.runtime.memory, llm.runtime.limits)
+    found = verify(bucket, launch, llm.model, llm.model_runner.memory, llm.model_runner.limits)
     assert found.failure == "it reported other tokens than its rows go on with"
 
 
