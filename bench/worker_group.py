@@ -172,7 +172,7 @@ def open_worker(
 def measured_card(config: Config, options: Options) -> Roofline:
     """The card, from a process that has ended since; raises ValueError where the config cannot be served."""
     try:
-        with WorkerClient("bench.roofline:CardMaker", {}, limit=options.limit) as worker:
+        with WorkerClient("bench.roofline:RooflineProbe", {}, limit=options.limit) as worker:
             return Roofline(**worker.call("measure", config=config.model_dump(mode="json")))
     except WorkerError as error:
         raise ValueError(f"the card could not be made: {error}") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import buckets, passes, session, startup, stream
+from bench import buckets, passes, startup, stream, worker_group
 from bench.systems import System
 from bench.systems.ours_steps import Steps
 from bench.systems.transformers_batching import TransformersBatching
@@ -100,7 +100,7 @@ def test_on_a_cpu_the_stream_has_host_time_alone(tmp_path: Path) -> None:
 
 
 def test_each_pass_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "open_worker", open_local)
+    monkeypatch.setattr(worker_group, "open_worker", open_local)
     config = tiny_config(tmp_path)
     sizes: dict[str, Any] = {"batches": [1, 2], "context": 8, "steps": 2, "rounds": 2}
     rows = passes.run(config, _CARD, Options(), only=["paged_attention"], **sizes)

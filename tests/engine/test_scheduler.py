@@ -297,7 +297,7 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
     ]
     driver = Driver(Setup(windows=windows, max_num_seqs=6, apart=apart), cases)
     driver.run()
-    stats = driver.runtime.report.scheduling
+    stats = driver.model_runner.report.scheduling
     assert stats.preemptions > 0
     assert stats.cached_tokens > 200
     assert stats.decode_steps > 50 or not apart

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from compiled_llm import CompiledLLM, starting
+from compiled_llm import CompiledLLM, startup
 from compiled_llm.models.attention import ATTENTION_NAME
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -69,7 +69,7 @@ def test_a_start_that_fails_gives_the_model_back(
     def fail(*_: object, **__: object) -> None:
         raise error("here")
 
-    monkeypatch.setattr(starting, phase, fail)
+    monkeypatch.setattr(startup, phase, fail)
     with pytest.raises(error, match="here"):
         _engine(model)
     assert _is_given_back(model)

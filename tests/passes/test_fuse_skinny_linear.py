@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_llm import CompiledLLM
-from passes import PassContext, small_linear
+from passes import PassContext, fuse_skinny_linear
 from passes.fx_utils import emit
 from passes.ops import skinny_linear as op
 from passes.ops.skinny_linear import small_linear_cpu, small_linear_kernel, small_linear_reference
@@ -104,15 +104,15 @@ def _found(llm: CompiledLLM) -> dict[str, int]:
 def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the reference stands for the kernel."""
     labels: dict[int, list[str]] = {}
-    rewrite = small_linear._rewrite
+    rewrite = fuse_skinny_linear._rewrite
 
     def noting(graph, product):  # type: ignore[no-untyped-def]
         num_tokens = product.meta["val"].shape[0]
         labels.setdefault(num_tokens, []).append(rewrite(graph, product))
         return labels[num_tokens][-1]
 
-    monkeypatch.setattr(small_linear, "_is_served", lambda product: True)
-    monkeypatch.setattr(small_linear, "_rewrite", noting)
+    monkeypatch.setattr(fuse_skinny_linear, "_is_served", lambda product: True)
+    monkeypatch.setattr(fuse_skinny_linear, "_rewrite", noting)
     model = tiny_model(family)
     reference = Reference(model)
     config = small_config(
@@ -189,7 +189,7 @@ def test_only_weights_that_nothing_computes_are_taken(
         )
         graph.output(product)
     context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=2)
-    labels = small_linear.SMALL_LINEAR.run(graph, context)
+    labels = fuse_skinny_linear.SMALL_LINEAR.run(graph, context)
     assert labels == (["linear"] if prepare in (_itself, _read_as_one, _half) else [])
     assert len(graph.find_nodes(op="call_function", target=op.small_linear)) == len(labels)
 
@@ -207,7 +207,7 @@ def test_several_tokens_in_float16_are_normed_before() -> None:
                     num_tokens, 64, dtype=dtype, device="cuda"
                 )
                 weight.meta["val"] = torch.empty(64, 64, dtype=dtype, device="cuda")
-                taken[dtype, num_tokens] = small_linear._takes_norm(product)
+                taken[dtype, num_tokens] = fuse_skinny_linear._takes_norm(product)
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
 
 
@@ -227,7 +227,7 @@ def test_a_norm_of_groups_of_features_stays(num_groups: int) -> None:
             graph, aten.reshape.default, emit(graph, aten.mul.Tensor, groups, factor), [3, 64]
         )
         x = emit(graph, aten.mul.Tensor, weight, normed)
-    found = small_linear._norm(x)
+    found = fuse_skinny_linear._norm(x)
     assert (found is not None) == (num_groups == 1)
 
 
@@ -235,10 +235,22 @@ def test_several_tokens_are_served_where_that_pays() -> None:
     """Of an 8B and a 0.6B model: q, k and v; o; gate and up; down; lm_head."""
     large = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
     small = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)]
-    assert [small_linear._pays(8, *shape) for shape in large] == [False, True, False, True, False]
-    assert [small_linear._pays(8, *shape) for shape in small] == [True, True, True, True, False]
+    assert [fuse_skinny_linear._pays(8, *shape) for shape in large] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert [fuse_skinny_linear._pays(8, *shape) for shape in small] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert all(
-        small_linear._pays(1, *shape) and not small_linear._pays(17, *shape)
+        fuse_skinny_linear._pays(1, *shape) and not fuse_skinny_linear._pays(17, *shape)
         for shape in large + small
     )
 

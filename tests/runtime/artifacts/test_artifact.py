@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from compiled_llm import CompiledLLM
 from compiled_llm.report.report import Report
-from compiled_llm.runtime import artifact_cache, artifacts, warmup, whole_files
+from compiled_llm.runtime.artifacts import artifact as artifact_module
+from compiled_llm.runtime.artifacts import cache
 from compiled_llm.runtime.artifacts.artifact import (
     Artifact,
     SavedBucket,
@@ -28,9 +29,11 @@ from compiled_llm.runtime.artifacts.artifact import (
     read_traffic,
 )
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
+from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.compilation.compiler import DISPATCHES, CompiledStep
 from compiled_llm.runtime.compilation.timing import Moment, durations
 from compiled_llm.runtime.step.step import Step
+from compiled_llm.system import atomic_file
 from passes import Pipeline
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -171,10 +174,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 def test_a_process_that_keeps_the_lock_costs_the_artifact_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole_files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(atomic_file, "_PATIENCE", 0.1)
     artifact = Artifact(tmp_path, KEY)
     with (
-        whole_files.locked(tmp_path),
+        atomic_file.locked(tmp_path),
         pytest.raises(TimeoutError, match="another process has had the lock"),
     ):
         artifact.save("decode-1-greedy", kept(b"one"))
@@ -183,7 +186,7 @@ def test_a_process_that_keeps_the_lock_costs_the_artifact_alone(
 
 
 def _cached(name: str, *, size: int, age: float) -> Path:
-    artifact = Artifact(artifact_cache.cached_artifacts() / name, KEY)
+    artifact = Artifact(cache.cached_artifacts() / name, KEY)
     artifact.save("decode-1-greedy", kept(b"x" * size))
     os.utime(artifact.directory / "manifest.json", (time.time() - age, time.time() - age))
     return artifact.directory
@@ -191,26 +194,24 @@ def _cached(name: str, *, size: int, age: float) -> Path:
 
 def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(artifacts, "_loaded_libraries", list)  # those of other tests
+    monkeypatch.setattr(artifact_module, "_loaded_libraries", list)  # those of other tests
     used, old, older, oldest = (
         _cached(name, size=100_000, age=n)
         for n, name in enumerate(["used", "old", "older", "oldest"])
     )
-    assert artifact_cache.make_room(410_000, used=used) == []
-    artifact_cache.mark_used(oldest)
-    with whole_files.locked(older):
-        assert artifact_cache.make_room(210_000, used=used) == ["old", "oldest"], (
+    assert cache.make_room(410_000, used=used) == []
+    cache.mark_used(oldest)
+    with atomic_file.locked(older):
+        assert cache.make_room(210_000, used=used) == ["old", "oldest"], (
             "another process writes to older"
         )
-    assert [path.name for path in sorted(artifact_cache.cached_artifacts().iterdir())] == [
+    assert [path.name for path in sorted(cache.cached_artifacts().iterdir())] == [
         "older",
         "used",
     ]
-    assert artifact_cache.make_room(1, used=used) == ["older"]
+    assert cache.make_room(1, used=used) == ["older"]
     assert Artifact(used, KEY).load("decode-1-greedy") is not None
-    assert artifact_cache.make_room(1, used=tmp_path / "named") == [], (
-        "the engine is on another directory"
-    )
+    assert cache.make_room(1, used=tmp_path / "named") == [], "the engine is on another directory"
     assert not old.exists()
 
 
@@ -218,14 +219,14 @@ def test_tidying_leaves_alone_what_a_link_leads_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(artifacts, "_loaded_libraries", list)
-    used, link = _cached("used", size=1000, age=0), artifact_cache.cached_artifacts() / "link"
+    monkeypatch.setattr(artifact_module, "_loaded_libraries", list)
+    used, link = _cached("used", size=1000, age=0), cache.cached_artifacts() / "link"
     elsewhere = Artifact(tmp_path / "elsewhere", KEY)
     elsewhere.save("decode-1-greedy", kept(b"x" * 1000))
     link.symlink_to(elsewhere.directory)
     before = {path: path.read_bytes() for path in elsewhere.directory.iterdir()}
     os.utime(elsewhere.directory / "manifest.json", (0, 0))
-    assert artifact_cache.make_room(1, used=used) == []
+    assert cache.make_room(1, used=used) == []
     assert link.is_symlink()
     assert {path: path.read_bytes() for path in elsewhere.directory.iterdir()} == before
 
@@ -277,7 +278,7 @@ def test_an_artifact_that_others_may_write_is_not_opened(
     with pytest.warns(
         UserWarning, match=f"not used: others may write to {tmp_path}/shared .mode 777"
     ):
-        opened = artifact_cache.open_artifact(config, KEY, report, by_graph=False)
+        opened = cache.open_artifact(config, KEY, report, by_graph=False)
     assert opened is not None
     assert opened.directory.parent == tmp_path / "cache" / "artifacts"
     assert [report.artifact_refusal] == report.warnings
@@ -286,7 +287,7 @@ def test_an_artifact_that_others_may_write_is_not_opened(
     os.chmod(tmp_path / "cache", 0o777)
     with pytest.warns(UserWarning, match=f"not used: others may write to {tmp_path}/cache"):
         assert (
-            artifact_cache.open_artifact(
+            cache.open_artifact(
                 small_config(compile={"artifact": "auto"}), KEY, Report(), by_graph=False
             )
             is None
@@ -300,7 +301,7 @@ def test_libraries_that_the_process_has_loaded_come_along(
     library = here / "ab" / "cd.so"
     library.parent.mkdir(parents=True)
     library.write_bytes(b"a library")
-    monkeypatch.setattr(artifacts, "_loaded_libraries", lambda: [library])
+    monkeypatch.setattr(artifact_module, "_loaded_libraries", lambda: [library])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))
     artifact = Artifact(tmp_path / "artifact", KEY)
     artifact.save("decode-1-greedy", kept(b"one"))
@@ -325,13 +326,13 @@ def test_libraries_that_the_process_has_loaded_come_along(
 _WRITER = """
 import sys, time
 from pathlib import Path
-from compiled_llm.runtime.artifacts.fingerprint import Key
-from compiled_llm.runtime.artifacts.artifact import Artifact, Kept
-artifact = Artifact(Path(sys.argv[1]), Key({"torch": "2.11.0", "model": "a"}))
+from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
+from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
+artifact = Artifact(Path(sys.argv[1]), Fingerprint({"torch": "2.11.0", "model": "a"}))
 print("ready", flush=True)
 for _ in range(int(sys.argv[3])):
     time.sleep(0.002)
-    artifact.save("decode-1-greedy", Kept(step=sys.argv[2].encode() * 1_000_000, passes=[]))
+    artifact.save("decode-1-greedy", SavedBucket(step=sys.argv[2].encode() * 1_000_000, passes=[]))
 """
 
 
@@ -628,7 +629,7 @@ def test_a_full_disk_costs_the_artifact_alone(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(whole_files.os, "fsync", full)
+    monkeypatch.setattr(atomic_file.os, "fsync", full)
     with pytest.warns(
         UserWarning, match="1 of 1 buckets were compiled and not kept: .* No space left on device"
     ):

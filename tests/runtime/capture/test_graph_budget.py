@@ -12,12 +12,14 @@ from compiled_llm import CompiledLLM
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import CacheConfig
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.runtime import graph_trees, memory, warmup
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, make_buckets
+from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.capture.graph_budget import by_usefulness, set_aside
+from compiled_llm.runtime.compilation import cuda_graph_trees
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.runtime.memory import kv_cache
 from compiled_llm.runtime.step.step import Step
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -121,7 +123,7 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
     left_out = [bucket for bucket in report.buckets if bucket.mode == "left out"]
     assert len(left_out) == 5 - len(kept)
     for bucket in left_out:
-        assert f"of memory.graphs={budget}.0 MiB" in str(bucket.failure)
+        assert f"of kv_cache.graphs={budget}.0 MiB" in str(bucket.failure)
         assert bucket.bucket in report.warnings[0]
         assert bucket.bucket in str(report)
     assert all(
@@ -163,7 +165,7 @@ def test_the_cache_takes_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     total = 2**37
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda device: free)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total)
     )
@@ -192,7 +194,7 @@ def test_the_cache_takes_what_is_left(
     reserved = activations + set_aside(config, GPU)
     assert reserved == activations + graphs
     try:
-        groups = memory.plan_groups(config.cache, layers, limits, GPU, reserved=reserved)
+        groups = kv_cache.plan_groups(config.cache, layers, limits, GPU, reserved=reserved)
     except ValueError:
         reject()  # not even one sequence fits
     pages = [block_size * sum(layers[n].bytes_per_token for n in group.layers) for group in groups]
@@ -209,4 +211,4 @@ def test_what_is_set_aside() -> None:
     assert set_aside(parse_config(wanted), torch.device("cpu")) == 0
     assert set_aside(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
     assert CacheConfig().memory == "auto"
-    assert graph_trees.graph_bytes(torch.device("cpu")) == 0
+    assert cuda_graph_trees.graph_bytes(torch.device("cpu")) == 0

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from compiled_llm import CompiledLLM
-from compiled_llm.runtime import compile_pool, hollow
+from compiled_llm.runtime.compilation import weightless_pickle, worker_pool
 from compiled_llm.runtime.compilation.worker_pool import num_processes
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -37,9 +37,9 @@ class Tied(nn.Module):
 
 def test_a_module_travels_without_what_its_large_tensors_hold() -> None:
     model = Tied()
-    content = hollow.dumps([model, model.weight])
+    content = weightless_pickle.dumps([model, model.weight])
     assert len(content) < 10_000
-    there, weight = hollow.loads(content)
+    there, weight = weightless_pickle.loads(content)
     assert there.weight is there.same
     assert there.weight is weight
     assert isinstance(weight, nn.Parameter)
@@ -111,7 +111,7 @@ def test_processes_that_end_are_not_waited_for(
     start = subprocess.Popen
     dying = [sys.executable, "-c", "import sys; sys.exit('no memory')"]
     monkeypatch.setattr(
-        compile_pool.subprocess, "Popen", lambda command, **kwargs: start(dying, **kwargs)
+        worker_pool.subprocess, "Popen", lambda command, **kwargs: start(dying, **kwargs)
     )
     tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
@@ -124,7 +124,7 @@ def test_what_does_not_pickle_is_compiled_here(
 ) -> None:
     monkeypatch.setattr(MODEL, "unpicklable", lambda: None, raising=False)
     with pytest.raises((pickle.PicklingError, AttributeError)):
-        hollow.dumps(MODEL)
+        weightless_pickle.dumps(MODEL)
     tokens, report, traced = tokens_and_report(pooled(tmp_path))
     assert tokens == expected
     assert traced == 1 + len(report.buckets)
