@@ -27,9 +27,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def public_names(package: str) -> list[str]:
-    """Return the names in a package's `__all__`; raise ValueError if it has none."""
+    """Return the names in a package's `__all__`.
+
+    Raises:
+        ValueError: the package has no `__all__`, or one that is not a literal.
+    """
     source = (_ROOT / package / "__init__.py").read_text()
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
             return list(ast.literal_eval(node.value))
     raise ValueError(f"{package}/__init__.py has no __all__: expected a list of public names")
