@@ -11,7 +11,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 docs: .venv/ready
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sweep: .venv/ready
 	$(BIN)/python -m sweep
