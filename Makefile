@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test sweep soak lint clean
+.PHONY: demo test docs sweep soak lint clean
 
 demo: .venv/ready
 	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sweep: .venv/ready
 	$(BIN)/python -m tests.model_sweep
@@ -29,4 +32,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

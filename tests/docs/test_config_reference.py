@@ -1,0 +1,49 @@
+"""The configuration page lists every key of the schema."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled_llm import Config
+
+_HOOK = Path(__file__).parents[2] / "docs" / "_hooks" / "config_reference.py"
+
+
+@pytest.fixture(scope="module")
+def hook() -> Any:
+    spec = importlib.util.spec_from_file_location("config_reference", _HOOK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_key_has_a_row(hook: Any) -> None:
+    page = hook.on_page_markdown("# Keys\n\n<!-- config reference -->\n")
+    for name, field in Config.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", {name: field})
+        for key in keys:
+            assert f"\n| `{key}` | " in page
+        assert (f"### `{name}`" in page) == (keys != {name: field})
+
+
+def test_a_row_gives_values_default_and_bounds(hook: Any) -> None:
+    page = hook.on_page_markdown("<!-- config reference -->")
+    assert "| `max_num_seqs` | `auto`, or integer from 1 to 65,536 | `auto` |" in page
+    assert "| `growth` | number from 1.05 | `4.0` |" in page
+    assert "| `cache_limit` | a size such as `2GiB`, or bytes | `10GiB` |" in page
+    assert "| `strict` | `true`, `false` | `false` |" in page
+
+
+def test_keys_are_separated_from_prose(hook: Any) -> None:
+    docstring = "A section.\n\nAttributes:\n    first: one thing,\n        on two lines.\n\nMore."
+    prose, meanings = hook.split_docstring(docstring, {"first", "second"})
+    assert [line for line in prose if line] == ["A section.", "More."]
+    assert meanings == {"first": "One thing, on two lines."}
+
+
+def test_other_pages_stay_as_they_are(hook: Any) -> None:
+    assert hook.on_page_markdown("# Page") == "# Page"
