@@ -12,20 +12,32 @@ if TYPE_CHECKING:
     from compiled_llm.async_llm import AsyncCompiledLLM
     from compiled_llm.config.loader import load_config
     from compiled_llm.config.schema import Config
-    from compiled_llm.engine.engine import QueueFullError
+    from compiled_llm.errors import (
+        CaptureError,
+        CompiledLLMError,
+        EngineBrokenError,
+        QueueFullError,
+        RequestFailedError,
+        StrictError,
+        UnsupportedModelError,
+    )
     from compiled_llm.llm import CompiledLLM
-    from compiled_llm.models.attention import UnsupportedModelError
     from compiled_llm.outputs import CompletionOutput, RequestOutput
     from compiled_llm.sampling_params import SamplingParams
 
 __all__ = [
     "AsyncCompiledLLM",
+    "CaptureError",
     "CompiledLLM",
+    "CompiledLLMError",
     "CompletionOutput",
     "Config",
+    "EngineBrokenError",
     "QueueFullError",
+    "RequestFailedError",
     "RequestOutput",
     "SamplingParams",
+    "StrictError",
     "UnsupportedModelError",
     "load_config",
 ]
@@ -35,11 +47,16 @@ _MODULES = {
     "CompiledLLM": "llm",
     "CompletionOutput": "outputs",
     "Config": "config.schema",
-    "QueueFullError": "engine.engine",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
-    "UnsupportedModelError": "models.attention",
     "load_config": "config.loader",
+    "CaptureError": "errors",
+    "CompiledLLMError": "errors",
+    "EngineBrokenError": "errors",
+    "QueueFullError": "errors",
+    "RequestFailedError": "errors",
+    "StrictError": "errors",
+    "UnsupportedModelError": "errors",
 }
 
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from compiled_llm.engine.engine import Engine
 from compiled_llm.engine.processor import RequestGroup
-from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
+from compiled_llm.errors import EngineBrokenError
 from compiled_llm.llm import CompiledLLM
 from compiled_llm.outputs import RequestOutput
 

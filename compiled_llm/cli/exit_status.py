@@ -12,6 +12,8 @@ from contextlib import suppress
 import typer
 from typer.main import get_command
 
+from compiled_llm.errors import QueueFullError, RequestFailedError, StrictError
+
 BAD_INPUT = 2
 INTERRUPTED = 130
 READER_GONE = 141
@@ -57,10 +59,6 @@ def _refused(error: Exception) -> int | None:
     if "torch" not in sys.modules:
         return None
     from torch import OutOfMemoryError
-
-    from compiled_llm.engine.engine import QueueFullError
-    from compiled_llm.engine.processor import RequestFailedError
-    from compiled_llm.runtime.capture.warmup import StrictError
 
     if isinstance(error, RequestFailedError):
         return 1

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from compiled_llm.engine.input_batch import InputBatch
 from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.logits_processors import processed
-from compiled_llm.engine.recovery import EngineBrokenError, count_on_stack, move_unfinished
+from compiled_llm.engine.recovery import count_on_stack, move_unfinished
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.request_checks import check
 from compiled_llm.engine.sampling_rows import bias_of, extras_of
 from compiled_llm.engine.scheduler import OutOfBlocksError, Scheduler, SchedulerLimits
 from compiled_llm.engine.scheduler_output import SchedulerOutput
+from compiled_llm.errors import EngineBrokenError, QueueFullError
 from compiled_llm.outputs import FinishReason, by_token
 from compiled_llm.runtime.model_runner import Logprobs, ModelRunner
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
@@ -38,10 +39,6 @@ _NOT_FINITE = (
     "the scores of its next token are not finite: the model or a logits processor gave NaN or infinity, or nothing is left of the "
     "vocabulary after allowed_token_ids, bad_words, min_tokens and logits_processors"
 )
-
-
-class QueueFullError(RuntimeError):
-    """`limits.max_waiting` requests are waiting already: come back later."""
 
 
 @dataclass(frozen=True, slots=True)

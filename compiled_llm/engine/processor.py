@@ -17,6 +17,7 @@ from compiled_llm.engine.prompts import (
 )
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.unknown_tokens import is_unknown, raise_panic
+from compiled_llm.errors import RequestFailedError
 from compiled_llm.outputs import Beginning, CompletionOutput, RequestMetrics, RequestOutput
 from compiled_llm.sampling_params import SamplingParams
 
@@ -259,10 +260,6 @@ class RequestProcessor:
                 assert self._tokenizer is not None
                 words[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
         return [list(word) for word in words if word]
-
-
-class RequestFailedError(RuntimeError):
-    """A request ended before its time; the message gives the reason."""
 
 
 def raise_failure(request: Request) -> None:

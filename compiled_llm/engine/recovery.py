@@ -12,10 +12,6 @@ from compiled_llm.engine.request import Request
 from compiled_llm.engine.scheduler import Scheduler
 
 
-class EngineBrokenError(RuntimeError):
-    """The engine met an error after which its state cannot be trusted; it serves nothing more."""
-
-
 def move_unfinished(old: Scheduler, new: Scheduler, error: str) -> list[Request]:
     """End the requests that run in `old`, and add those that wait there to `new`, in the order of their arrival.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import passes.ops.attention_marker  # noqa: F401  # registers the op
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
 
 ATTENTION_NAME = "compiled_llm"
@@ -32,10 +33,6 @@ _REDUNDANT = {
     "return_dict",
     "logits_to_keep",
 }
-
-
-class UnsupportedModelError(ValueError):
-    """The model needs something of attention, or of its inputs, that is not served here; the message names it."""
 
 
 class UndecidedError(ValueError):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention import (
     ATTENTION_NAME,
     CURRENT,
     Attention,
     AttentionCall,
     UndecidedError,
-    UnsupportedModelError,
 )
 from compiled_llm.models.attention_routing import route
 from compiled_llm.models.exported_model import ServedModel, trace

@@ -15,12 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
-from compiled_llm.models.attention import (
-    CURRENT,
-    AttentionCall,
-    UndecidedError,
-    UnsupportedModelError,
-)
+from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.models.attention import CURRENT, AttentionCall, UndecidedError
 from compiled_llm.models.attention_routing import route
 from compiled_llm.system.compiler_lock import eager_steps_excluded
 from passes.export.recognize_attention import replace_own_attention

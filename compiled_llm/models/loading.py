@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from compiled_llm.config.schema import ModelConfig
-from compiled_llm.models.attention import UnsupportedModelError
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.default_model import default_model
 from compiled_llm.models.gguf_file import read_once
 from compiled_llm.models.preflight import code_arguments, refuse_unsupported

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.models.attention import UndecidedError, UnsupportedModelError
+from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.models.attention import UndecidedError
 from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import (
     AttentionLayer,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from compiled_llm.config.schema import Config, Sampler
+from compiled_llm.errors import StrictError
 from compiled_llm.models.discovery import AttentionLayer, continues_from_states
 from compiled_llm.models.exported_model import ServedModel, model_itself
 from compiled_llm.models.unchanged import Unchanged
@@ -28,7 +29,7 @@ from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
 from compiled_llm.runtime.capture.bucket_selector import BucketSelector
 from compiled_llm.runtime.capture.lazy import LazyBuckets, between_steps
-from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import Launch, trace
 from compiled_llm.runtime.compilation.cuda_graph_trees import (
     graph_events,

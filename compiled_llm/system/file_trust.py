@@ -4,9 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-
-class UntrustedFileError(OSError):
-    """Another user owns a file or directory, or may write to it."""
+from compiled_llm.errors import UntrustedFileError
 
 
 def refusal(path: Path) -> str | None:

@@ -14,17 +14,16 @@ import yaml
 from typer.testing import CliRunner
 
 import bench.cli
-from compiled_llm import CompiledLLM, QueueFullError
+from compiled_llm import CompiledLLM
 from compiled_llm import llm as api
 from compiled_llm.cli import main as cli
 from compiled_llm.cli.exit_status import run_command
 from compiled_llm.cli.main import app
-from compiled_llm.engine.processor import RequestFailedError
+from compiled_llm.errors import QueueFullError, RequestFailedError, StrictError
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.runtime.capture.warmup import StrictError
 from compiled_llm.runtime.verify import verify
 from tests.helpers.tiny_models import tiny_model
 

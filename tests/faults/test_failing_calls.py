@@ -9,7 +9,7 @@ import torch
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.engine.block_pool import BlockPool
-from compiled_llm.engine.recovery import EngineBrokenError
+from compiled_llm.errors import EngineBrokenError
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.runtime.step.buffers import StepBuffers, _Staging

@@ -22,18 +22,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from compiled_llm import (
-    AsyncCompiledLLM,
-    CompiledLLM,
-    QueueFullError,
-    RequestOutput,
-    SamplingParams,
-)
+from compiled_llm import AsyncCompiledLLM, CompiledLLM, RequestOutput, SamplingParams
 from compiled_llm.async_llm import RequestStream
 from compiled_llm.engine.processor import RequestGroup, RequestProcessor
-from compiled_llm.engine.recovery import EngineBrokenError
 from compiled_llm.engine.request import Request
 from compiled_llm.engine_thread import EngineThread
+from compiled_llm.errors import EngineBrokenError, QueueFullError
 from compiled_llm.sampling_params import LogitsProcessor
 from tests.helpers.tiny_models import VOCAB_SIZE, Reference, prompt_of, small_config, tiny_model
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from compiled_llm import CompiledLLM, QueueFullError, SamplingParams
+from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.prompts import check_message
+from compiled_llm.errors import QueueFullError
 from compiled_llm.running import run
 from tests.helpers.tiny_models import (
     VOCAB_SIZE,

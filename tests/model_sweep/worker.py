@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import patch
 
+from compiled_llm.errors import StrictError, UnsupportedModelError
 from tests.model_sweep.outcome import Outcome
 
 # The models are tiny: threads that wait for each other cost more than they bring.
@@ -59,8 +60,6 @@ def _serve(connection: Connection, model_type: str, dispatch: str, log: str) -> 
 
 def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = None) -> Outcome:
     """The outcome of one type, in this process."""
-    from compiled_llm import UnsupportedModelError
-    from compiled_llm.runtime.capture.warmup import StrictError
     from tests.model_sweep.check import MismatchError, check
     from tests.model_sweep.record import read_excuses
     from tests.model_sweep.tiny_configs import tiny_config

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiled_llm import UnsupportedModelError
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention import attention_forward
 from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import (

@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from compiled_llm import CompiledLLM, UnsupportedModelError
+from compiled_llm import CompiledLLM
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models import exported_model
 from compiled_llm.models.attention import UndecidedError
 from compiled_llm.models.attention_routing import attached

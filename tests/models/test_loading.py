@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from compiled_llm import CompiledLLM, SamplingParams, UnsupportedModelError
+from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.schema import ModelConfig
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models import default_model, loading
 from compiled_llm.models.loading import load
 from compiled_llm.models.preflight import code_arguments
@@ -282,7 +283,6 @@ def test_shards_and_tied_weights(tmp_path: Path) -> None:
 
 _LOAD_IN_LITTLE = """
 import resource, sys, torch
-from compiled_llm import UnsupportedModelError
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.loading import load
 import json

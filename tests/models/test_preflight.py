@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compiled_llm import UnsupportedModelError
 from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import ModelConfig
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models import loading
 from compiled_llm.models.attention import UndecidedError
 from compiled_llm.models.attention_routing import attached

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compiled_llm import CompiledLLM, UnsupportedModelError
+from compiled_llm import CompiledLLM
 from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import LimitsConfig
+from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention_routing import attached
 from compiled_llm.models.discovery import check_tokens_meet_in_attention
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit

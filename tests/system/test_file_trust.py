@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from compiled_llm.errors import UntrustedFileError
 from compiled_llm.system import file_trust
-from compiled_llm.system.file_trust import UntrustedFileError, make_private, read_trusted, refusal
+from compiled_llm.system.file_trust import make_private, read_trusted, refusal
 
 
 @pytest.fixture

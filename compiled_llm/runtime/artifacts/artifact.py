@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from compiled_llm.errors import UntrustedFileError
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, hash_of
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.system.atomic_file import locked, remove_unfinished, write_whole
-from compiled_llm.system.file_trust import UntrustedFileError, read_trusted, refusal
+from compiled_llm.system.file_trust import read_trusted, refusal
 from passes import PassReport
 from passes.ops.precompile import KernelFiles, restore_kernels
 

@@ -6,9 +6,10 @@ Nothing of this is silent: steps served by a bucket in another's stead are count
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from compiled_llm.config.schema import Sampler
+from compiled_llm.errors import StrictError
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import Bucket, Kind, match
-from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket
 
 
 class BucketSelector:

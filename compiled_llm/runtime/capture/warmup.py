@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from compiled_llm.config.schema import Config
+from compiled_llm.errors import StrictError
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.weight_packing import merged_groups
@@ -38,10 +39,6 @@ from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.step import Step
 from passes import PASSES, PassContext, PassError, PassReport, Pipeline
 from passes.ops.precompile import compile_kernels
-
-
-class StrictError(RuntimeError):
-    """What `strict` forbids: a fallback, a graph skip, a recompile or a re-record."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,9 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 
-
-class CaptureError(RuntimeError):
-    """A compiled step was not recorded as one CUDA graph."""
+from compiled_llm.errors import CaptureError
 
 
 def prepare_thread() -> None:

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from compiled_llm.config.schema import Sampler
+from compiled_llm.errors import StrictError
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.report.report import Verification
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import CapturedBucket, StrictError
+from compiled_llm.runtime.capture.warmup import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import release
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory

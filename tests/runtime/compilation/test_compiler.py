@@ -15,8 +15,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.errors import StrictError
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.warmup import StrictError
 from compiled_llm.runtime.compilation.cuda_graph_trees import prepare_thread
 from passes import PASSES, PassError
 from tests.conftest import DEVICE

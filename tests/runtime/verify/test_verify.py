@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.errors import StrictError
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.warmup import StrictError
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.runtime.verify import verify as verifying
