@@ -12,17 +12,14 @@ they may serve others. With `slopes`, a head's scores lose its slope for each to
 `arrivals` is the decode kernel's: zeros before and after (see `decode_attention`).
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
+from passes.attention_reach import AttentionReach
 from passes.ops import cpu
 from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define
 from passes.ops.prefill_attention import prefill_attention
-
-Positions = TypeVar("Positions", int, Tensor)
 
 
 def paged_attention_reference(
@@ -75,20 +72,13 @@ def _slices(begin: int, end: int, size: int) -> list[slice]:
     return [slice(at, min(end, at + max(1, size))) for at in range(begin, end, max(1, size))]
 
 
-def oldest_seen(positions: Positions, window: int) -> Positions:
-    """The first token that a query at each of these positions sees; below 0 where it sees all."""
-    if window < 0:
-        return positions // -window * -window
-    return positions - window + 1 if window else positions * 0
-
-
 def _gather(
     cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int
 ) -> Tensor:
     """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
     block_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
-    first_S1 = oldest_seen(positions_SQ[:, :1], window).clamp(min=0)
+    first_S1 = AttentionReach.decode(window).first_visible(positions_SQ[:, :1]).clamp(min=0)
     tokens_SK = (
         torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
         .minimum(last_S1)
@@ -122,7 +112,7 @@ def attend(
             * (keys - positions_SQ[..., None])[:, None, None]
         )
     seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
-    seen_SQK &= keys >= oldest_seen(positions_SQ, window)[..., None]
+    seen_SQK &= keys >= AttentionReach.decode(window).first_visible(positions_SQ)[..., None]
     scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)
