@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE, Int64
-from passes.ops.paged_attention import oldest_seen
+from passes.ops.paged_attention import first_visible_token
 
 Tokens = NDArray[np.int32]
 
@@ -270,7 +270,7 @@ class KVCacheManager:
 
     def _first_needed(self, window: int, position: int) -> int:
         """The first block that a query at the position sees."""
-        return max(0, oldest_seen(position, window)) // self.block_size
+        return max(0, first_visible_token(position, window)) // self.block_size
 
     def _needs(self, group: int, row: int, end: int) -> int:
         """How many more pages the row needs for its tokens up to `end`."""
