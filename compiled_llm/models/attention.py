@@ -144,7 +144,7 @@ class PagedAttention:
         groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
         windows: for each call how far back its queries see, as in `passes.ops.paged_attention`.
         slots: [G, T] int64, where each token's key and value go.
-        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, arrivals: int32, as in
+        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, split_counters: int32, as in
             `passes.ops.paged_attention`.
         max_query_len: the most queries a sequence brings; 1 in decode.
     """
@@ -156,7 +156,7 @@ class PagedAttention:
     block_tables: Tensor
     query_start: Tensor
     seq_lens: Tensor
-    arrivals: Tensor
+    split_counters: Tensor
     max_query_len: int
     calls: int = field(default=0, init=False)
 
@@ -170,6 +170,6 @@ class PagedAttention:
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
             q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            self.arrivals, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
+            self.split_counters, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

@@ -20,9 +20,9 @@ from compiled_llm.models.attention import CURRENT, AttentionCall
 from compiled_llm.models.attention_routing import route
 from compiled_llm.system.compiler_lock import eager_steps_excluded
 from passes.attention_reach import AttentionReach
-from passes.export.recognize_attention import replace_own_attention
-from passes.export.score_mod import Bias, UnlikeAttentionError
-from passes.ops.paged_attention import attend
+from passes.export.recognize_attention import replace_attention_subgraphs
+from passes.export.score_mod import ScoreMod, UnsupportedScoreModError
+from passes.ops.paged_attention import dense_attention
 
 _NUM_TOKENS = 300  # rows on which masks are asked, unless a window is longer
 _EXAMPLE = (37, 5)  # tokens and wanted ones while it is traced; any would do but 0 and 1
@@ -93,8 +93,10 @@ def trace(model: PreTrainedModel) -> ExportedModel:
         traced, longest = _export(call)
         make = partial(_Attend, device=model.device)
         try:
-            replaced = replace_own_attention(traced, make, int(min(_rows_to_ask(model), longest)))
-        except UnlikeAttentionError as error:
+            replaced = replace_attention_subgraphs(
+                traced, make, int(min(_rows_to_ask(model), longest))
+            )
+        except UnsupportedScoreModError as error:
             raise _refusal(model, str(error)) from error
         except NotImplementedError:
             replaced = None  # what it does depends on values that are not there
@@ -118,7 +120,7 @@ class _Attend(nn.Module):
 
     slopes: Tensor | None
 
-    def __init__(self, bias: Bias, device: torch.device) -> None:
+    def __init__(self, bias: ScoreMod, device: torch.device) -> None:
         super().__init__()
         self._scale, self._reach, self._repeats = bias.scale, AttentionReach.decode(bias.window), 1
         slopes = (
@@ -264,7 +266,7 @@ def _attend_in_row(
     module.drop_repeats(k, v)
     positions = torch.arange(q.shape[2], device=q.device)[None]
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return attend(
+    return dense_attention(
         q,
         k,
         v,

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from passes.merge_projections import fill_a_storage
+from passes.merge_projections import are_packed
 
 
 @contextmanager
@@ -98,13 +98,13 @@ def find_packed_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(
         tuple(name for name, _ in group)
         for group in groups
-        if fill_a_storage([weight for _, weight in group])
+        if are_packed([weight for _, weight in group])
     )
 
 
 def _merge(group: list[nn.Linear]) -> None:
     weights = [module.weight.data for module in group]
-    if fill_a_storage(weights):
+    if are_packed(weights):
         return
     together = torch.cat(weights)
     for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):

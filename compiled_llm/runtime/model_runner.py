@@ -208,7 +208,7 @@ class ModelRunner:
             torch.cuda.current_stream(
                 self.model.device
             ).synchronize()  # the whole device may be in another engine's capture
-        self.memory.state.arrivals.zero_()
+        self.memory.state.split_counters.zero_()
         self._readback.resynchronize()
 
     def check_model(self) -> None:

@@ -17,7 +17,7 @@ from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import AttentionLayer, check_token_independence, examine_model
 from compiled_llm.models.exported_model import ExportedModel
 from compiled_llm.models.weight_packing import linears_by_input
-from passes.export.score_mod import Bias
+from passes.export.score_mod import ScoreMod
 from tests.conftest import DEVICE
 from tests.model_sweep.check import Reference, engine_config, generate, prompt_of, relative
 from tests.model_sweep.tiny_configs import tiny_config
@@ -107,9 +107,9 @@ def test_what_is_found_of_attention_is_on_the_models_device(
     made = []
 
     def replace(
-        module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int
+        module: GraphModule, make: Callable[[ScoreMod], nn.Module], num_tokens: int
     ) -> list[str]:
-        made.append(make(Bias(scale=1.0, window=0, slopes=torch.ones(4))))
+        made.append(make(ScoreMod(scale=1.0, window=0, slopes=torch.ones(4))))
         return ["attention"]
 
     monkeypatch.setattr(exported_model, "replace_own_attention", replace)

@@ -122,7 +122,7 @@ def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
         "keys and values of 2 heads of 32, in one of two layers"
     )
     assert inspection.bytes_of_windows == 24 * inspection.bytes_per_token
-    assert inspection.expected["paged_attention"] == 2
+    assert inspection.expected["lower_attention_marker"] == 2
     assert inspection.expected["rotary_outer_product"] == 1
     assert inspection.expected["merge_projections"] == 4
     lines = dict(line.split(":", 1) for line in str(inspection).splitlines())

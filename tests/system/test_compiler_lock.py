@@ -27,7 +27,7 @@ from compiled_llm.system.compiler_lock import (
     run_eagerly,
 )
 from passes import PassContext, Pipeline
-from passes.ops.precompile import _launching_nothing
+from passes.ops.precompile import compile_without_launching
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 T = TypeVar("T")
@@ -231,6 +231,6 @@ def test_kernels_compiled_ahead_leave_other_threads_launches_alone(
         launched.append(warmup)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    with _launching_nothing({}):
+    with compile_without_launching({}):
         _elsewhere(lambda: JITFunction.run(object(), grid=(1,), warmup=False)).result(30)
     assert launched == [False]

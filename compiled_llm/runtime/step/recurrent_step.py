@@ -58,6 +58,6 @@ class SequenceStep(Step):
             block_tables=self._tables()[:, rows],
             query_start=torch.cat([none, padding, none + self.size]).int(),
             seq_lens=torch.cat([none, inputs.seq_lens[:1]]).int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=max(self.size, 2),  # 1 would say that each of the two has a query
         )
