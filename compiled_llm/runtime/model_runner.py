@@ -41,9 +41,10 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import allocate
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.readback import Readback, StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.sampler import RowParams
 from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import choose
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
 from passes.ops.top_logprobs import top_logprobs
 

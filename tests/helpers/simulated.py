@@ -20,8 +20,9 @@ from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING
 from compiled_llm.runtime.step.readback import StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.sampler import RowParams
 from compiled_llm.runtime.step.sampler_state import SamplerState
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8

@@ -14,13 +14,13 @@ from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.step.batch_inputs import DecodeInputs, PrefillInputs
 from compiled_llm.runtime.step.buffers import RING, StepBuffers
 from compiled_llm.runtime.step.sampler import (
-    MAX_LOGPROBS,
     History,
     RowParams,
     sample_full,
     sample_greedy,
     sample_random,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 
