@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from compiled_llm.config.schema import Config, Sampler
 from compiled_llm.errors import StrictError
-from compiled_llm.models.discovery import AttentionLayer, supports_state_continuation
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.models.model_guard import ModelGuard
+from compiled_llm.models.state_discovery import supports_state_continuation
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import keeps, open_artifact, refuse_artifact

@@ -247,7 +247,7 @@ def test_a_revision_of_local_files_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(
             ValueError,
-            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop it",
+            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop model.revision",
         ):
             load(config)
 
@@ -339,7 +339,7 @@ def test_code_of_a_checkpoint_runs_where_that_is_asked_for(
     file.write_text(
         json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": names})
     )
-    with pytest.raises(UnsupportedModelError, match=r"only where model.trust_remote_code=true"):
+    with pytest.raises(UnsupportedModelError, match=r"only with model.trust_remote_code=true"):
         load(ModelConfig(name=str(tmp_path / "model")))
     loaded = load(ModelConfig(name=str(tmp_path / "model"), trust_remote_code=True))
     assert type(loaded.model).__name__ == "OwnModel"
