@@ -210,7 +210,7 @@ def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 def _load_tokenizer(
     path: str, files: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """Return the checkpoint's tokenizer, or None and the reason; no reason if it has no tokenizer."""
+    """Return the tokenizer, or None and the reason; no reason if the checkpoint has none."""
     if Path(path).is_dir() and "gguf_file" not in files:
         names = [entry.name for entry in Path(path).iterdir()]
         if not any(map(_TOKENIZER_FILE.search, names)):
