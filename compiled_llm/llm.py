@@ -291,7 +291,7 @@ class CompiledLLM:
             return
         self._check_idle(self._model_runner)
         del self._engine
-        self._model_runner.keep_traffic()
+        self._model_runner.save_traffic()
         self._model_runner = None
         self._give_back()
         if self.model.device.type == "cuda":

@@ -228,7 +228,7 @@ def explain(
     with CompiledLLM.from_pretrained(
         model, config=load_config(config, [*overrides, *no_buckets])
     ) as llm:
-        different = made_for.differences(llm.model_runner.key())
+        different = made_for.differences(llm.model_runner.fingerprint())
     for name, value in made_for.parts.items():
         print(f"{name}: {value}")
     print("\n".join(["", "different:", *different]) if different else f"\nit fits {config}")

@@ -11,13 +11,14 @@ from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import refuse_artifact, tidy
 from compiled_llm.runtime.artifacts.model_source import snapshot
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.capture.lazy import pending
-from compiled_llm.runtime.capture.warmup import CapturedBucket, compile_buckets, graph_budget
+from compiled_llm.runtime.capture.warmup import compile_buckets, graph_budget
 from compiled_llm.runtime.compilation.timing import phases_of
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.verify.verify import check_entry
+from compiled_llm.runtime.verify.verify import verify_bucket
 
 
 class BucketBuilder:
@@ -43,7 +44,7 @@ class BucketBuilder:
         by_source = artifact is not None and not artifact.by_graph
         self._snapshot = snapshot(model_itself(model)) if by_source else None
 
-    def make_all(
+    def build_all(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
     ) -> list[CapturedBucket]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
@@ -61,7 +62,7 @@ class BucketBuilder:
                 self._verify(entries)
         return entries
 
-    def make_one(self, bucket: Bucket) -> CapturedBucket:
+    def build(self, bucket: Bucket) -> CapturedBucket:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
         if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
             self._snapshot = self._artifact = None
@@ -112,7 +113,9 @@ class BucketBuilder:
     def _verify(self, entries: Sequence[CapturedBucket]) -> None:
         """Give up the buckets that differ from eager, and what is kept of them."""
         for entry in entries:
-            check_entry(entry, self._model, self._memory, self._limits, strict=self._config.strict)
+            verify_bucket(
+                entry, self._model, self._memory, self._limits, strict=self._config.strict
+            )
             if self._artifact is not None and entry.report.verification and entry.compiled is None:
                 self._artifact.drop(str(entry.bucket))
                 entry.report.kept = False

@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 from compiled_llm.config.schema import Sampler
 
-Kind = Literal["decode", "prefill"]
+BucketKind = Literal["decode", "prefill"]
 
 # Each serves everything that those before it serve, at a higher price.
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-_SMALLEST: dict[Kind, int] = {"decode": 1, "prefill": 64}
+_SMALLEST: dict[BucketKind, int] = {"decode": 1, "prefill": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Bucket:
     `SamplingParams` has; `scoring`, for prefill alone, also gives logprobs of the prompt. Printed as e.g. `decode-8-greedy`.
     """
 
-    kind: Kind
+    kind: BucketKind
     size: int
     sampler: Sampler = "greedy"
 
@@ -35,7 +35,7 @@ class Bucket:
 
 
 def make_buckets(
-    kind: Kind,
+    kind: BucketKind,
     sizes: Sequence[int] | str,
     samplers: Iterable[Sampler],
     *,
@@ -63,7 +63,7 @@ def make_buckets(
     return sorted(buckets, key=lambda bucket: bucket.cost)
 
 
-def match(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:
+def smallest_bucket(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:
     """The first of the buckets, given cheap to dear, that holds `size` and samples as asked, or None."""
     wanted = SAMPLERS.index(sampler)
     return next(

@@ -146,7 +146,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
         try:
             found = await _until(start, first, prompt_of(20), 12)
             second = await start
-            while await first.call(lambda llm: llm.model_runner.capture_wanted):
+            while await first.call(lambda llm: llm.model_runner.capture_pending):
                 found.append(await _complete(first, prompt_of(20), 12))
             both = await asyncio.gather(
                 *(_complete(llm, prompt_of(20), 12) for llm in (first, second))
@@ -180,11 +180,14 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
                     assert await _complete(llm, prompt_of(20), 12) == expected
                 assert await llm.call(
                     lambda engine: (
-                        engine.model_runner.capture_wanted and not engine.model_runner.capture_due
+                        engine.model_runner.capture_pending
+                        and not engine.model_runner.maybe_capture(
+                            prompts_pending=False, outputs_pending=True
+                        )
                     )
                 )
                 assert [bucket.mode for bucket in (await llm.report()).buckets] == ["pending"]
-            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
+            while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
             assert [bucket.mode for bucket in (await llm.report()).buckets] == ["compiled"]
         finally:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +21,8 @@ from compiled_llm.models.weight_packing import merged_groups
 from compiled_llm.report.report import BucketReport, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket, read_traffic
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.graph_budget import GraphBudget, by_usefulness
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
+from compiled_llm.runtime.capture.graph_budget import GraphBudget, order_by_usefulness
 from compiled_llm.runtime.compilation.compiler import (
     DISPATCHES,
     CompiledStep,
@@ -39,15 +39,6 @@ from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.step import Step
 from passes import PASSES, PassContext, PassError, PassReport, Pipeline
 from passes.ops.precompile import compile_kernels
-
-
-@dataclass(slots=True, kw_only=True)
-class CapturedBucket:
-    """A bucket and its step; `compiled` is None when it could not be compiled, for the reason in its report."""
-
-    bucket: Bucket
-    report: BucketReport
-    compiled: CompiledStep | None = None
 
 
 def compile_buckets(
@@ -76,7 +67,7 @@ def compile_buckets(
     budget = budget or graph_budget(config, model.device)
     ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
     if config.memory.graphs != "auto":
-        ordered = by_usefulness(
+        ordered = order_by_usefulness(
             ordered, read_traffic(artifact.directory) if artifact is not None else {}
         )
     by_bucket = {entry.bucket: entry for entry in entries}

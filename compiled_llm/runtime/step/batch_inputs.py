@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compiled_llm.config.schema import Sampler
-from compiled_llm.runtime.step.sampler import MAX_BAD_WORD_LEN, RowParams
+from compiled_llm.runtime.step.sampler import MAX_BAD_WORD_LEN, SamplingTensors
 
 TRASH_PAGE = 0
 RECENT = MAX_BAD_WORD_LEN - 1
@@ -59,16 +59,16 @@ class PrefillBatch:
     """
 
     ids: Int64
-    targets: Int64
-    scores: Int64
+    logprob_targets: Int64
+    num_logprobs: Int64
     seq_rows: Int64
     starts: Int64
     lengths: Int64
-    tables: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
     params: Int64
     recent: Int64
-    fresh: Int64
-    samples: Int64
+    is_prompt: Int64
+    sample_mask: Int64
     sampler: Sampler = "greedy"
 
 
@@ -100,16 +100,16 @@ class PrefillInputs(NamedTuple):
     ids: Tensor
     positions: Tensor
     rows: Tensor
-    targets: Tensor
-    scores: Tensor
+    logprob_targets: Tensor
+    num_logprobs: Tensor
     seq_rows: Tensor
     seq_lens: Tensor
-    fresh: Tensor
-    samples: Tensor
+    is_prompt: Tensor
+    sample_mask: Tensor
     query_start: Tensor
     params: Tensor
     recent: Tensor
-    tables: Tensor
+    block_tables: Tensor
 
     @staticmethod
     def sizes(num_tokens: int, max_num_seqs: int, table_size: int) -> list[int]:
@@ -119,7 +119,7 @@ class PrefillInputs(NamedTuple):
             *[num_tokens] * 5,
             *[S] * 4,
             S + 1,
-            S * len(RowParams._fields),
+            S * len(SamplingTensors._fields),
             S * RECENT,
             S * table_size,
         ]

@@ -5,7 +5,7 @@ decode step needs nothing from the host unless rows joined or left or a sequence
 to say goes up in one copy from pinned memory.
 
 Shapes: R rows (the most sequences at once) and one more, the trash row, that padding points to; G groups of layers, each
-with pages of its own; N pages a row at most; V tokens in the vocabulary; C sampling parameters of a row (see `RowParams`);
+with pages of its own; N pages a row at most; V tokens in the vocabulary; C sampling parameters of a row (see `SamplingTensors`);
 T tokens of a prefill bucket and S = min(T, R) sequences in it; K steps whose outputs are kept.
 """
 
@@ -27,10 +27,10 @@ from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
     MAX_LOGPROBS,
-    RowParams,
+    SamplingTensors,
 )
 
-RING = 4
+RING_SIZE = 4
 
 
 class StepBuffers(nn.Module):
@@ -43,10 +43,10 @@ class StepBuffers(nn.Module):
     logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
     decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
     arrivals int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
-    ordinals [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
-    step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
+    decode_query_start [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
+    step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_logprob_ids int64 keep
     what they sampled, at `step % K`, -1 in rows without finite scores (for logprobs see `passes.ops.top_logprobs`).
-    prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
+    prompt_logprobs [T, 1 + M] float32 and prompt_logprob_ids int64: what the scoring sampler found for each token of the last prefill.
     """
 
     tokens: Tensor
@@ -58,16 +58,16 @@ class StepBuffers(nn.Module):
     bad_words: Tensor
     recent: Tensor
     logits: Tensor
-    decode: Tensor
-    prefill: Tensor
+    decode_inputs: Tensor
+    prefill_inputs: Tensor
     arrivals: Tensor
-    ordinals: Tensor
+    decode_query_start: Tensor
     step: Tensor
     ring_tokens: Tensor
     ring_logprobs: Tensor
-    ring_ids: Tensor
+    ring_logprob_ids: Tensor
     prompt_logprobs: Tensor
-    prompt_ids: Tensor
+    prompt_logprob_ids: Tensor
 
     def __init__(
         self,
@@ -89,29 +89,31 @@ class StepBuffers(nn.Module):
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((num_rows,), torch.int64),
             "positions": ((num_rows,), torch.int64),
-            "params": ((num_rows, len(RowParams._fields)), torch.int64),
+            "params": ((num_rows, len(SamplingTensors._fields)), torch.int64),
             "block_table": ((num_groups * num_rows * max_blocks,), torch.int32),
             "bias": (vocabulary, torch.float32),
             "counts": (vocabulary, torch.int32),
             "bad_words": ((num_rows, MAX_BAD_WORDS, MAX_BAD_WORD_LEN), torch.int64),
             "recent": ((num_rows, RECENT), torch.int64),
             "logits": (vocabulary, dtype),
-            "decode": ((decode_size,), torch.int64),
-            "prefill": ((prefill_size,), torch.int64),
+            "decode_inputs": ((decode_size,), torch.int64),
+            "prefill_inputs": ((prefill_size,), torch.int64),
             "arrivals": ((num_rows * num_kv_heads,), torch.int32),
             "step": ((1,), torch.int64),
-            "ring_tokens": ((RING, num_rows), torch.int64),
-            "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),
-            "ring_ids": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.int64),
+            "ring_tokens": ((RING_SIZE, num_rows), torch.int64),
+            "ring_logprobs": ((RING_SIZE, num_rows, 1 + MAX_LOGPROBS), torch.float32),
+            "ring_logprob_ids": ((RING_SIZE, num_rows, 1 + MAX_LOGPROBS), torch.int64),
             "prompt_logprobs": ((max_tokens, 1 + MAX_LOGPROBS), torch.float32),
-            "prompt_ids": ((max_tokens, 1 + MAX_LOGPROBS), torch.int64),
+            "prompt_logprob_ids": ((max_tokens, 1 + MAX_LOGPROBS), torch.int64),
         }
         for name, (shape, element) in shapes.items():
             self.register_buffer(
                 name, torch.zeros(shape, dtype=element, device=device), persistent=False
             )
         self.register_buffer(
-            "ordinals", torch.arange(num_rows, dtype=torch.int32, device=device), persistent=False
+            "decode_query_start",
+            torch.arange(num_rows, dtype=torch.int32, device=device),
+            persistent=False,
         )
         self._staging = [_Staging(max(prefill_size, decode_size), device) for _ in range(2)]
         self._turn = 0
@@ -123,7 +125,7 @@ class StepBuffers(nn.Module):
     def stage_decode(self, batch: DecodeBatch) -> None:
         """Copy the batch's rows and patches in, padding included."""
         staging = self._next_staging()
-        array = staging.array[: self.decode.shape[0]]
+        array = staging.array[: self.decode_inputs.shape[0]]
         num_patches = self.max_num_seqs * self.num_groups
         rows, index, page = np.split(array, [self.max_num_seqs, self.max_num_seqs + num_patches])
         for section, values, padding in (
@@ -133,7 +135,7 @@ class StepBuffers(nn.Module):
         ):
             section[: len(values)] = values
             section[len(values) :] = padding
-        staging.copy_to(self.decode)
+        staging.copy_to(self.decode_inputs)
 
     def stage_prefill(self, batch: PrefillBatch, num_tokens: int) -> None:
         """Lay the batch out for the bucket of `num_tokens`, padding included, and copy it in."""
@@ -150,29 +152,31 @@ class StepBuffers(nn.Module):
         fields.ids[:T] = batch.ids
         fields.positions[:T] = np.arange(T) + np.repeat(batch.starts - begins, batch.lengths)
         fields.rows[:T] = np.repeat(batch.seq_rows, batch.lengths)
-        fields.targets[:T] = np.minimum(
-            batch.targets, self.logits.shape[1] - 1
+        fields.logprob_targets[:T] = np.minimum(
+            batch.logprob_targets, self.logits.shape[1] - 1
         )  # a prompt's id may have no logit
-        fields.scores[:] = -1
-        fields.scores[:T] = batch.scores
+        fields.num_logprobs[:] = -1
+        fields.num_logprobs[:T] = batch.num_logprobs
         fields.seq_rows[:seqs], fields.seq_lens[:seqs] = (
             batch.seq_rows,
             batch.starts + batch.lengths,
         )
-        fields.fresh[:seqs], fields.samples[:seqs] = batch.fresh, batch.samples
+        fields.is_prompt[:seqs], fields.sample_mask[:seqs] = batch.is_prompt, batch.sample_mask
         fields.query_start[:seqs], fields.query_start[seqs:] = begins, T
         fields.params[: batch.params.size] = batch.params.reshape(-1)
         fields.recent[: batch.recent.size] = batch.recent.reshape(-1)
-        fields.tables.reshape(self.num_groups, S, self.max_blocks)[:, :seqs] = batch.tables
-        staging.copy_to(self.prefill[: sum(sizes)])
+        fields.block_tables.reshape(self.num_groups, S, self.max_blocks)[:, :seqs] = (
+            batch.block_tables
+        )
+        staging.copy_to(self.prefill_inputs[: sum(sizes)])
 
     def padding_batch(self) -> PrefillBatch:
         """A prefill batch of nothing but padding."""
         none = np.empty(0, np.int64)
         return PrefillBatch(
-            ids=none, targets=none, scores=none, seq_rows=none, starts=none, lengths=none,
-            tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32), params=none.reshape(0, len(RowParams._fields)),
-            recent=none.reshape(0, RECENT), fresh=none, samples=none,
+            ids=none, logprob_targets=none, num_logprobs=none, seq_rows=none, starts=none, lengths=none,
+            block_tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32), params=none.reshape(0, len(SamplingTensors._fields)),
+            recent=none.reshape(0, RECENT), is_prompt=none, sample_mask=none,
         )  # fmt: skip
 
     def _next_staging(self) -> "_Staging":

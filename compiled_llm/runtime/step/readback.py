@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compiled_llm.runtime.step.buffers import RING, StepBuffers
+from compiled_llm.runtime.step.buffers import RING_SIZE, StepBuffers
 
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """One launched step, by its number; what it sampled can be read until `RING` more steps have been launched."""
+    """One launched step, by its number; what it sampled can be read until `RING_SIZE` more steps have been launched."""
 
     step: int
 
@@ -28,8 +28,8 @@ class Readback:
         self._cuda = state.tokens.device.type == "cuda"
         if self._cuda:
             self._stream = torch.cuda.Stream(state.tokens.device)
-            self._launch_done = [torch.cuda.Event() for _ in range(RING)]
-            self._copy_done = [torch.cuda.Event() for _ in range(RING)]
+            self._launch_done = [torch.cuda.Event() for _ in range(RING_SIZE)]
+            self._copy_done = [torch.cuda.Event() for _ in range(RING_SIZE)]
             self._pinned = torch.zeros_like(state.ring_tokens, device="cpu").pin_memory()
 
     def start(self) -> StepHandle:
@@ -37,7 +37,7 @@ class Readback:
         ticket = StepHandle(self._launched)
         self._launched += 1
         if self._cuda:
-            slot = ticket.step % RING
+            slot = ticket.step % RING_SIZE
             self._launch_done[slot].record()
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(self._launch_done[slot])
@@ -61,14 +61,14 @@ class Readback:
         """[R + 1, 1 + M] float32 and int64; waits for the step."""
         slot = self._slot(ticket)
         return self._fetch(self._state.ring_logprobs[slot], slot), self._fetch(
-            self._state.ring_ids[slot], slot
+            self._state.ring_logprob_ids[slot], slot
         )
 
     def _slot(self, ticket: StepHandle) -> int:
-        assert self._launched - RING <= ticket.step < self._launched, (
+        assert self._launched - RING_SIZE <= ticket.step < self._launched, (
             f"{ticket} of {self._launched} steps is gone"
         )
-        return ticket.step % RING
+        return ticket.step % RING_SIZE
 
     def _fetch(self, ring: Tensor, slot: int) -> NDArray[Any]:
         if not self._cuda:

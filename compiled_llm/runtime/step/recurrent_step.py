@@ -10,14 +10,16 @@ from compiled_llm.runtime.step.step import Step
 from passes.ops.top_logprobs import top_logprobs
 
 
-class SequenceStep(Step):
+class RecurrentStep(Step):
     """Up to `size` tokens of the first row of `StepBuffers.prefill`, whose padding comes last there and first here."""
 
     def forward(self) -> None:
         state = self.state
-        inputs = PrefillInputs.of(state.prefill, self.size, state.max_num_seqs, state.table_size)
+        inputs = PrefillInputs.of(
+            state.prefill_inputs, self.size, state.max_num_seqs, state.table_size
+        )
         row, length, S = inputs.seq_rows[:1], inputs.seq_lens[:1], inputs.seq_rows.shape[0]
-        self._tables()[:, row] = inputs.tables.view(state.num_groups, S, state.max_blocks)[
+        self._tables()[:, row] = inputs.block_tables.view(state.num_groups, S, state.max_blocks)[
             :, :1
         ].int()
         state.params[row] = inputs.params.view(S, -1)[:1]
@@ -37,13 +39,16 @@ class SequenceStep(Step):
             self.current.attention = None
         if self.sampler == "scoring":
             scored = top_logprobs(
-                logits[(places + padding) % self.size], inputs.targets, inputs.scores, MAX_LOGPROBS
+                logits[(places + padding) % self.size],
+                inputs.logprob_targets,
+                inputs.num_logprobs,
+                MAX_LOGPROBS,
             )
-            state.prompt_logprobs[: self.size], state.prompt_ids[: self.size] = scored
+            state.prompt_logprobs[: self.size], state.prompt_logprob_ids[: self.size] = scored
         recent = torch.where(
-            inputs.fresh[:1, None] > 0, inputs.recent.view(S, -1)[:1], state.recent[row]
+            inputs.is_prompt[:1, None] > 0, inputs.recent.view(S, -1)[:1], state.recent[row]
         )
-        self._sample(logits[-1:], row, length, recent, inputs.samples[:1])
+        self._sample(logits[-1:], row, length, recent, inputs.sample_mask[:1])
         state.positions[row] = length
 
     def _attention(self, inputs: PrefillInputs, order: Tensor, padding: Tensor) -> PagedAttention:

@@ -32,10 +32,10 @@ _FLOATS = {
     "presence_penalty",
     "frequency_penalty",
 }
-_BIASED, _COUNTED, _BAD_WORDS, _EXTERNAL = 1, 2, 4, 8
+_BIASED, _COUNTED, _BAD_WORDS, _HOST_SAMPLED = 1, 2, 4, 8
 
 
-class RowParams(NamedTuple):
+class SamplingTensors(NamedTuple):
     """Sampling parameters of the rows, [S] each: int64, or float32 where `SamplingParams` has a float.
 
     logprobs: how many top logprobs a row wants besides its own token's, -1 for none at all.
@@ -54,7 +54,7 @@ class RowParams(NamedTuple):
     flags: Any
 
     @classmethod
-    def of(cls, packed_SC: Tensor) -> "RowParams":
+    def unpack(cls, packed_SC: Tensor) -> "SamplingTensors":
         """Unpack int64 rows; floats travel as the bits of a float64."""
         columns = packed_SC.unbind(1)
         return cls(
@@ -79,11 +79,14 @@ class RowParams(NamedTuple):
         biased: bool = False,
         counted: bool = False,
         bad_words: bool = False,
-        external: bool = False,
+        host_sampled: bool = False,
     ) -> NDArray[np.int64]:
         """One row, [C]."""
         flags = (
-            _BIASED * biased + _COUNTED * counted + _BAD_WORDS * bad_words + _EXTERNAL * external
+            _BIASED * biased
+            + _COUNTED * counted
+            + _BAD_WORDS * bad_words
+            + _HOST_SAMPLED * host_sampled
         )
         floats = np.array(
             [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]
@@ -96,11 +99,11 @@ class RowParams(NamedTuple):
         return (self.flags & _COUNTED) > 0
 
     @property
-    def external(self) -> Any:
-        return (self.flags & _EXTERNAL) > 0
+    def host_sampled(self) -> Any:
+        return (self.flags & _HOST_SAMPLED) > 0
 
 
-class History(NamedTuple):
+class LogitsProcessorState(NamedTuple):
     """What the full sampler knows of the rows besides their parameters: [S, V], [S, V], [S, W, L], [S, L - 1]; see `StepBuffers`."""
 
     bias: Tensor
@@ -122,14 +125,19 @@ def sample_random(
 
 
 def sample_full(
-    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor
+    logits_SV: Tensor, params: SamplingTensors, history: LogitsProcessorState, position_S: Tensor
 ) -> Tensor:
     """Next ids [S] int64, with all that `SamplingParams` has; in transformers' order."""
     return _choose(*_before_noise(logits_SV, params, history, position_S))
 
 
-def scores_full(
-    logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, *, slack_S: Tensor
+def perturbed_logits(
+    logits_SV: Tensor,
+    params: SamplingTensors,
+    history: LogitsProcessorState,
+    position_S: Tensor,
+    *,
+    slack_S: Tensor,
 ) -> Tensor:
     """What `sample_full` takes the greatest of, noise included, [S, V]; tokens up to `slack` below the cutoff stay."""
     return noisy(*_before_noise(logits_SV, params, history, position_S, slack_S))
@@ -137,13 +145,13 @@ def scores_full(
 
 def _before_noise(
     logits_SV: Tensor,
-    params: RowParams,
-    history: History,
+    params: SamplingTensors,
+    history: LogitsProcessorState,
     position_S: Tensor,
     slack_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores after all but the noise, which rows have noise (1, else 0), and its keys."""
-    scores_SV = adjust(logits_SV.float(), params, history)
+    scores_SV = process_logits(logits_SV.float(), params, history)
     scaled_SV = _scale(scores_SV, params.temperature)
     cutoff_S = sampling_cutoff(scaled_SV, params.top_k, params.top_p, params.min_p)
     cutoff_S = cutoff_S if slack_S is None else cutoff_S - slack_S
@@ -156,7 +164,9 @@ def _before_noise(
     )
 
 
-def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:
+def process_logits(
+    logits_SV: Tensor, params: SamplingTensors, history: LogitsProcessorState
+) -> Tensor:
     """Logits after bias, penalties and banned words, float32."""
     scores_SV = torch.where(
         ((params.flags & _BIASED) > 0)[:, None], logits_SV + history.bias, logits_SV
@@ -171,7 +181,7 @@ def adjust(logits_SV: Tensor, params: RowParams, history: History) -> Tensor:
     return scores_SV + _ban(params, history, logits_SV.shape[1])
 
 
-def _ban(params: RowParams, history: History, vocab_size: int) -> Tensor:
+def _ban(params: SamplingTensors, history: LogitsProcessorState, vocab_size: int) -> Tensor:
     """-inf [S, V] where a banned word would be completed, else 0."""
     words_SWL, recent_S1R = history.bad_words, history.recent[:, None]
     prefix_SWR, last_SW = words_SWL[..., :-1], words_SWL[..., -1]

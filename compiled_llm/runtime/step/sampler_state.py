@@ -25,7 +25,7 @@ class SamplerState:
     bad_words: list[list[int]] | None = None
 
     def write(self, state: StepBuffers, row: int) -> None:
-        """To the row; its params must say what counts (see `sampling.RowParams`)."""
+        """To the row; its params must say what counts (see `sampling.SamplingTensors`)."""
         if self.bias is not None:
             state.bias[row].copy_(torch.from_numpy(self.bias))
         if self.counts is not None:

@@ -12,11 +12,11 @@ from compiled_llm.models.model_call import ModelCall
 from compiled_llm.models.recurrent_state import RecurrentStates
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.step.batch_inputs import DecodeInputs, PrefillInputs
-from compiled_llm.runtime.step.buffers import RING, StepBuffers
+from compiled_llm.runtime.step.buffers import RING_SIZE, StepBuffers
 from compiled_llm.runtime.step.sampler import (
     MAX_LOGPROBS,
-    History,
-    RowParams,
+    LogitsProcessorState,
+    SamplingTensors,
     sample_full,
     sample_greedy,
     sample_random,
@@ -87,8 +87,8 @@ class Step(nn.Module):
     ) -> None:
         """Choose the ids at these positions of these rows: their next tokens, and the step's output."""
         state = self.state
-        params = RowParams.of(state.params[rows])
-        slot = (state.step % RING).expand_as(rows)
+        params = SamplingTensors.unpack(state.params[rows])
+        slot = (state.step % RING_SIZE).expand_as(rows)
         if self.sampler == "greedy":
             sampled = sample_greedy(logits)
         elif self.sampler == "random":
@@ -96,12 +96,18 @@ class Step(nn.Module):
         else:
             recent = state.recent[rows] if recent is None else recent
             state.logits[rows] = logits
-            sampled = choose(
-                state, logits, rows, positions, params, recent, samples.bool() & ~params.external
+            sampled = sample_and_update(
+                state,
+                logits,
+                rows,
+                positions,
+                params,
+                recent,
+                samples.bool() & ~params.host_sampled,
             )
             wanted = torch.where(samples.bool(), params.logprobs, -1)
             found = top_logprobs(logits, sampled.clamp(min=0), wanted, MAX_LOGPROBS)
-            state.ring_logprobs[slot, rows], state.ring_ids[slot, rows] = found
+            state.ring_logprobs[slot, rows], state.ring_logprob_ids[slot, rows] = found
         state.tokens[rows] = sampled.clamp(
             min=0
         )  # the next step may run before the host reads a -1
@@ -109,17 +115,19 @@ class Step(nn.Module):
         state.step.add_(1)
 
 
-def choose(
+def sample_and_update(
     state: StepBuffers,
     logits: Tensor,
     rows: Tensor,
     positions: Tensor,
-    params: RowParams,
+    params: SamplingTensors,
     recent: Tensor,
     counts: Tensor,
 ) -> Tensor:
     """The full sampler on the rows' state; where `counts` [S] bool, the chosen ids enter the counts and the recent tokens."""
-    history = History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
+    history = LogitsProcessorState(
+        state.bias[rows], state.counts[rows], state.bad_words[rows], recent
+    )
     sampled = sample_full(logits, params, history, positions)
     state.counts.index_put_(
         (rows, sampled.clamp(min=0)), 2 * (counts & params.counted).int(), accumulate=True
@@ -135,7 +143,7 @@ class DecodeStep(Step):
 
     def forward(self) -> None:
         state = self.state
-        inputs = DecodeInputs.of(state.decode, self.size, state.max_num_seqs)
+        inputs = DecodeInputs.of(state.decode_inputs, self.size, state.max_num_seqs)
         rows = inputs.rows
         state.block_table[inputs.patch_index] = inputs.patch_page.int()
         positions = state.positions[rows]
@@ -147,7 +155,7 @@ class DecodeStep(Step):
             windows=self.windows,
             slots=self._slots(rows, positions),
             block_tables=self._tables()[:, rows],
-            query_start=state.ordinals[: self.size + 1],
+            query_start=state.decode_query_start[: self.size + 1],
             seq_lens=lengths.int(),
             arrivals=state.arrivals,
             max_query_len=1,
@@ -167,9 +175,13 @@ class PrefillStep(Step):
 
     def forward(self) -> None:
         state = self.state
-        inputs = PrefillInputs.of(state.prefill, self.size, state.max_num_seqs, state.table_size)
+        inputs = PrefillInputs.of(
+            state.prefill_inputs, self.size, state.max_num_seqs, state.table_size
+        )
         seqs, S = inputs.seq_rows, inputs.seq_rows.shape[0]
-        self._tables()[:, seqs] = inputs.tables.view(state.num_groups, S, state.max_blocks).int()
+        self._tables()[:, seqs] = inputs.block_tables.view(
+            state.num_groups, S, state.max_blocks
+        ).int()
         state.params[seqs] = inputs.params.view(S, -1)
         ids = torch.where(inputs.ids < 0, state.tokens[inputs.rows], inputs.ids)
         attention = PagedAttention(
@@ -186,13 +198,13 @@ class PrefillStep(Step):
         last = (inputs.query_start[1:] - 1).clamp(min=0)
         if self.sampler == "scoring":
             every = self._logits(ids, inputs.positions, inputs.rows, attention, None)
-            scored = top_logprobs(every, inputs.targets, inputs.scores, MAX_LOGPROBS)
-            state.prompt_logprobs[: self.size], state.prompt_ids[: self.size] = scored
+            scored = top_logprobs(every, inputs.logprob_targets, inputs.num_logprobs, MAX_LOGPROBS)
+            state.prompt_logprobs[: self.size], state.prompt_logprob_ids[: self.size] = scored
             logits = every[last]
         else:
             logits = self._logits(ids, inputs.positions, inputs.rows, attention, last)
         recent = torch.where(
-            inputs.fresh[:, None] > 0, inputs.recent.view(S, -1), state.recent[seqs]
+            inputs.is_prompt[:, None] > 0, inputs.recent.view(S, -1), state.recent[seqs]
         )
-        self._sample(logits, seqs, inputs.seq_lens, recent, inputs.samples)
+        self._sample(logits, seqs, inputs.seq_lens, recent, inputs.sample_mask)
         state.positions[seqs] = inputs.seq_lens

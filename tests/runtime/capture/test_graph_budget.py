@@ -15,7 +15,7 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, make_buckets
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.graph_budget import by_usefulness, set_aside
+from compiled_llm.runtime.capture.graph_budget import order_by_usefulness, reserved_graph_bytes
 from compiled_llm.runtime.compilation import cuda_graph_trees
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.limits import Limits
@@ -44,7 +44,9 @@ def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[
     )
     order = [
         bucket.size
-        for bucket in by_usefulness(_decode(*sizes), {"decode": traffic} if traffic.seen else {})
+        for bucket in order_by_usefulness(
+            _decode(*sizes), {"decode": traffic} if traffic.seen else {}
+        )
     ]
     assert sorted(order) == sorted(sizes)
     assert order[0] == largest
@@ -57,7 +59,7 @@ def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[
 
 def test_what_holds_everything_comes_first() -> None:
     prefill = make_buckets("prefill", [16], ["greedy", "full"], limit=64, growth=2)
-    order = by_usefulness([*prefill, *_decode(1, 4, samplers=("greedy", "full"))], {})
+    order = order_by_usefulness([*prefill, *_decode(1, 4, samplers=("greedy", "full"))], {})
     assert order[:2] == [Bucket("prefill", 64, "full"), Bucket("decode", 4, "full")]
     assert len(set(order)) == len(order) == 8
 
@@ -123,7 +125,7 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
     left_out = [bucket for bucket in report.buckets if bucket.mode == "left out"]
     assert len(left_out) == 5 - len(kept)
     for bucket in left_out:
-        assert f"of kv_cache.graphs={budget}.0 MiB" in str(bucket.failure)
+        assert f"of memory.graphs={budget}.0 MiB" in str(bucket.failure)
         assert bucket.bucket in report.warnings[0]
         assert bucket.bucket in str(report)
     assert all(
@@ -191,7 +193,7 @@ def test_the_cache_takes_what_is_left(
         }
     )
     limits = Limits(max_num_seqs=100_000, max_num_batched_tokens=2048, max_model_len=4096)
-    reserved = activations + set_aside(config, GPU)
+    reserved = activations + reserved_graph_bytes(config, GPU)
     assert reserved == activations + graphs
     try:
         groups = kv_cache.plan_groups(config.cache, layers, limits, GPU, reserved=reserved)
@@ -206,9 +208,11 @@ def test_the_cache_takes_what_is_left(
 
 def test_what_is_set_aside() -> None:
     wanted = {"memory": {"graphs": "1GiB"}}
-    assert set_aside(parse_config(wanted), GPU) == 2**30
-    assert set_aside(parse_config({}), GPU) == 0
-    assert set_aside(parse_config(wanted), torch.device("cpu")) == 0
-    assert set_aside(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
+    assert reserved_graph_bytes(parse_config(wanted), GPU) == 2**30
+    assert reserved_graph_bytes(parse_config({}), GPU) == 0
+    assert reserved_graph_bytes(parse_config(wanted), torch.device("cpu")) == 0
+    assert (
+        reserved_graph_bytes(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
+    )
     assert CacheConfig().memory == "auto"
     assert cuda_graph_trees.graph_bytes(torch.device("cpu")) == 0
