@@ -103,8 +103,8 @@ def test_each_pass_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(worker_group, "open_worker", open_local)
     config = tiny_config(tmp_path)
     sizes: dict[str, Any] = {"batches": [1, 2], "context": 8, "steps": 2, "rounds": 2}
-    rows = passes.run(config, _CARD, Options(), only=["paged_attention"], **sizes)
-    names = [passes.ALL, "without paged_attention", passes.AGAIN]
+    rows = passes.run(config, _CARD, Options(), only=["lower_attention_marker"], **sizes)
+    names = [passes.ALL, "without lower_attention_marker", passes.AGAIN]
     assert [(row["variant"], row["batch"]) for row in rows] == [
         (name, batch) for name in names for batch in (1, 2)
     ]
@@ -115,7 +115,9 @@ def test_each_pass_is_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         *(f"without {name}" for name in config.pass_order()),
         passes.AGAIN,
     ]
-    with pytest.raises(ValueError, match="expected passes that the config has on: paged_attention"):
+    with pytest.raises(
+        ValueError, match="expected passes that the config has on: lower_attention_marker"
+    ):
         passes.variants(config, ["nothing"])
 
 

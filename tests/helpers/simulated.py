@@ -198,7 +198,7 @@ class SimulatedRuntime:
         for row, piece, end in zip(rows, pieces, ends, strict=True):
             path = self.sequences.path(int(self._last[row]))
             for number, group in enumerate(self.groups):
-                first = max(0, end - len(piece) - group.window + 1) if group.window else 0
+                first = max(0, group.reach.first_visible(end - len(piece)))
                 assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), (
                     "a query sees what is not its own"
                 )

@@ -54,7 +54,7 @@ class StepBuffers(nn.Module):
     The batch:
         decode_inputs, prefill_inputs int64: see `DecodeInputs` and `PrefillInputs`.
         decode_query_start [R + 1] int32: 0, 1, 2, ..., where each sequence of a decode step begins.
-        arrivals int32: counters by which the programs of a kernel synchronize; zero between
+        split_counters int32: counters by which the programs of a kernel synchronize; zero between
             kernels (see `passes.ops.decode_attention`).
 
     Outputs; those of step i are at index i % K of a ring:
@@ -77,7 +77,7 @@ class StepBuffers(nn.Module):
     logits: Tensor
     decode_inputs: Tensor
     prefill_inputs: Tensor
-    arrivals: Tensor
+    split_counters: Tensor
     decode_query_start: Tensor
     step: Tensor
     ring_tokens: Tensor
@@ -118,7 +118,7 @@ class StepBuffers(nn.Module):
             "logits": ((num_rows, vocab_size), dtype),
             "decode_inputs": ((decode_size,), torch.int64),
             "prefill_inputs": ((prefill_size,), torch.int64),
-            "arrivals": ((num_rows * num_kv_heads,), torch.int32),
+            "split_counters": ((num_rows * num_kv_heads,), torch.int32),
             "step": ((1,), torch.int64),
             "ring_tokens": ((RING_SIZE, num_rows), torch.int64),
             "ring_logprobs": ((RING_SIZE, num_rows, logprobs_width), torch.float32),

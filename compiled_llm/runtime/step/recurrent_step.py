@@ -70,7 +70,7 @@ class RecurrentStep(Step):
             block_tables=self._block_tables()[:, rows],
             query_start=torch.cat([zero, padding, zero + self.size]).int(),
             seq_lens=torch.cat([zero, inputs.seq_lens[:1]]).int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             # 1 would declare one query for each of the two sequences.
             max_query_len=max(self.size, 2),
         )

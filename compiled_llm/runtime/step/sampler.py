@@ -20,7 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.ops.gumbel_argmax import chunk_maxima, chunk_maxima_reference, mix, noisy
+from passes.ops.gumbel_argmax import (
+    add_gumbel_noise,
+    gumbel_argmax,
+    gumbel_argmax_reference,
+    lowbias32,
+)
 from passes.ops.sampling_cutoff import sampling_cutoff
 
 MAX_LOGPROBS = 20
@@ -159,7 +164,7 @@ def perturbed_logits(
 
     Tokens up to `slack_S` below the cutoff of top-k, top-p and min-p are kept.
     """
-    return noisy(*_truncated_logits(logits_SV, params, state, position_S, slack_S))
+    return add_gumbel_noise(*_truncated_logits(logits_SV, params, state, position_S, slack_S))
 
 
 def _truncated_logits(
@@ -225,8 +230,8 @@ def _bad_words_mask(
 
 def _noise_key(seed_S: Tensor, position_S: Tensor) -> Tensor:
     """Hash seed and position to the key of a row's noise, [S] int32."""
-    seed_hash_S = mix(mix(seed_S.int()) ^ (seed_S >> 32).int())
-    return mix(seed_hash_S + position_S.int() * _GOLDEN_RATIO)
+    seed_hash_S = lowbias32(lowbias32(seed_S.int()) ^ (seed_S >> 32).int())
+    return lowbias32(seed_hash_S + position_S.int() * _GOLDEN_RATIO)
 
 
 def _argmax(
@@ -237,7 +242,7 @@ def _argmax(
     The index is -1 in rows whose maximum is not finite.
     """
     # On a CPU, Inductor fuses the plain function with the operations around it.
-    maxima = chunk_maxima if logits_SV.is_cuda else chunk_maxima_reference
+    maxima = gumbel_argmax if logits_SV.is_cuda else gumbel_argmax_reference
     best_SC, index_SC = maxima(logits_SV, temperature_S, key_S)
     chunk_S1 = best_SC.argmax(-1, keepdim=True)
     index_S = index_SC.gather(1, chunk_S1).squeeze(1)

@@ -178,7 +178,7 @@ class DecodeStep(Step):
             block_tables=self._block_tables()[:, rows],
             query_start=state.decode_query_start[: self.size + 1],
             seq_lens=lengths.int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=1,
         )
         logits = self._logits(state.tokens[rows], positions, rows, attention, None)
@@ -213,7 +213,7 @@ class PrefillStep(Step):
             block_tables=self._block_tables()[:, seqs],
             query_start=inputs.query_start.int(),
             seq_lens=inputs.seq_lens.int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=self.size,
         )
         last = (inputs.query_start[1:] - 1).clamp(min=0)

@@ -45,7 +45,7 @@ from compiled_llm.runtime.verify.random_batches import (
 )
 from compiled_llm.runtime.verify.snapshot import Snapshot, preserve, take_snapshot
 from compiled_llm.system.compiler_lock import run_eagerly
-from passes.ops.library import references
+from passes.ops.library import use_references
 
 # The largest difference that rounding may make, in standard deviations.
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 1.0}
@@ -140,7 +140,7 @@ def _try(
         got = take_snapshot(trial, memory, bucket)
         stage(trial, memory, reference.size)
         history = _history(trial, memory)
-        with references():
+        with use_references():
             run_eagerly(memory.step(model, reference))
             _compare(
                 found,
