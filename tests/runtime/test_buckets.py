@@ -43,7 +43,9 @@ def test_listed_sizes_are_sorted_and_completed() -> None:
 
 
 def test_a_size_above_the_limit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"buckets.decode lists \[16\], above the limit of 10"):
+    with pytest.raises(
+        ValueError, match=r"buckets.decode must not exceed the limit of 10, got \[16\]"
+    ):
         make_buckets("decode", [2, 16], ["greedy"], limit=10, growth=2)
 
 
