@@ -21,7 +21,7 @@ from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.models.model_guard import ModelGuard
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import keeps, open_artifact, refuse_artifact
+from compiled_llm.runtime.artifacts.cache import open_artifact, refuse_artifact, saves_compilations
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, make_key
 from compiled_llm.runtime.artifacts.model_source import ModelCode, identify
 from compiled_llm.runtime.bucket_builder import BucketBuilder
@@ -30,7 +30,7 @@ from compiled_llm.runtime.buckets import Bucket, BucketKind, make_buckets
 from compiled_llm.runtime.capture.bucket_selector import BucketSelector
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.capture.lazy import LazyBuckets, preserve_step_inputs
-from compiled_llm.runtime.compilation.compiler import Launch, trace
+from compiled_llm.runtime.compilation.compiler import Launch, trace_digest
 from compiled_llm.runtime.compilation.cuda_graph_trees import (
     graph_events,
     graph_pool,
@@ -44,7 +44,7 @@ from compiled_llm.runtime.step.readback import Readback, StepHandle
 from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import sample_and_update
-from compiled_llm.system.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
+from compiled_llm.system.compiler_lock import COMPILER_LOCK, run_eagerly, try_compiler_lock
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -110,7 +110,7 @@ class ModelRunner:
                 report.warnings.append(
                     f"{model.config.model_type} keeps states of its sequences, so prompts share no pages"
                 )
-            self._artifact = self._open_artifact() if keeps(config) else None
+            self._artifact = self._open_artifact() if saves_compilations(config) else None
             maker = BucketBuilder(
                 model, layers, self.memory, config, self.limits, self._artifact, report
             )
@@ -230,7 +230,7 @@ class ModelRunner:
         """
         self.check_owner()
         self.check_model()
-        with compiler_soon() as free:
+        with try_compiler_lock() as free:
             if not free:
                 return
             with torch.no_grad(), preserve_step_inputs(self.memory.state):
@@ -315,7 +315,7 @@ class ModelRunner:
         )  # which need not be one of the config's
         step = self.memory.step(self.model, bucket)
         return identify(
-            underlying_model(self.model), lambda: trace(step), just_loaded=self._just_loaded
+            underlying_model(self.model), lambda: trace_digest(step), just_loaded=self._just_loaded
         )
 
     def _open_artifact(self) -> Artifact | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from compiled_llm.config.schema import Sampler
 from compiled_llm.errors import StrictError
-from compiled_llm.report.report import Report
+from compiled_llm.report.report import BucketState, Report
 from compiled_llm.runtime.buckets import Bucket, BucketKind, smallest_bucket
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 
@@ -98,7 +98,7 @@ class BucketSelector:
 
     def _is_for_use(self, bucket: Bucket) -> bool:
         entry = self.captured_buckets[bucket]
-        return entry.compiled is not None or entry.report.mode == "pending"
+        return entry.compiled is not None or entry.report.state is BucketState.PENDING
 
     def _count_eager(self, reason: str) -> None:
         self._report.fallbacks[reason] += 1
@@ -107,7 +107,8 @@ class BucketSelector:
 
     def _why_not(self, bucket: Bucket) -> str:
         report = self.captured_buckets[bucket].report
-        what = {"left out": "was left out", "pending": "is not captured yet"}.get(
-            report.mode, "failed"
-        )
+        what = {
+            BucketState.LEFT_OUT: "was left out",
+            BucketState.PENDING: "is not captured yet",
+        }.get(report.state, "failed")
         return f"{bucket} {what}: {report.failure}"

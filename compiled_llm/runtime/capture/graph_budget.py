@@ -12,10 +12,8 @@ which take as much, are not tried.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from compiled_llm.config.schema import Config
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import SAMPLERS, Bucket, BucketKind
 
@@ -37,12 +35,6 @@ def order_by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic
         *holding_all,
         *(bucket for _, bucket in sorted(ranked, key=lambda pair: pair[0], reverse=True)),
     ]
-
-
-def reserved_graph_bytes(config: Config, device: torch.device) -> int:
-    """Bytes that the KV cache must leave to recordings, which are made after it."""
-    records = device.type == "cuda" and config.compile.dispatch != "eager"
-    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
 
 
 class GraphBudget:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from compiled_llm.report.report import BucketReport
+from compiled_llm.report.report import BucketReport, BucketState
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.step.buffers import StepBuffers
@@ -75,7 +75,12 @@ def pending(buckets: Iterable[Bucket]) -> list[CapturedBucket]:
     """Entries of buckets that nobody has asked for yet."""
     reason = "compile.capture is lazy"
     reports = (
-        (bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason))
+        (
+            bucket,
+            BucketReport(
+                bucket=str(bucket), size=bucket.size, state=BucketState.PENDING, failure=reason
+            ),
+        )
         for bucket in buckets
     )
     return [CapturedBucket(bucket=bucket, report=report) for bucket, report in reports]

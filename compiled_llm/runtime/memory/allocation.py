@@ -12,7 +12,6 @@ from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.recurrent_state import RecurrentStates
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import Bucket, BucketKind
-from compiled_llm.runtime.capture.graph_budget import reserved_graph_bytes
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import (
     KVCacheGroup,
@@ -84,10 +83,16 @@ def allocate(
             layers,
             limits,
             device,
-            reserved=reserved + reserved_graph_bytes(config, device),
+            reserved=reserved + reserved_for_graphs(config, device),
         )
         caches = allocate_caches(layers, groups, block_size, device)
     return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
+
+
+def reserved_for_graphs(config: Config, device: torch.device) -> int:
+    """Return the bytes that the KV cache leaves to the CUDA graphs, which are recorded after it."""
+    records = device.type == "cuda" and config.compile.dispatch != "eager"
+    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
 
 
 def _measure_activations(

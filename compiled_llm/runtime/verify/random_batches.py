@@ -23,7 +23,6 @@ from compiled_llm.models.attention import LayerCache
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.batch_inputs import (
     RECENT,
     TRASH_PAGE,
@@ -32,6 +31,7 @@ from compiled_llm.runtime.step.batch_inputs import (
     PrefillBatch,
 )
 from compiled_llm.runtime.step.sampler import SamplingTensors
+from compiled_llm.system.device_memory import free_bytes
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
 _BYSTANDERS = 4

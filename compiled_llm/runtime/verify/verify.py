@@ -25,7 +25,7 @@ from torch import Tensor
 from compiled_llm.config.schema import Sampler
 from compiled_llm.errors import StrictError
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.report.report import Verification
+from compiled_llm.report.report import BucketState, Verification
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import release
@@ -83,7 +83,11 @@ def verify_bucket(
     failure = report.verification.failure
     if failure is not None:
         release(entry.compiled, model.device)
-        entry.compiled, report.mode, report.failure = None, "eager", f"verification: {failure}"
+        entry.compiled, report.state, report.failure = (
+            None,
+            BucketState.FAILED,
+            f"verification: {failure}",
+        )
         if strict:
             raise StrictError(f"bucket {entry.bucket} is not what eager is: {failure}")
 

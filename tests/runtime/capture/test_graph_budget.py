@@ -15,11 +15,12 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, make_buckets
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.graph_budget import order_by_usefulness, reserved_graph_bytes
+from compiled_llm.runtime.capture.graph_budget import order_by_usefulness
 from compiled_llm.runtime.compilation import cuda_graph_trees
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import kv_cache
+from compiled_llm.runtime.memory.allocation import reserved_for_graphs
 from compiled_llm.runtime.step.step import Step
 from passes.attention_reach import AttentionReach
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -122,8 +123,8 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         report = llm.report()
     assert device.held() <= 1.05 * budget * MIB
-    assert {bucket.bucket for bucket in report.buckets if bucket.mode == "compiled"} == set(kept)
-    left_out = [bucket for bucket in report.buckets if bucket.mode == "left out"]
+    assert {bucket.bucket for bucket in report.buckets if bucket.state == "compiled"} == set(kept)
+    left_out = [bucket for bucket in report.buckets if bucket.state == "left out"]
     assert len(left_out) == 5 - len(kept)
     for bucket in left_out:
         assert f"of memory.graphs={budget}.0 MiB" in str(bucket.failure)
@@ -137,7 +138,7 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
 def test_without_a_budget_all_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _Device(monkeypatch, a_token=MIB, a_graph=MIB)
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        assert {bucket.mode for bucket in llm.report().buckets} == {"compiled"}
+        assert {bucket.state for bucket in llm.report().buckets} == {"compiled"}
         taken = {bucket.bucket: bucket.bytes // MIB for bucket in llm.report().buckets}
     assert taken == {
         "prefill-48-greedy": 49,
@@ -194,7 +195,7 @@ def test_the_cache_takes_what_is_left(
         }
     )
     limits = Limits(max_num_seqs=100_000, max_num_batched_tokens=2048, max_model_len=4096)
-    reserved = activations + reserved_graph_bytes(config, GPU)
+    reserved = activations + reserved_for_graphs(config, GPU)
     assert reserved == activations + graphs
     try:
         groups = kv_cache.plan_groups(config.cache, layers, limits, GPU, reserved=reserved)
@@ -209,11 +210,9 @@ def test_the_cache_takes_what_is_left(
 
 def test_what_is_set_aside() -> None:
     wanted = {"memory": {"graphs": "1GiB"}}
-    assert reserved_graph_bytes(parse_config(wanted), GPU) == 2**30
-    assert reserved_graph_bytes(parse_config({}), GPU) == 0
-    assert reserved_graph_bytes(parse_config(wanted), torch.device("cpu")) == 0
-    assert (
-        reserved_graph_bytes(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
-    )
+    assert reserved_for_graphs(parse_config(wanted), GPU) == 2**30
+    assert reserved_for_graphs(parse_config({}), GPU) == 0
+    assert reserved_for_graphs(parse_config(wanted), torch.device("cpu")) == 0
+    assert reserved_for_graphs(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
     assert CacheConfig().memory == "auto"
     assert cuda_graph_trees.graph_bytes(torch.device("cpu")) == 0

@@ -14,7 +14,7 @@ from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.capture.lazy import LazyBuckets, pending
 from compiled_llm.runtime.compilation.compiler import CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 from tests.model_sweep.tiny_configs import tiny_config
@@ -92,7 +92,7 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         report = llm.report()
-        assert {bucket.mode for bucket in report.buckets} == {"pending"}
+        assert {bucket.state for bucket in report.buckets} == {"pending"}
         assert made == []
         got = llm.generate([prompt_of(9)], full)[0].outputs[0]
         assert (got.token_ids, len(made) > 0) == (expected.token_ids, True)
@@ -109,13 +109,13 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         assert report.fallbacks.total() == eager
         buckets = {bucket.bucket: bucket for bucket in report.buckets}
-        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == (
+        assert (buckets["decode-4-full"].state, buckets["decode-4-full"].failure) == (
             "pending",
             "compile.capture is lazy",
         )
         for name in ("decode-2-full", "prefill-48-full"):
             assert (
-                buckets[name].mode == "pending",
+                buckets[name].state == "pending",
                 buckets[name].failure,
                 buckets[name].replays > 0,
             ) == (False, None, True)
@@ -132,12 +132,12 @@ def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
-        captured = [bucket for bucket in llm.report().buckets if bucket.mode != "pending"]
+        captured = [bucket for bucket in llm.report().buckets if bucket.state != "pending"]
         assert captured
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
-    now = Moment.now()
+    now = Timestamp.now()
     for _ in range(2):
         step()
     return CompiledStep(
@@ -164,7 +164,7 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
             return await llm.call(
-                lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets}
+                lambda engine: {bucket.bucket: bucket.state for bucket in engine.report().buckets}
             )
         finally:
             llm.close()
@@ -196,8 +196,8 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"]
         >= 9
     )
-    assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
-        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
+    assert {bucket.bucket: bucket.state for bucket in report.buckets} == {
+        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "failed", "decode-4-greedy": "compiled",
     }  # fmt: skip
 
 

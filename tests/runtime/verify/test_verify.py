@@ -382,7 +382,7 @@ def test_a_wrong_bucket_is_not_used(tmp_path: Path) -> None:
         assert greedy(llm, prompts, 10) == expected
         report = llm.report()
     (wrong,) = [bucket for bucket in report.buckets if bucket.failure is not None]
-    assert (wrong.bucket, wrong.mode, wrong.replays) == ("decode-2-greedy", "eager", 0)
+    assert (wrong.bucket, wrong.state, wrong.replays) == ("decode-2-greedy", "failed", 0)
     assert str(wrong.failure).startswith("verification: ")
     assert wrong.verification is not None
     assert wrong.verification.agreement == 0
