@@ -87,10 +87,10 @@ def generate(
     """
     from compiled_llm import CompiledLLM, SamplingParams, load_config
     from compiled_llm.cli.generate import check_prompt_options, generate_file, generate_one
-    from compiled_llm.report.export import check_ending, hand_out
+    from compiled_llm.report.export import check_report_path, output_report
 
     check_prompt_options(prompt, prompts, out, n)
-    check_ending(report_file)
+    check_report_path(report_file)
     params = SamplingParams(
         n=n,
         max_tokens=max_tokens,
@@ -102,7 +102,7 @@ def generate(
         stop=stop,
     )
     start = partial(CompiledLLM.from_pretrained, model, config=load_config(config, overrides))
-    finish = partial(hand_out, printed=report, file=report_file)
+    finish = partial(output_report, printed=report, file=report_file)
     if prompts is not None and out is not None:
         if not generate_file(start, prompts, out, params, raw=raw, finish=finish):
             raise typer.Exit(1)
@@ -127,9 +127,9 @@ def inspect(
     """Say from a model's config alone what an engine would do with it, or why it would refuse it; no weights are read."""
     from compiled_llm import CompiledLLM, load_config
     from compiled_llm.cli.inspect import inspect_model
-    from compiled_llm.report.export import check_ending, hand_out
+    from compiled_llm.report.export import check_report_path, output_report
 
-    check_ending(report_file)
+    check_report_path(report_file)
     settings = load_config(
         config, overrides if model is None else [*overrides, f"model.name={model}"]
     )
@@ -138,7 +138,7 @@ def inspect(
         return
     with CompiledLLM.from_pretrained(config=settings) as llm:
         print(llm.report())
-        hand_out(llm.report(), printed=False, file=report_file)
+        output_report(llm.report(), printed=False, file=report_file)
 
 
 @app.command("compile")
@@ -160,10 +160,10 @@ def compile_buckets(
 ) -> None:
     """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
     from compiled_llm import CompiledLLM, load_config
-    from compiled_llm.report.export import check_ending, hand_out
+    from compiled_llm.report.export import check_report_path, output_report
     from compiled_llm.runtime.artifacts.artifact import discard
 
-    check_ending(report_file)
+    check_report_path(report_file)
     if out is not None and force:
         discard(out)
     with CompiledLLM.from_pretrained(
@@ -171,7 +171,7 @@ def compile_buckets(
     ) as llm:
         report = llm.report()
     print(report)
-    hand_out(report, printed=False, file=report_file)
+    output_report(report, printed=False, file=report_file)
     kept_in = report.facts.get("artifact")
     if kept_in is None:
         expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
@@ -181,9 +181,9 @@ def compile_buckets(
             f"{report.artifact_refusal}; choose another directory, or add --force to replace what it holds"
         )
     missing = [
-        bucket.unkept or bucket.bucket
+        bucket.save_failure or bucket.bucket
         for bucket in report.buckets
-        if bucket.failure is None and not bucket.kept
+        if bucket.failure is None and not bucket.saved
     ]
     if missing:
         raise ValueError(f"{len(missing)} buckets could not be kept: {'; '.join(missing)}")
@@ -203,7 +203,7 @@ def verify(
     )  # all are to be seen, also after one that fails
     with CompiledLLM.from_pretrained(model, config=settings) as llm:
         report = llm.report()
-    print(report.verification())
+    print(report.render_verification())
     if any(bucket.failure for bucket in report.buckets):
         raise typer.Exit(1)
 
@@ -228,7 +228,7 @@ def explain(
     with CompiledLLM.from_pretrained(
         model, config=load_config(config, [*overrides, *no_buckets])
     ) as llm:
-        different = made_for.differences(llm.model_runner.key())
+        different = made_for.differences(llm.model_runner.fingerprint())
     for name, value in made_for.parts.items():
         print(f"{name}: {value}")
     print("\n".join(["", "different:", *different]) if different else f"\nit fits {config}")

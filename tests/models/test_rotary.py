@@ -67,7 +67,7 @@ def test_short_and_long_requests_keep_their_frequencies(dispatch: str) -> None:
         assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
     if dispatch == "direct":
-        assert {bucket.mode for bucket in report.buckets} == {
+        assert {bucket.state for bucket in report.buckets} == {
             "graph" if DEVICE.type == "cuda" else "compiled"
         }
         assert not report.fallbacks
