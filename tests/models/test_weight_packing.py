@@ -74,7 +74,7 @@ def test_weights_in_another_layout_are_packed_again(layout: str) -> None:
         assert [layer.weight.storage_offset() for layer in (block.a, block.b)] == [0, 32]
         assert torch.equal(block(x), expected)
         block.b.weight.data = block.b.weight.data.clone()
-        assert find_packed_groups(block) == (), "it is looked at anew each time"
+        assert find_packed_groups(block) == (), "weights are examined at each call"
 
 
 @torch.no_grad()
