@@ -90,6 +90,15 @@ def test_custom_pass() -> None:
     assert "aten.div.Tensor" not in after
     assert "division_to_product: 2 matches, 2 expected" in out
     assert "equal to eager: True" in out
+    # The page about passes shows this output, and the pass itself.
+    page = (ROOT / "docs" / "writing-a-pass.md").read_text()
+    assert before.removeprefix("before:\n").strip() in page
+    graph, report = after.split("\n\n")
+    assert graph.strip() in page
+    assert report.strip() in page
+    source = (EXAMPLES / "custom_pass.py").read_text()
+    shown = source[source.index("def _run") : source.index("def main")]
+    assert shown.strip() in page
 
 
 def test_compilation_run(tmp_path: Path) -> None:
