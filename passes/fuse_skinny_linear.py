@@ -8,7 +8,7 @@ token any, up to `MAX_TOKENS_GPU` those with small weights, or with no more feat
 the last two on a GPU for a single token or small weights, because each of the kernel's programs norms all tokens.
 Only weights that are graph inputs are taken, by way of views: the kernel reads its weight before the kernels ahead of it have ended
 (see `passes.ops.pdl`), which may have yet to write one that the graph computes.
-Emits: `small_linear`, which rounds where the nodes it replaces did, but for the norm on a GPU, whose factor comes after the sum.
+Emits: `skinny_linear`, which rounds where the nodes it replaces did, but for the norm on a GPU, whose factor comes after the sum.
 Assumes: `merge_projections` has run; the norm stays where something else needs it too.
 """
 
@@ -17,8 +17,14 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from passes.fx_utils import emit, is_op, is_unwritten_input, reshape_source, value_source
-from passes.ops.skinny_linear import MAX_TOKENS, MAX_TOKENS_GPU, is_small, small_linear
+from passes.fx_utils import (
+    insert_call,
+    is_call_to,
+    is_unmutated_input,
+    strip_reshapes,
+    strip_reshapes_and_casts,
+)
+from passes.ops.skinny_linear import MAX_TOKENS, MAX_TOKENS_GPU, is_small_weight, skinny_linear
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -43,7 +49,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 
 def _is_served(product: Node) -> bool:
     x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
-    if weight.stride() != (1, weight.shape[0]) or not is_unwritten_input(product.args[1]):
+    if weight.stride() != (1, weight.shape[0]) or not is_unmutated_input(product.args[1]):
         return False
     if not x.is_cuda:
         return bool(x.dtype == torch.float32)
@@ -53,13 +59,13 @@ def _is_served(product: Node) -> bool:
 def _pays(num_tokens: int, num_in: int, num_out: int) -> bool:
     """Whether our kernel is faster than cuBLAS on a GPU."""
     return num_tokens == 1 or (
-        num_tokens <= MAX_TOKENS_GPU and (num_out <= num_in or is_small(num_out, num_in))
+        num_tokens <= MAX_TOKENS_GPU and (num_out <= num_in or is_small_weight(num_out, num_in))
     )
 
 
 def _takes_gate(product: Node) -> bool:
     x, weight = (node.meta["val"] for node in product.args)  # type: ignore[union-attr]
-    return bool(not x.is_cuda or x.shape[0] == 1 or is_small(*weight.shape))
+    return bool(not x.is_cuda or x.shape[0] == 1 or is_small_weight(*weight.shape))
 
 
 def _takes_norm(product: Node) -> bool:
@@ -81,21 +87,23 @@ def _rewrite(graph: Graph, product: Node) -> str:
     addition = _addition(product) if gate is None else None
     last = gate or (addition[0] if addition else product)
     with graph.inserting_before(last):
-        weight = emit(graph, aten.permute.default, transpose, [1, 0])
+        weight = insert_call(graph, aten.permute.default, transpose, [1, 0])
         tokens = (
             x
             if norm is None
-            else emit(graph, aten.reshape.default, norm.tokens, [num_tokens, num_in])
+            else insert_call(graph, aten.reshape.default, norm.tokens, [num_tokens, num_in])
         )
         residual = None
         if addition is not None:
-            residual = emit(
+            residual = insert_call(
                 graph, aten.reshape.default, addition[1], list(product.meta["val"].shape)
             )
         scale, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
-        result = emit(graph, small_linear, tokens, weight, scale, eps, residual, gate is not None)
+        result = insert_call(
+            graph, skinny_linear, tokens, weight, scale, eps, residual, gate is not None
+        )
         if last is not product:
-            result = emit(graph, aten.reshape.default, result, list(last.meta["val"].shape))
+            result = insert_call(graph, aten.reshape.default, result, list(last.meta["val"].shape))
     last.replace_all_uses_with(result)
     parts = [("norm", norm), ("gate", gate), ("residual", addition)]
     return "+".join(["linear", *(name for name, found in parts if found is not None)])
@@ -103,15 +111,15 @@ def _rewrite(graph: Graph, product: Node) -> str:
 
 def _norm(x: Node) -> _Norm | None:
     """The norm that made x: `weight * (tokens * rsqrt(mean(tokens ** 2) + eps))`, whatever the casts between."""
-    scaled = value_source(x)
+    scaled = strip_reshapes_and_casts(x)
     for weight, normed in _orders(scaled, aten.mul.Tensor):
         if weight.op != "placeholder" or weight.meta["val"].ndim != 1:
             continue
-        for tokens, factor in _orders(value_source(normed), aten.mul.Tensor):
+        for tokens, factor in _orders(strip_reshapes_and_casts(normed), aten.mul.Tensor):
             found = _inverse_rms(factor, width=weight.meta["val"].shape[0])
             if (
                 found is not None
-                and found[0] is value_source(tokens)
+                and found[0] is strip_reshapes_and_casts(tokens)
                 and found[0].meta["val"].dtype == x.meta["val"].dtype
             ):
                 return _Norm(found[0], weight, found[1])
@@ -120,51 +128,55 @@ def _norm(x: Node) -> _Norm | None:
 
 def _inverse_rms(factor: Node, width: int) -> tuple[Node, float] | None:
     """Of `rsqrt(mean(tokens ** 2, -1) + eps)` over so many features, and not over groups of them: tokens and eps."""
-    if not is_op(factor, aten.rsqrt.default) or not is_op(factor.args[0], aten.add.Tensor):
+    if not is_call_to(factor, aten.rsqrt.default) or not is_call_to(
+        factor.args[0], aten.add.Tensor
+    ):
         return None
     mean, eps = factor.args[0].args
-    if not is_op(mean, aten.mean.dim) or mean.args[1] != [-1] or not isinstance(eps, float):
+    if not is_call_to(mean, aten.mean.dim) or mean.args[1] != [-1] or not isinstance(eps, float):
         return None
     square = mean.args[0]
     if (
-        not is_op(square, aten.pow.Tensor_Scalar)
+        not is_call_to(square, aten.pow.Tensor_Scalar)
         or square.args[1] != 2
         or square.meta["val"].shape[-1] != width
     ):
         return None
-    return value_source(square.args[0]), eps
+    return strip_reshapes_and_casts(square.args[0]), eps
 
 
 def _gated_user(product: Node) -> Node | None:
     """The `silu(gate) * up` over the two halves of the product, if that is all that becomes of it."""
     halves = list(product.users)
     width = product.meta["val"].shape[1]
-    if [half.args[1:] for half in halves if is_op(half, aten.slice.Tensor)] != [
+    if [half.args[1:] for half in halves if is_call_to(half, aten.slice.Tensor)] != [
         (1, 0, width // 2),
         (1, width // 2, width),
     ]:
         return None
     for user in _final_users(halves[1]):
         for activated, up in _orders(user, aten.mul.Tensor):
-            if reshape_source(up) is halves[1] and _silu_source(activated) is halves[0]:
+            if strip_reshapes(up) is halves[1] and _silu_source(activated) is halves[0]:
                 return user
     return None
 
 
 def _silu_source(node: Node) -> Node | None:
     """Of `x / (1 + exp(-x))`, as Inductor decomposes silu: x."""
-    division = value_source(node)
-    if not is_op(division, aten.div.Tensor) or not is_op(division.args[1], aten.add.Tensor):
+    division = strip_reshapes_and_casts(node)
+    if not is_call_to(division, aten.div.Tensor) or not is_call_to(
+        division.args[1], aten.add.Tensor
+    ):
         return None
-    x = value_source(division.args[0])
+    x = strip_reshapes_and_casts(division.args[0])
     exponential, one = division.args[1].args
     if (
         one != 1
-        or not is_op(exponential, aten.exp.default)
-        or not is_op(exponential.args[0], aten.neg.default)
+        or not is_call_to(exponential, aten.exp.default)
+        or not is_call_to(exponential.args[0], aten.neg.default)
     ):
         return None
-    return x if value_source(exponential.args[0].args[0]) is x else None
+    return x if strip_reshapes_and_casts(exponential.args[0].args[0]) is x else None
 
 
 def _addition(product: Node) -> tuple[Node, Node] | None:
@@ -179,7 +191,7 @@ def _addition(product: Node) -> tuple[Node, Node] | None:
             and value.dtype == sum_value.dtype == product.meta["val"].dtype
         )
         if (
-            reshape_source(summand) is product
+            strip_reshapes(summand) is product
             and alike
             and sum_value.shape[-1] == product.meta["val"].shape[-1]
         ):
@@ -192,13 +204,13 @@ def _final_users(node: Node) -> list[Node]:
     return [
         final
         for user in node.users
-        for final in (_final_users(user) if is_op(user, aten.reshape.default) else [user])
+        for final in (_final_users(user) if is_call_to(user, aten.reshape.default) else [user])
     ]
 
 
 def _orders(node: Node, target: torch._ops.OpOverload) -> list[tuple[Node, Node]]:
     """The two arguments of a commutative op, in both orders; nothing where it is another op or has a number."""
-    if not is_op(node, target):
+    if not is_call_to(node, target):
         return []
     left, right = node.args[:2]
     return (
@@ -206,4 +218,4 @@ def _orders(node: Node, target: torch._ops.OpOverload) -> list[tuple[Node, Node]
     )
 
 
-SMALL_LINEAR = GraphPass(name="small_linear", run=_run, expected=lambda context: [])
+FUSE_SKINNY_LINEAR = GraphPass(name="fuse_skinny_linear", run=_run, expected=lambda context: [])

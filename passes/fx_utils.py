@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument, Target, map_arg
 
 
-def emit(graph: Graph, target: Target, *args: Argument) -> Node:
+def insert_call(graph: Graph, target: Target, *args: Argument) -> Node:
     """Insert a call at the graph's insertion point, with `meta["val"]` computed from those of its arguments."""
     node = graph.call_function(target, args)  # type: ignore[arg-type]  # an OpOverload is callable
     values = map_arg(args, lambda argument: argument.meta["val"])
@@ -21,12 +21,12 @@ def emit(graph: Graph, target: Target, *args: Argument) -> Node:
     return node
 
 
-def is_op(node: object, *targets: Target) -> TypeGuard[Node]:
+def is_call_to(node: object, *targets: Target) -> TypeGuard[Node]:
     """Whether this is a call of one of the targets."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
-def reach_back(node: Node, is_end: Callable[[Node], bool]) -> set[Node]:
+def backward_slice(node: Node, is_end: Callable[[Node], bool]) -> set[Node]:
     """The node and all that it depends on, back to ends and no further."""
     found, open_nodes = set[Node](), [node]
     while open_nodes:
@@ -37,31 +37,31 @@ def reach_back(node: Node, is_end: Callable[[Node], bool]) -> set[Node]:
     return found
 
 
-def reshape_source(node: object) -> Node:
+def strip_reshapes(node: object) -> Node:
     """The node whose elements these are, in the same order, by way of reshapes."""
     assert isinstance(node, Node)
-    while is_op(node, *_RESHAPES):
+    while is_call_to(node, *_RESHAPES):
         node = node.args[0]
         assert isinstance(node, Node)
     return node
 
 
-def value_source(node: object) -> Node:
+def strip_reshapes_and_casts(node: object) -> Node:
     """The same, by way of reshapes and casts."""
     assert isinstance(node, Node)
-    while is_op(node, *_RESHAPES, torch.ops.prims.convert_element_type.default):
+    while is_call_to(node, *_RESHAPES, torch.ops.prims.convert_element_type.default):
         node = node.args[0]
         assert isinstance(node, Node)
     return node
 
 
-def is_unwritten_input(node: object) -> bool:
+def is_unmutated_input(node: object) -> bool:
     """Whether this is a graph input, or a view of one, that no node of the graph writes to."""
     assert isinstance(node, Node)
     while node.op != "placeholder":
         source = node.all_input_nodes[0] if is_view(node) else None
         if source is None or (
-            is_op(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()
+            is_call_to(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()
         ):  # it may copy
             return False
         node = source
@@ -70,7 +70,7 @@ def is_unwritten_input(node: object) -> bool:
 
 def is_view(node: Node) -> bool:
     """Whether this reads the same memory as its argument, or is a part of what that gives."""
-    return is_op(node, operator.getitem, *_RESHAPES) or (
+    return is_call_to(node, operator.getitem, *_RESHAPES) or (
         isinstance(node.target, OpOverload) and node.target.is_view
     )
 

@@ -6,17 +6,17 @@ tokens waits for most of its time.
 
 Matches: values that no token's embedding enters, made by pointwise ops and indexing, and read by `MIN_READERS` or more nodes
 that Inductor would put them into.
-Emits: `kept`, the same value.
-Assumes: `paged_attention` has run.
+Emits: `materialize`, the same value.
+Assumes: `lower_attention_marker` has run.
 """
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from passes.fx_utils import emit, is_op, is_view
+from passes.fx_utils import insert_call, is_call_to, is_view
 from passes.ops.library import NAMESPACE
-from passes.ops.materialize import kept, teach_inductor
+from passes.ops.materialize import materialize, register_materialize_lowering
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ MIN_READERS = 4
 
 
 def _run(graph: Graph, context: PassContext) -> list[str]:
-    teach_inductor()
+    register_materialize_lowering()
     of_step: set[Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr") or (
@@ -40,15 +40,17 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     often = [node for node in values if _num_readers(node, of_step) >= MIN_READERS]
     for node in often:
         with graph.inserting_after(node):
-            buffer = emit(graph, kept, node)
-        node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user.target is not kept)
+            buffer = insert_call(graph, materialize, node)
+        node.replace_all_uses_with(
+            buffer, delete_user_cb=lambda user: user.target is not materialize
+        )
     return [node.name for node in often]
 
 
 def _is_cheap(node: Node) -> bool:
     return (
         is_view(node)
-        or is_op(node, *_CHEAP)
+        or is_call_to(node, *_CHEAP)
         or (isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags)
     )
 
@@ -74,4 +76,6 @@ _CHEAP = (
     aten.floor_divide.default,
 )
 
-ONCE_A_STEP = GraphPass(name="once_a_step", run=_run, expected=lambda context: [])
+HOIST_STEP_INVARIANTS = GraphPass(
+    name="hoist_step_invariants", run=_run, expected=lambda context: []
+)

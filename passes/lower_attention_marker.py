@@ -9,7 +9,7 @@ Assumes: a functionalised graph, in which no other node touches the caches.
 import torch
 from torch.fx import Graph, Node
 
-from passes.fx_utils import emit
+from passes.fx_utils import insert_call
 from passes.ops.attention_marker import attention_marker
 from passes.ops.paged_attention import paged_attention
 from passes.pipeline import GraphPass, PassContext
@@ -34,7 +34,7 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
         block_table,
         query_start,
         seq_lens,
-        arrivals,
+        split_counters,
         sinks,
         slopes,
         layer,
@@ -51,12 +51,12 @@ def _rewrite(graph: Graph, marker: Node, all_places: dict[object, list[Node]]) -
             all_places[key] = _places(graph, slots, size)
         for cache, values in ((k_cache, k), (v_cache, v)):
             # A scatter, which Inductor fuses with what makes the values.
-            emit(graph, aten.index_put_.default, cache, all_places[key], values)
-        tables = (block_table, query_start, seq_lens, arrivals)
-        attended = emit(
+            insert_call(graph, aten.index_put_.default, cache, all_places[key], values)
+        tables = (block_table, query_start, seq_lens, split_counters)
+        attended = insert_call(
             graph, paged_attention, q, k_cache, v_cache, *tables, sinks, slopes, *options
         )
-        marker.replace_all_uses_with(emit(graph, aten.unsqueeze.default, attended, 0))
+        marker.replace_all_uses_with(insert_call(graph, aten.unsqueeze.default, attended, 0))
     graph.erase_node(marker)
     return layer
 
@@ -65,19 +65,22 @@ def _places(graph: Graph, slots: Node, size: int) -> list[Node]:
     """Page and offset of each slot in a cache [P, size, G, D]; the size is a power of two."""
     shift = size.bit_length() - 1
     return [
-        emit(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift),
-        emit(graph, aten.bitwise_and.Scalar, slots, size - 1),
+        insert_call(graph, aten.bitwise_right_shift.Tensor_Scalar, slots, shift),
+        insert_call(graph, aten.bitwise_and.Scalar, slots, size - 1),
     ]
 
 
 def _tokens_first(graph: Graph, heads_first: object) -> Node:
     """[1, H, T, D] -> [T, H, D], a view."""
     assert isinstance(heads_first, Node)
-    return emit(
-        graph, aten.permute.default, emit(graph, aten.select.int, heads_first, 0, 0), [1, 0, 2]
+    return insert_call(
+        graph,
+        aten.permute.default,
+        insert_call(graph, aten.select.int, heads_first, 0, 0),
+        [1, 0, 2],
     )
 
 
-PAGED_ATTENTION = GraphPass(
-    name="paged_attention", run=_run, expected=lambda context: list(context.layers)
+LOWER_ATTENTION_MARKER = GraphPass(
+    name="lower_attention_marker", run=_run, expected=lambda context: list(context.layers)
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.fx_utils import emit, is_op, reshape_source
+from passes.fx_utils import insert_call, is_call_to, strip_reshapes
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -28,9 +28,9 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
         if weight is not None:
             tokens, storage = product.args[0], weight.meta["val"].untyped_storage()
             groups.setdefault(
-                (reshape_source(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []
+                (strip_reshapes(tokens), tuple(tokens.meta["val"].shape), storage._cdata), []
             ).append(product)
-    merged = [group for group in groups.values() if len(group) > 1 and _fill_a_storage(group)]
+    merged = [group for group in groups.values() if len(group) > 1 and _are_packed(group)]
     for group in merged:
         _merge(graph, group)
     return [_label(number) for number in range(len(merged))]
@@ -39,7 +39,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
 def _transposed_weight(product: Node) -> Node | None:
     """The weight [N, K] of an `mm` with a graph input transposed."""
     transpose = product.args[1]
-    if not is_op(transpose, aten.permute.default) or transpose.args[1] != [1, 0]:
+    if not is_call_to(transpose, aten.permute.default) or transpose.args[1] != [1, 0]:
         return None
     weight = transpose.args[0]
     return weight if isinstance(weight, Node) and weight.op == "placeholder" else None
@@ -52,7 +52,7 @@ def _value(product: Node) -> Tensor:
     return value
 
 
-def fill_a_storage(weights: Sequence[Tensor]) -> bool:
+def are_packed(weights: Sequence[Tensor]) -> bool:
     """Whether the weights, more than one, are alike and follow each other in one storage, from its beginning to its end."""
     end = 0
     for weight in weights:
@@ -69,8 +69,8 @@ def fill_a_storage(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _fill_a_storage(group: list[Node]) -> bool:
-    return fill_a_storage(sorted(map(_value, group), key=lambda weight: weight.storage_offset()))
+def _are_packed(group: list[Node]) -> bool:
+    return are_packed(sorted(map(_value, group), key=lambda weight: weight.storage_offset()))
 
 
 def _merge(graph: Graph, group: list[Node]) -> None:
@@ -82,14 +82,18 @@ def _merge(graph: Graph, group: list[Node]) -> None:
         first = _transposed_weight(products[0])
         assert first is not None
         num_in = _value(products[0]).shape[1]
-        weight = emit(graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], 0)
-        product = emit(
+        weight = insert_call(
+            graph, aten.as_strided.default, first, [sum(sizes), num_in], [num_in, 1], 0
+        )
+        product = insert_call(
             graph,
             aten.mm.default,
             group[0].args[0],
-            emit(graph, aten.permute.default, weight, [1, 0]),
+            insert_call(graph, aten.permute.default, weight, [1, 0]),
         )
-        parts = [emit(graph, aten.slice.Tensor, product, 1, begin, end) for begin, end in bounds]
+        parts = [
+            insert_call(graph, aten.slice.Tensor, product, 1, begin, end) for begin, end in bounds
+        ]
     for old, part in zip(products, parts, strict=True):
         old.replace_all_uses_with(part)
         graph.erase_node(old)

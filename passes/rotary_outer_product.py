@@ -11,7 +11,7 @@ Assumes: nothing. One match for each rotary embedding, but none for a single tok
 import torch
 from torch.fx import Graph, Node
 
-from passes.fx_utils import emit
+from passes.fx_utils import insert_call
 from passes.pipeline import GraphPass, PassContext
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def _run(graph: Graph, context: PassContext) -> list[str]:
     ]
     for product in products:
         with graph.inserting_before(product):
-            product.replace_all_uses_with(emit(graph, aten.mul.Tensor, *product.args))
+            product.replace_all_uses_with(insert_call(graph, aten.mul.Tensor, *product.args))
         graph.erase_node(product)
     return [_label(number) for number in range(len(products))]
 

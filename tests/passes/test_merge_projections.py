@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from passes import PassContext
-from passes.fx_utils import emit
+from passes.fx_utils import insert_call
 from passes.merge_projections import MERGE_PROJECTIONS
 
 aten = torch.ops.aten
@@ -38,8 +38,11 @@ def _products(weights: Sequence[torch.Tensor], x: torch.Tensor) -> GraphModule:
             node.meta["val"] = mode.from_tensor(weight)
         graph.output(
             [
-                emit(
-                    graph, aten.mm.default, tokens, emit(graph, aten.permute.default, node, [1, 0])
+                insert_call(
+                    graph,
+                    aten.mm.default,
+                    tokens,
+                    insert_call(graph, aten.permute.default, node, [1, 0]),
                 )
                 for node in nodes
             ]

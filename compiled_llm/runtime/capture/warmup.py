@@ -18,7 +18,7 @@ from compiled_llm.config.schema import Config
 from compiled_llm.errors import StrictError
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.models.weight_packing import merged_groups
+from compiled_llm.models.weight_packing import find_packed_groups
 from compiled_llm.report.report import BucketReport, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket, read_traffic
 from compiled_llm.runtime.buckets import Bucket
@@ -159,7 +159,7 @@ def make_pipeline(
     context = PassContext(
         layers=tuple(layer.name for layer in layers),
         rotary_embeddings=count_rotary_embeddings(model),
-        merged_projections=merged_groups(model),
+        merged_projections=find_packed_groups(model),
         num_tokens=bucket.size,
     )
     return Pipeline(
