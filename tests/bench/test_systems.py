@@ -120,16 +120,10 @@ def test_stream_on_a_cpu_measures_host_time_only(tmp_path: Path) -> None:
 def test_passes_are_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_group, "open_worker", open_local)
     config = tiny_config(tmp_path)
-<<<<<<< HEAD
     left_out = config.pass_order()[0]
     settings = DecodeSettings(context=8, steps=2, rounds=2)
     rows = passes.measure(local_run(config), settings, only=[left_out], batches=[1, 2])
     names = [passes.ALL, f"without {left_out}", passes.AGAIN]
-=======
-    sizes: dict[str, Any] = {"batches": [1, 2], "context": 8, "steps": 2, "rounds": 2}
-    rows = passes.run(config, _CARD, Options(), only=["lower_attention_marker"], **sizes)
-    names = [passes.ALL, "without lower_attention_marker", passes.AGAIN]
->>>>>>> models
     assert [(row["variant"], row["batch"]) for row in rows] == [
         (name, batch) for name in names for batch in (1, 2)
     ]
@@ -140,13 +134,7 @@ def test_passes_are_left_out_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
         *(f"without {name}" for name in config.pass_order()),
         passes.AGAIN,
     ]
-<<<<<<< HEAD
     with pytest.raises(ValueError, match=f"expected passes that the config has on: {left_out}"):
-=======
-    with pytest.raises(
-        ValueError, match="expected passes that the config has on: lower_attention_marker"
-    ):
->>>>>>> models
         passes.variants(config, ["nothing"])
 
 

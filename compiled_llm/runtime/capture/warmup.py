@@ -37,7 +37,16 @@ from compiled_llm.runtime.compilation.worker_pool import CompilePool, at_work
 from compiled_llm.runtime.memory.allocation import Memory, stage_padding
 from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.step import Step
-from passes import PASSES, PassContext, PassError, PassReport, Pipeline
+from passes import (
+    PASSES,
+    AttentionLayers,
+    PackedWeights,
+    PassContext,
+    PassError,
+    PassReport,
+    Pipeline,
+    RotaryEmbeddings,
+)
 from passes.ops.precompile import compile_kernels
 
 
@@ -157,10 +166,12 @@ def make_pipeline(
 ) -> Pipeline:
     """The passes that the config wants, for one bucket."""
     context = PassContext(
-        layers=tuple(layer.name for layer in layers),
-        rotary_embeddings=count_rotary_embeddings(model),
-        merged_projections=find_packed_groups(model),
         num_tokens=bucket.size,
+        facts=(
+            AttentionLayers(tuple(layer.name for layer in layers)),
+            RotaryEmbeddings(count_rotary_embeddings(model)),
+            PackedWeights(find_packed_groups(model)),
+        ),
     )
     return Pipeline(
         passes=[PASSES[name] for name in config.pass_order()],
