@@ -111,7 +111,7 @@ class Inputs:
     block_table: Tensor
     query_start: Tensor
     seq_lens: Tensor
-    arrivals: Tensor
+    split_counters: Tensor
 
     @classmethod
     def make(cls, shape: Shape, seed: int) -> "Inputs":
@@ -142,7 +142,7 @@ class Inputs:
             block_table=order.int(),
             query_start=torch.arange(s + 1, device=DEVICE, dtype=torch.int32) * shape.queries,
             seq_lens=torch.full((s,), shape.length, device=DEVICE, dtype=torch.int32),
-            arrivals=torch.zeros(s * shape.kv_heads, device=DEVICE, dtype=torch.int32),
+            split_counters=torch.zeros(s * shape.kv_heads, device=DEVICE, dtype=torch.int32),
         )
 
 
@@ -154,7 +154,7 @@ def _paged(inputs: Inputs) -> Tensor:
     shape = inputs.shape
     out_THD: Tensor = paged_attention(
         inputs.flat_q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.query_start,
-        inputs.seq_lens, inputs.arrivals, None, None, shape.dim**-0.5, 0, 0.0, shape.queries,
+        inputs.seq_lens, inputs.split_counters, None, None, shape.dim**-0.5, 0, 0.0, shape.queries,
     )  # fmt: skip
     return out_THD.view(shape.sequences, shape.queries, shape.heads, shape.dim).transpose(1, 2)
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import Config, ModelConfig
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.default_model import default_model
-from compiled_llm.models.discovery import examine
+from compiled_llm.models.discovery import examine_model
 from compiled_llm.models.loading import resolve_device
 from compiled_llm.runtime.limits import Limits
 
@@ -240,7 +240,7 @@ def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def _kv_bytes(model: PreTrainedModel) -> int | None:
     try:
-        with attached(model):
-            return sum(layer.bytes_per_token for layer in examine(model)[1])
+        with attention_routed(model):
+            return sum(layer.bytes_per_token for layer in examine_model(model)[1])
     except (ValueError, RuntimeError, NotImplementedError):
         return None

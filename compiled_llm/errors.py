@@ -9,6 +9,10 @@ class UnsupportedModelError(CompiledLLMError, ValueError):
     """The model needs a feature that is not supported; the message names the feature."""
 
 
+class NeedsWeightsError(CompiledLLMError, ValueError):
+    """The model cannot be examined on the meta device: its forward depends on the weights."""
+
+
 class QueueFullError(CompiledLLMError, RuntimeError):
     """The queue already holds `limits.max_waiting` requests; retry later."""
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from compiled_llm import imported
 from compiled_llm.config.loader import load_config, parse_config
 from compiled_llm.config.schema import Config
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import check_token_independence, examine_model
 from compiled_llm.models.rotary import fixed_frequencies
-from compiled_llm.models.weight_packing import linears_by_input, merged
+from compiled_llm.models.weight_packing import linears_by_input, packed_weights
 from compiled_llm.report.report import PhaseReport, Report
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
@@ -55,15 +55,15 @@ def start(
     limits = Limits.resolve(config.limits, model.config, model.device)
     with COMPILER_LOCK:
         with eager_steps_excluded(), report.phase("examine model", model.device):
-            resources.enter_context(attached(model))
+            resources.enter_context(attention_routed(model))
             resources.enter_context(fixed_frequencies(model))
             with linears_by_input(model) as groups:
-                served, layers = examine(model)
-            check_tokens_meet_in_attention(served, limits.max_model_len)
+                served, layers = examine_model(model)
+            check_token_independence(served, limits.max_model_len)
             wanted = (
                 config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
             )
-            resources.enter_context(merged(model, groups if wanted else []))
+            resources.enter_context(packed_weights(model, groups if wanted else []))
         model_runner = ModelRunner(
             served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded
         )
@@ -97,11 +97,5 @@ def _facts(model_runner: ModelRunner, model: PreTrainedModel) -> dict[str, str |
 
 
 def _describe(group: KVCacheGroup, block_size: int) -> str:
-    window = (
-        f" with a window of {group.window}"
-        if group.window > 0
-        else f" in chunks of {-group.window}"
-        if group.window
-        else ""
-    )
-    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"
+    reach = "" if group.reach.is_full else f" with {group.reach}"
+    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{reach}"

@@ -31,7 +31,7 @@ from compiled_llm.cli.prompt_file import (
     Id,
     PromptLine,
     is_id,
-    params_of,
+    merge_sampling_params,
     parse,
     read_prompts,
     require,
@@ -44,7 +44,7 @@ _BEGIN = b'{"id": '  # of each line that is written
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Batch:
+class BatchRun:
     """A file of prompts, and the file of their answers, which is open and locked until `close()`.
 
     Args:
@@ -126,7 +126,7 @@ class Batch:
     def _request(self, line: PromptLine, templated: bool) -> tuple[Any, SamplingParams]:
         asks = templated and isinstance(line.content, str)
         prompt = [{"role": "user", "content": line.content}] if asks else line.content
-        return prompt, params_of(self._params, line.id, line.params)
+        return prompt, merge_sampling_params(self._params, line.id, line.params)
 
 
 class _Answers:

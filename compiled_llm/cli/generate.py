@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compiled_llm.cli.batch_file import Batch
+from compiled_llm.cli.batch_file import BatchRun
 from compiled_llm.llm import CompiledLLM
 from compiled_llm.report.report import Report
 from compiled_llm.sampling_params import SamplingParams
@@ -13,7 +13,9 @@ Start = Callable[[], CompiledLLM]
 Finish = Callable[[Report], None]
 
 
-def check_inputs(prompt: str | None, prompts: Path | None, out: Path | None, n: int) -> None:
+def check_prompt_options(
+    prompt: str | None, prompts: Path | None, out: Path | None, n: int
+) -> None:
     """Raise a ValueError unless these options go together."""
     if (prompt is None) == (prompts is None):
         raise ValueError(
@@ -29,7 +31,9 @@ def check_inputs(prompt: str | None, prompts: Path | None, out: Path | None, n: 
         raise ValueError(f"a single prompt has one completion, got --n {n}: use --prompts")
 
 
-def answer(start: Start, prompt: str, params: SamplingParams, *, raw: bool, finish: Finish) -> None:
+def generate_one(
+    start: Start, prompt: str, params: SamplingParams, *, raw: bool, finish: Finish
+) -> None:
     """Print the answer to a prompt as it comes."""
     with start() as llm:
         templated = llm.tokenizer is not None and llm.tokenizer.chat_template and not raw
@@ -41,11 +45,11 @@ def answer(start: Start, prompt: str, params: SamplingParams, *, raw: bool, fini
         finish(llm.report())
 
 
-def answer_file(
+def generate_file(
     start: Start, prompts: Path, out: Path, params: SamplingParams, *, raw: bool, finish: Finish
 ) -> bool:
     """Answer what is left of the file; whether no prompt of it failed."""
-    with Batch(prompts, out, params, raw=raw) as batch:
+    with BatchRun(prompts, out, params, raw=raw) as batch:
         if len(batch.left) < batch.total:
             print(
                 f"resuming: {batch.total - len(batch.left)} of {batch.total} done", file=sys.stderr

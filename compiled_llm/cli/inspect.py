@@ -8,9 +8,9 @@ import torch
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.loading import read_config, resolve_device, resolve_dtype
-from compiled_llm.models.preflight import Preflight, preflight
+from compiled_llm.models.preflight import ModelSummary, examine_config
 from compiled_llm.runtime.limits import Limits
-from passes import PASSES, PassContext
+from passes import PASSES, AttentionLayers, PackedWeights, PassContext, RotaryEmbeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Inspection:
         expected: for each pass that is on, how many matches it must make; 0 where it takes what there is.
     """
 
-    found: Preflight
+    found: ModelSummary
     dtype: str
     device: str
     bytes_per_parameter: int
@@ -32,12 +32,12 @@ class Inspection:
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values in layers that keep all tokens."""
-        return sum(layer.bytes_per_token for layer in self.found.layers if layer.window == 0)
+        return sum(layer.bytes_per_token for layer in self.found.layers if layer.reach.is_full)
 
     @property
     def bytes_of_windows(self) -> int:
         """Of keys and values that layers with windows or chunks keep of a sequence that outgrows them."""
-        return sum(abs(layer.window) * layer.bytes_per_token for layer in self.found.layers)
+        return sum(layer.reach.size * layer.bytes_per_token for layer in self.found.layers)
 
     @property
     def bytes_of_states(self) -> int:
@@ -86,13 +86,15 @@ def inspect_model(config: Config) -> Inspection:
         torch.device("cuda") if config.model.device == "cuda" else resolve_device(config.model)
     )  # which need not be here
     dtype = resolve_dtype(config.model, device)
-    found = preflight(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
+    found = examine_config(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
     names = config.pass_order() if config.compile.dispatch != "eager" else []
     context = PassContext(
-        layers=tuple(layer.name for layer in found.layers),
-        rotary_embeddings=found.rotary_embeddings,
-        merged_projections=found.merged_projections if "merge_projections" in names else (),
         num_tokens=2,
+        facts=(
+            AttentionLayers(tuple(layer.name for layer in found.layers)),
+            RotaryEmbeddings(found.rotary_embeddings),
+            PackedWeights(found.merged_projections),
+        ),
     )
     return Inspection(
         found=found,
@@ -106,16 +108,9 @@ def inspect_model(config: Config) -> Inspection:
 
 def _kind(layer: AttentionLayer) -> str:
     """A layer's attention, in words."""
-    reach = (
-        f"window of {layer.window}"
-        if layer.window > 0
-        else f"chunks of {-layer.window}"
-        if layer.window
-        else "all tokens"
-    )
     dims = (
         f"{layer.key_dim}"
         if layer.key_dim == layer.value_dim
         else f"{layer.key_dim} and {layer.value_dim}"
     )
-    return f"{reach}, {layer.num_heads} heads, {layer.num_kv_heads} of keys and values, dim {dims}"
+    return f"{layer.reach}, {layer.num_heads} heads, {layer.num_kv_heads} of keys and values, dim {dims}"

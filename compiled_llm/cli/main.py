@@ -86,10 +86,10 @@ def generate(
     "params". A line of --out is written as its prompt ends; a run that was killed goes on where it was when started again.
     """
     from compiled_llm import CompiledLLM, SamplingParams, load_config
-    from compiled_llm.cli.generate import answer, answer_file, check_inputs
+    from compiled_llm.cli.generate import check_prompt_options, generate_file, generate_one
     from compiled_llm.report.export import check_ending, hand_out
 
-    check_inputs(prompt, prompts, out, n)
+    check_prompt_options(prompt, prompts, out, n)
     check_ending(report_file)
     params = SamplingParams(
         n=n,
@@ -104,10 +104,10 @@ def generate(
     start = partial(CompiledLLM.from_pretrained, model, config=load_config(config, overrides))
     finish = partial(hand_out, printed=report, file=report_file)
     if prompts is not None and out is not None:
-        if not answer_file(start, prompts, out, params, raw=raw, finish=finish):
+        if not generate_file(start, prompts, out, params, raw=raw, finish=finish):
             raise typer.Exit(1)
     elif prompt is not None:
-        answer(start, prompt, params, raw=raw, finish=finish)
+        generate_one(start, prompt, params, raw=raw, finish=finish)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compiled_llm.config.schema import excerpt
+from compiled_llm.config.messages import excerpt
 from compiled_llm.sampling_params import SamplingParams
 
 Id = str | int
@@ -50,7 +50,9 @@ def read_prompts(path: Path, params: SamplingParams) -> dict[Id, PromptLine]:
     return lines
 
 
-def params_of(base: SamplingParams, name: Id, changes: dict[str, Any]) -> SamplingParams:
+def merge_sampling_params(
+    base: SamplingParams, name: Id, changes: dict[str, Any]
+) -> SamplingParams:
     """What a line says, over the command line's params.
 
     Of the command line's seed and the line's id a seed is made: the line draws the same tokens wherever it stands in the file,
@@ -106,7 +108,7 @@ def _add(
     try:
         line = _parse_prompt(number, text)
         if line.params:
-            params_of(params, line.id, line.params)
+            merge_sampling_params(params, line.id, line.params)
         if line.id in lines:
             raise ValueError(
                 f"id {line.id!r} must be unique, and line {lines[line.id].number} has it too"

@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 import passes.ops.attention_marker  # noqa: F401  # registers the op
 from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME, probed_reach
+from passes.attention_reach import FULL, AttentionReach
 
 ATTENTION_NAME = "compiled_llm"
 
@@ -35,10 +36,6 @@ _REDUNDANT = {
 }
 
 
-class UndecidedError(ValueError):
-    """On the meta device a forward asked for values, so that nothing can be told of it without weights."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """The options of one attention call.
@@ -53,7 +50,7 @@ class AttentionCall:
     """
 
     scale: float
-    reach: int = 0
+    reach: AttentionReach = FULL
     softcap: float = 0.0
     sinks: Tensor | None = None
     slopes: Tensor | None = None
@@ -95,7 +92,7 @@ def attention_forward(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: k and v come after RoPE and before repetition, for the new tokens only."""
-    reach = reach_of(attention_mask)
+    reach = probed_reach(attention_mask)
     if attention_mask is not None and reach is None:
         raise UnsupportedModelError(
             "attention with an explicit attention_mask is not supported: only causal masks and windows are"
@@ -113,7 +110,7 @@ def attention_forward(
         )
     call = AttentionCall(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        reach=(sliding_window or 0) if reach is None else reach,
+        reach=AttentionReach.decode(sliding_window or 0) if reach is None else reach,
         softcap=softcap or 0.0,
         sinks=s_aux,
         is_causal=reach is not None
@@ -124,7 +121,7 @@ def attention_forward(
 
 # No mask function is registered under the first name, so transformers builds no mask at all.
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
-AttentionInterface.register(EXAMINING_NAME, attention_forward)
+AttentionInterface.register(MASK_PROBE_NAME, attention_forward)
 
 
 class LayerCache(nn.Module):
@@ -147,7 +144,7 @@ class PagedAttention:
         groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
         windows: for each call how far back its queries see, as in `passes.ops.paged_attention`.
         slots: [G, T] int64, where each token's key and value go.
-        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, arrivals: int32, as in
+        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, split_counters: int32, as in
             `passes.ops.paged_attention`.
         max_query_len: the most queries a sequence brings; 1 in decode.
     """
@@ -159,7 +156,7 @@ class PagedAttention:
     block_tables: Tensor
     query_start: Tensor
     seq_lens: Tensor
-    arrivals: Tensor
+    split_counters: Tensor
     max_query_len: int
     calls: int = field(default=0, init=False)
 
@@ -173,6 +170,6 @@ class PagedAttention:
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
             q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            self.arrivals, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
+            self.split_counters, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

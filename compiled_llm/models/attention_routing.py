@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME
-from compiled_llm.models.held_attributes import Hold
+from compiled_llm.models.attribute_overrides import AttributeOverrides
 
 # Where a config keeps its choices. The properties in front of them also write those of its sub-configs.
 ATTENTION_CHOICE, _EXPERTS_CHOICE = (
@@ -33,13 +33,13 @@ def route(model: nn.Module, attention: str) -> None:
 
 
 @contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
+def attention_routed(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention to us, in eval mode and without gradients.
 
     At the end everything is put back that was changed here, unless another engine still works on the model, or on one that
     shares its config or its modules: then the last of them does so.
     """
-    hold = Hold(_attributes(model))
+    hold = AttributeOverrides(_attributes(model))
     try:
         try:
             route(model, ATTENTION_NAME)

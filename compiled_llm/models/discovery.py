@@ -8,25 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models.attention import (
     ATTENTION_NAME,
     CURRENT,
     Attention,
     AttentionCall,
-    UndecidedError,
 )
 from compiled_llm.models.attention_routing import route
 from compiled_llm.models.exported_model import ServedModel, trace
-from compiled_llm.models.mask_probe import EXAMINING_NAME
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME
 from compiled_llm.models.model_call import ModelCall, PositionsCache
 from compiled_llm.models.recurrent_state import (
     RecurrentState,
     RecurrentStates,
-    fresh_cache,
+    empty_state_cache,
     states_of,
 )
 from compiled_llm.system.compiler_lock import eager_steps_excluded
+from passes.attention_reach import AttentionReach
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe"}
@@ -52,7 +52,7 @@ class AttentionLayer:
     num_kv_heads: int
     key_dim: int
     value_dim: int
-    window: int
+    reach: AttentionReach
     softcap: float
     sinks: bool
     alibi: bool
@@ -67,7 +67,7 @@ class OwnAttentionError(UnsupportedModelError):
     """Some attention of the model does not go through the interface, or needs a cache of the model's own."""
 
 
-def examine(model: PreTrainedModel) -> tuple[ServedModel, list[AttentionLayer]]:
+def examine_model(model: PreTrainedModel) -> tuple[ServedModel, list[AttentionLayer]]:
     """An attached model in the form in which its attention calls us, and its attention layers.
 
     Raises:
@@ -75,15 +75,15 @@ def examine(model: PreTrainedModel) -> tuple[ServedModel, list[AttentionLayer]]:
         UndecidedError: on the meta device, where only weights can tell.
     """
     try:
-        return model, discover(model)
+        return model, discover_attention_layers(model)
     except OwnAttentionError:
-        if fresh_cache(model.config) is not None:
+        if empty_state_cache(model.config) is not None:
             raise
     traced = trace(model)
-    return traced, discover(traced)
+    return traced, discover_attention_layers(traced)
 
 
-def discover(model: ServedModel) -> list[AttentionLayer]:
+def discover_attention_layers(model: ServedModel) -> list[AttentionLayer]:
     """The attention layers of an attached model.
 
     Raises:
@@ -100,9 +100,9 @@ def discover(model: ServedModel) -> list[AttentionLayer]:
     return notes.layers
 
 
-def continues_from_states(model: ServedModel) -> bool:
+def supports_state_continuation(model: ServedModel) -> bool:
     """Whether several tokens at once go on from the states, if there are any, as one token does; some models only begin so."""
-    cache = fresh_cache(model.config)
+    cache = empty_state_cache(model.config)
     if cache is None:
         return True
     with _examined(model, _attend_to_itself):
@@ -114,7 +114,7 @@ def continues_from_states(model: ServedModel) -> bool:
 
 def allocate_states(model: ServedModel, num_rows: int) -> RecurrentStates | None:
     """Slots for the states of so many sequences at once; None where the model has no states."""
-    cache = fresh_cache(model.config)
+    cache = empty_state_cache(model.config)
     return (
         None
         if cache is None
@@ -124,7 +124,7 @@ def allocate_states(model: ServedModel, num_rows: int) -> RecurrentStates | None
 
 def discover_states(model: ServedModel) -> list[RecurrentState]:
     """What layers of an attached model remember of a sequence besides keys and values."""
-    cache = fresh_cache(model.config)
+    cache = empty_state_cache(model.config)
     if cache is None:
         return []
     with _examined(model, _attend_to_itself):
@@ -132,7 +132,7 @@ def discover_states(model: ServedModel) -> list[RecurrentState]:
     return states_of(cache)
 
 
-def check_tokens_meet_in_attention(model: ServedModel, max_model_len: int) -> None:
+def check_token_independence(model: ServedModel, max_model_len: int) -> None:
     """Check that a token which attends to itself alone has the same logits beside any others, at any positions of theirs.
 
     Raises:
@@ -168,7 +168,7 @@ def _independent(model: ServedModel, max_model_len: int) -> bool:
     """Whether a token has the same logits at any place beside any others: small positions alone, larger ones, the largest."""
     far = max_model_len - 1
     low, near = min(far, _FEW - 1), min(far // 2, _NEAR)
-    call = _forward_alone if fresh_cache(model.config) is None else _forward_rows
+    call = _forward_alone if empty_state_cache(model.config) is None else _forward_rows
     first = call(model, [0, 0, 1], [0, 0, low])[2].float()
     second = call(model, [0, 1, 1], [0, near, low])[[1, 2]].float()
     third = call(model, [1, 2, 1], [low, far, near])[[2, 0]].float()
@@ -193,7 +193,7 @@ def _examined(model: ServedModel, attention: Attention) -> Iterator[None]:
     """Attention calls do this meanwhile, and masks are built only to learn how far they reach."""
     with eager_steps_excluded(), torch.no_grad():  # another engine's may be of this model
         try:
-            route(model, EXAMINING_NAME)
+            route(model, MASK_PROBE_NAME)
             CURRENT.attention = attention
             yield
         finally:
@@ -206,7 +206,7 @@ def _forward_alone(
 ) -> Tensor:
     """Logits [T, V] of these tokens in one row; as a sequence's first, unless their positions are given."""
     positions = positions or list(range(len(ids)))
-    cache = fresh_cache(model.config) or PositionsCache(
+    cache = empty_state_cache(model.config) or PositionsCache(
         torch.tensor(positions, device=model.device)
     )
     return _call(model, [ids], cache, [positions])[0]
@@ -214,7 +214,7 @@ def _forward_alone(
 
 def _forward_rows(model: ServedModel, ids: list[int], positions: list[int]) -> Tensor:
     """Logits [R, V] of these tokens in a row each, with empty states."""
-    cache = fresh_cache(model.config)
+    cache = empty_state_cache(model.config)
     assert cache is not None
     return _call(model, [[token] for token in ids], cache, [[position] for position in positions])[
         :, 0
@@ -236,7 +236,7 @@ def _call(model: ServedModel, ids: list[list[int]], cache: Cache, at: list[list[
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if model.device.type == "meta" and "meta" in str(error):
-            raise UndecidedError(
+            raise NeedsWeightsError(
                 f"{model.config.model_type}: what its forward does depends on values ({error})"
             ) from error
         kind, said = (
@@ -304,7 +304,7 @@ class _Notes:
             num_kv_heads=k.shape[1],
             key_dim=k.shape[3],
             value_dim=v.shape[3],
-            window=call.reach,
+            reach=call.reach,
             softcap=call.softcap,
             sinks=call.sinks is not None,
             alibi=call.slopes is not None,

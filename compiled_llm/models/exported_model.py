@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
-from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.attention import CURRENT, AttentionCall, UndecidedError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
+from compiled_llm.models.attention import CURRENT, AttentionCall
 from compiled_llm.models.attention_routing import route
 from compiled_llm.system.compiler_lock import eager_steps_excluded
-from passes.export.recognize_attention import replace_own_attention
-from passes.export.score_mod import Bias, UnlikeAttentionError
-from passes.ops.paged_attention import attend
+from passes.attention_reach import AttentionReach
+from passes.export.recognize_attention import replace_attention_subgraphs
+from passes.export.score_mod import ScoreMod, UnsupportedScoreModError
+from passes.ops.paged_attention import dense_attention
 
 _NUM_TOKENS = 300  # rows on which masks are asked, unless a window is longer
 _EXAMPLE = (37, 5)  # tokens and wanted ones while it is traced; any would do but 0 and 1
@@ -75,7 +76,7 @@ class ExportedModel(nn.Module):
 ServedModel = PreTrainedModel | ExportedModel
 
 
-def model_itself(served: ServedModel) -> PreTrainedModel:
+def underlying_model(served: ServedModel) -> PreTrainedModel:
     """The model, in whatever form it is served."""
     return served.model if isinstance(served, ExportedModel) else served
 
@@ -92,15 +93,17 @@ def trace(model: PreTrainedModel) -> ExportedModel:
         traced, longest = _export(call)
         make = partial(_Attend, device=model.device)
         try:
-            replaced = replace_own_attention(traced, make, int(min(_rows_to_ask(model), longest)))
-        except UnlikeAttentionError as error:
+            replaced = replace_attention_subgraphs(
+                traced, make, int(min(_rows_to_ask(model), longest))
+            )
+        except UnsupportedScoreModError as error:
             raise _refusal(model, str(error)) from error
         except NotImplementedError:
             replaced = None  # what it does depends on values that are not there
         if replaced == []:
             raise _refusal(model, "none is recognised in its graph")
         if model.device.type == "meta":
-            raise UndecidedError(
+            raise NeedsWeightsError(
                 f"{model.config.model_type}: it computes attention by itself, and what that does is asked when an engine starts"
             )
         traced.graph.eliminate_dead_code(
@@ -117,9 +120,9 @@ class _Attend(nn.Module):
 
     slopes: Tensor | None
 
-    def __init__(self, bias: Bias, device: torch.device) -> None:
+    def __init__(self, bias: ScoreMod, device: torch.device) -> None:
         super().__init__()
-        self._scale, self._window, self._repeats = bias.scale, bias.window, 1
+        self._scale, self._reach, self._repeats = bias.scale, AttentionReach.decode(bias.window), 1
         slopes = (
             None if bias.slopes is None else bias.slopes.to(device)
         )  # they were found on the CPU
@@ -141,7 +144,7 @@ class _Attend(nn.Module):
         assert CURRENT.attention is not None
         k, v = (heads[:, :: self._repeats] for heads in (k, v))
         return CURRENT.attention(
-            self, q, k, v, AttentionCall(scale=self._scale, reach=self._window, slopes=self.slopes)
+            self, q, k, v, AttentionCall(scale=self._scale, reach=self._reach, slopes=self.slopes)
         )
 
 
@@ -263,7 +266,7 @@ def _attend_in_row(
     module.drop_repeats(k, v)
     positions = torch.arange(q.shape[2], device=q.device)[None]
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    return attend(
+    return dense_attention(
         q,
         k,
         v,
@@ -272,6 +275,6 @@ def _attend_in_row(
         None,
         call.slopes,
         call.scale,
-        call.reach,
+        call.reach.encode(),
         call.softcap,
     )

@@ -25,7 +25,7 @@ from compiled_llm.config.schema import ModelConfig
 from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.default_model import default_model
 from compiled_llm.models.gguf_file import read_once
-from compiled_llm.models.preflight import code_arguments, refuse_unsupported
+from compiled_llm.models.preflight import check_supported, code_arguments
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|spiece|sentencepiece|merges|tekken|\.(model|spm|bpe)$")
@@ -78,7 +78,7 @@ def _load(config: ModelConfig) -> LoadedModel:
     path, files = _locate(config)
     with read_once() if "gguf_file" in files else nullcontext():
         model_config = _read_config(config, path, files)
-        refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
+        check_supported(model_config, dtype, trust_remote_code=config.trust_remote_code)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map={"": device}, **files
@@ -188,7 +188,7 @@ def _revision(config: ModelConfig, is_local: bool) -> dict[str, str]:
 
 def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     model_config = read_config(config)
-    refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
+    check_supported(model_config, dtype, trust_remote_code=config.trust_remote_code)
     code = code_arguments(model_config, config.trust_remote_code)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:

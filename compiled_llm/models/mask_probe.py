@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
 
+from passes.attention_reach import FULL, AttentionReach
+
 # The registered name of attention that examines; outside of that no mask function is registered, and no mask is built.
-EXAMINING_NAME = "compiled_llm_examining"
+MASK_PROBE_NAME = "compiled_llm_examining"
 
 _FULL = 300  # keys looked at where nothing says how far back a mask reaches
 _NOTES = "_compiled_llm_reach"
 
 
-def reach_of(mask: Tensor | None) -> int | None:
+def probed_reach(mask: Tensor | None) -> AttentionReach | None:
     """How far back a mask made here lets queries see, as in `AttentionLayer.window`; None where it says nothing of that."""
     return getattr(mask, _NOTES, None)
 
@@ -36,7 +38,9 @@ def _note_mask(
     device = torch.device("cpu") if device.type == "meta" else device
     size = local_size or _FULL // 3
     edges = sorted({0, 1, size - 1, size, size + 1, 2 * size, 3 * size - 1})
-    reaches = [0, local_size, -local_size] if local_size else [0]
+    reaches = [FULL]
+    if local_size:
+        reaches += [AttentionReach.sliding(local_size), AttentionReach.chunked(local_size)]
     try:
         matching = [
             reach
@@ -44,8 +48,8 @@ def _note_mask(
             if _answers_like(mask_function, reach, edges, 3 * size + 1, device)
         ]
     except IndexError:  # it looks up what kind of token each of the row is; they are all text, like all that will come
-        alike = _answers_like(mask_function, 0, range(q_length), q_length, device)
-        matching = [local_size or 0] if alike and q_length > 1 else []
+        alike = _answers_like(mask_function, FULL, range(q_length), q_length, device)
+        matching = [AttentionReach.decode(local_size or 0)] if alike and q_length > 1 else []
     if matching:
         setattr(stand_in, _NOTES, matching[0])
     return stand_in
@@ -53,7 +57,7 @@ def _note_mask(
 
 def _answers_like(
     mask_function: Callable[..., Tensor],
-    reach: int,
+    reach: AttentionReach,
     queries: Iterable[int],
     num_keys: int,
     device: torch.device,
@@ -64,11 +68,12 @@ def _answers_like(
         torch.arange(num_keys, device=device),
     )
     for query in queries:
-        oldest = 0 if reach == 0 else query - reach + 1 if reach > 0 else query // -reach * -reach
         seen = mask_function(zero, zero, torch.tensor(query, device=device), keys)
-        if not torch.equal(seen.expand_as(keys), (keys <= query) & (keys >= oldest)):
+        if not torch.equal(
+            seen.expand_as(keys), (keys <= query) & (keys >= reach.first_visible(query))
+        ):
             return False
     return True
 
 
-AttentionMaskInterface.register(EXAMINING_NAME, _note_mask)
+AttentionMaskInterface.register(MASK_PROBE_NAME, _note_mask)

@@ -10,23 +10,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.attention import UndecidedError
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import (
     AttentionLayer,
     count_rotary_embeddings,
     discover_states,
-    examine,
+    examine_model,
 )
-from compiled_llm.models.features import features
+from compiled_llm.models.model_features import list_features
 from compiled_llm.models.recurrent_state import RecurrentState
 from compiled_llm.models.rotary import fixed_frequencies
 from compiled_llm.models.weight_packing import linears_by_input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preflight:
+class ModelSummary:
     """What an engine would find.
 
     Attributes:
@@ -45,16 +44,16 @@ class Preflight:
     merged_projections: tuple[tuple[str, ...], ...]
 
 
-def preflight(
+def examine_config(
     config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
-) -> Preflight:
+) -> ModelSummary:
     """Examine a model of this config.
 
     Raises:
         UnsupportedModelError: naming the feature that is not served.
         UndecidedError: only its weights can tell.
     """
-    refuse_quantised(config)
+    check_not_quantized(config)
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise UnsupportedModelError(
             f"{config.model_type}: transformers knows no causal LM of this type"
@@ -63,16 +62,16 @@ def preflight(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, **code_arguments(config, trust_remote_code)
         )
-    with attached(model), fixed_frequencies(model):
+    with attention_routed(model), fixed_frequencies(model):
         with linears_by_input(model) as groups:
-            served, layers = examine(model)
+            served, layers = examine_model(model)
         names = {module: name for name, module in model.named_modules()}
-        return Preflight(
+        return ModelSummary(
             model_type=config.model_type,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             layers=tuple(layers),
             states=tuple(discover_states(model)),
-            features=tuple(features(served, layers)),
+            features=tuple(list_features(served, layers)),
             rotary_embeddings=count_rotary_embeddings(model),
             merged_projections=tuple(tuple(names[module] for module in group) for group in groups),
         )
@@ -99,17 +98,17 @@ def code_arguments(config: PretrainedConfig, trust_remote_code: bool) -> dict[st
     )
 
 
-def refuse_unsupported(
+def check_supported(
     config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> None:
     """Raises UnsupportedModelError where the config tells that a model is not served."""
     try:
-        preflight(config, dtype, trust_remote_code=trust_remote_code)
-    except UndecidedError:
+        examine_config(config, dtype, trust_remote_code=trust_remote_code)
+    except NeedsWeightsError:
         return
 
 
-def refuse_quantised(config: PretrainedConfig) -> None:
+def check_not_quantized(config: PretrainedConfig) -> None:
     """Raises UnsupportedModelError for a checkpoint of quantised weights, with the method's name."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "quantization_config", None)

@@ -36,7 +36,7 @@ class RecurrentState:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def fresh_cache(config: PretrainedConfig) -> Cache | None:
+def empty_state_cache(config: PretrainedConfig) -> Cache | None:
     """An empty cache for a model with states; None for one without."""
     try:
         cache = DynamicCache(config=config)

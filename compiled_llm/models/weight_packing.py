@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from passes.merge_projections import fill_a_storage
+from passes.merge_projections import are_packed
 
 
 @contextmanager
@@ -58,7 +58,7 @@ _PINS: defaultdict[int, set[object]] = defaultdict(
 
 
 @contextmanager
-def merged(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
+def packed_weights(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
     """Hold the weights of each group in one storage, in order, where they stay as long as this is open.
 
     Where another engine works on a parameter, its graphs know that by its address: then it is not moved.
@@ -82,7 +82,7 @@ def merged(model: nn.Module, groups: list[list[nn.Linear]]) -> Iterator[None]:
             _PINS.get(id(parameter), set()).discard(engine)
 
 
-def merged_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+def find_packed_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """The names of linear layers whose weights fill a storage that they share, in their order there.
 
     It is proven anew at each call: generated code reads such weights as one, wherever the first of them lies.
@@ -98,13 +98,13 @@ def merged_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(
         tuple(name for name, _ in group)
         for group in groups
-        if fill_a_storage([weight for _, weight in group])
+        if are_packed([weight for _, weight in group])
     )
 
 
 def _merge(group: list[nn.Linear]) -> None:
     weights = [module.weight.data for module in group]
-    if fill_a_storage(weights):
+    if are_packed(weights):
         return
     together = torch.cat(weights)
     for module, weight in zip(group, together.split([m.out_features for m in group]), strict=True):

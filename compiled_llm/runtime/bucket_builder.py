@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.models.exported_model import ServedModel, model_itself
+from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.report.report import BucketReport, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import refuse_artifact, tidy
@@ -41,7 +41,7 @@ class BucketBuilder:
         self._config, self._artifact, self._report = config, artifact, report
         self._budget = graph_budget(config, model.device)
         by_source = artifact is not None and not artifact.by_graph
-        self._snapshot = snapshot(model_itself(model)) if by_source else None
+        self._snapshot = snapshot(underlying_model(model)) if by_source else None
 
     def make_all(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
@@ -63,7 +63,7 @@ class BucketBuilder:
 
     def make_one(self, bucket: Bucket) -> CapturedBucket:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
-        if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
+        if self._snapshot is not None and self._snapshot != snapshot(underlying_model(self._model)):
             self._snapshot = self._artifact = None
             refuse_artifact(
                 self._report,

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from compiled_llm.config.schema import Config, Sampler
 from compiled_llm.errors import StrictError
-from compiled_llm.models.discovery import AttentionLayer, continues_from_states
-from compiled_llm.models.exported_model import ServedModel, model_itself
-from compiled_llm.models.unchanged import Unchanged
+from compiled_llm.models.discovery import AttentionLayer, supports_state_continuation
+from compiled_llm.models.exported_model import ServedModel, underlying_model
+from compiled_llm.models.model_guard import ModelGuard
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import keeps, open_artifact, refuse_artifact
@@ -41,9 +41,10 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import allocate
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.readback import Readback, StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.sampler import RowParams
 from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import choose
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
 from passes.ops.top_logprobs import top_logprobs
 
@@ -77,15 +78,15 @@ class ModelRunner:
     ) -> None:
         self.model, self.config, self._just_loaded = model, config, just_loaded
         self._owner = os.getpid(), threading.get_ident()
-        self._unchanged = Unchanged(
-            model_itself(model), compiled=config.compile.dispatch != "eager"
+        self._unchanged = ModelGuard(
+            underlying_model(model), compiled=config.compile.dispatch != "eager"
         )
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         if self.limits.warning:
             report.warnings.append(self.limits.warning)
         prefill = config.buckets.prefill
-        if not continues_from_states(model):
+        if not supports_state_continuation(model):
             report.warnings.append(
                 f"{model.config.model_type} does not go on from its states with several tokens at once, so prompts are prefilled "
                 f"one token a step, and limits.max_num_batched_tokens={self.limits.max_num_batched_tokens} is not used"
@@ -208,7 +209,7 @@ class ModelRunner:
             torch.cuda.current_stream(
                 self.model.device
             ).synchronize()  # the whole device may be in another engine's capture
-        self.memory.state.arrivals.zero_()
+        self.memory.state.split_counters.zero_()
         self._readback.resynchronize()
 
     def check_model(self) -> None:
@@ -307,7 +308,7 @@ class ModelRunner:
         )  # which need not be one of the config's
         step = self.memory.step(self.model, bucket)
         return identify(
-            model_itself(self.model), lambda: trace(step), just_loaded=self._just_loaded
+            underlying_model(self.model), lambda: trace(step), just_loaded=self._just_loaded
         )
 
     def _open_artifact(self) -> Artifact | None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from passes.export.score_mod import Bias, ask
-from passes.fx_utils import is_op, reach_back
+from passes.export.score_mod import ScoreMod, infer_score_mod
+from passes.fx_utils import backward_slice, is_call_to
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class OwnAttention:
+class AttentionMatch:
     """One match: the scores q @ k^T before f, the softmax after it, and what weighs the values."""
 
     scores: Node
@@ -35,8 +35,8 @@ class OwnAttention:
         return str(list(stack.values())[-1][0])
 
 
-def replace_own_attention(
-    module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int
+def replace_attention_subgraphs(
+    module: GraphModule, make: Callable[[ScoreMod], nn.Module], num_tokens: int
 ) -> list[str]:
     """Rewrite a graph in place; returns the names of the modules whose attention was replaced.
 
@@ -49,20 +49,22 @@ def replace_own_attention(
     """
     graph = module.graph
     for node in graph.nodes:
-        if is_op(node, *_CHECKS):
+        if is_call_to(node, *_CHECKS):
             graph.erase_node(node)
     for node in graph.nodes:
-        if is_op(node, aten.baddbmm.default):
+        if is_call_to(node, aten.baddbmm.default):
             _split_baddbmm(graph, node)
-        elif is_op(node, aten.scaled_dot_product_attention.default):
+        elif is_call_to(node, aten.scaled_dot_product_attention.default):
             _split_sdpa(graph, node)
     names = list[str]()
-    for softmax in [node for node in graph.nodes if is_op(node, aten.softmax.int)]:
+    for softmax in [node for node in graph.nodes if is_call_to(node, aten.softmax.int)]:
         match = _match(softmax)
         if match is None:
             continue
         name = f"{match.name}.attend_{len(names)}"
-        module.add_submodule(name, make(ask(module, match.scores, softmax.args[0], num_tokens)))
+        module.add_submodule(
+            name, make(infer_score_mod(module, match.scores, softmax.args[0], num_tokens))
+        )
         _replace(graph, match, name)
         names.append(match.name)
     graph.lint()
@@ -70,13 +72,13 @@ def replace_own_attention(
     return names
 
 
-def _match(softmax: Node) -> OwnAttention | None:
+def _match(softmax: Node) -> AttentionMatch | None:
     if softmax.args[1] not in (-1, softmax.meta["val"].ndim - 1):
         return None
     products = _products_behind(softmax.args[0])
     weighted = _only_product_after(softmax)
     return (
-        OwnAttention(products[0], softmax, weighted)
+        AttentionMatch(products[0], softmax, weighted)
         if weighted is not None and len(products) == 1
         else None
     )
@@ -87,8 +89,8 @@ def _products_behind(node: object) -> list[Node]:
     assert isinstance(node, Node)
     return [
         behind
-        for behind in reach_back(node, lambda behind: is_op(behind, *_PRODUCTS))
-        if is_op(behind, *_PRODUCTS)
+        for behind in backward_slice(node, lambda behind: is_call_to(behind, *_PRODUCTS))
+        if is_call_to(behind, *_PRODUCTS)
     ]
 
 
@@ -99,14 +101,14 @@ def _only_product_after(softmax: Node) -> Node | None:
         users = list(node.users)
         if len(users) != 1:
             return None
-        if is_op(users[0], *_PRODUCTS):
+        if is_call_to(users[0], *_PRODUCTS):
             return users[0] if users[0].args[0] is node else None
-        if not is_op(users[0], *_SAME_VALUES):
+        if not is_call_to(users[0], *_SAME_VALUES):
             return None
         node = users[0]
 
 
-def _replace(graph: Graph, match: OwnAttention, name: str) -> None:
+def _replace(graph: Graph, match: AttentionMatch, name: str) -> None:
     weighted = match.weighted
     q, keys = match.scores.args[:2]
     values = weighted.args[1]

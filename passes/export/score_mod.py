@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from passes.fx_utils import reach_back
+from passes.fx_utils import backward_slice
 
 _HIDDEN = -9000.0  # and less: weights of no key that others outdo by as much
 _LARGE = 1024.0  # a score before which rounding of biases vanishes
 
 
-class UnlikeAttentionError(ValueError):
+class UnsupportedScoreModError(ValueError):
     """It is no scaled and causally masked softmax; the message says what it does instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bias:
+class ScoreMod:
     """What becomes of the score of head h between a query at position i and a key at j <= i: scale * score - slopes[h] * (i - j).
 
     Attributes:
@@ -36,7 +36,7 @@ class Bias:
     slopes: Tensor | None
 
 
-def ask(module: GraphModule, scores: Node, result: object, num_tokens: int) -> Bias:
+def infer_score_mod(module: GraphModule, scores: Node, result: object, num_tokens: int) -> ScoreMod:
     """What a graph makes of these scores [1, H, T, T] or [H, T, T] until they are the result.
 
     Raises:
@@ -56,8 +56,8 @@ def ask(module: GraphModule, scores: Node, result: object, num_tokens: int) -> B
     ) or not torch.allclose(
         (at_one - at_zero)[seen], factors, rtol=1e-3, atol=exact * float(at_zero[seen].abs().max())
     ):
-        raise UnlikeAttentionError("its scores are not scaled alike before the softmax")
-    return Bias(scale=scale, window=window, slopes=_slopes(at_zero, seen, window, exact))
+        raise UnsupportedScoreModError("its scores are not scaled alike before the softmax")
+    return ScoreMod(scale=scale, window=window, slopes=_slopes(at_zero, seen, window, exact))
 
 
 def _window(seen_HTT: Tensor) -> int:
@@ -68,7 +68,7 @@ def _window(seen_HTT: Tensor) -> int:
     window = 0 if count == num_tokens else count
     expected = (distance >= 0) & (distance < (window or num_tokens))
     if not torch.equal(seen_HTT, expected.expand_as(seen_HTT)):
-        raise UnlikeAttentionError("its mask is neither causal nor a causal window")
+        raise UnsupportedScoreModError("its mask is neither causal nor a causal window")
     return window
 
 
@@ -77,7 +77,7 @@ def _slopes(bias_HTT: Tensor, seen_HTT: Tensor, window: int, exact: float) -> Te
         1 << (bias_HTT.shape[-1] - 1).bit_length() - 1
     )  # a power of two, so that low precision rounds it least
     if window and bool(bias_HTT[seen_HTT].any()):
-        raise UnlikeAttentionError("it adds a bias to scores in a window")
+        raise UnsupportedScoreModError("it adds a bias to scores in a window")
     if window:
         return None
     slopes = (bias_HTT[:, far, far] - bias_HTT[:, far, 0]) / far
@@ -87,7 +87,7 @@ def _slopes(bias_HTT: Tensor, seen_HTT: Tensor, window: int, exact: float) -> Te
     if not torch.allclose(
         bias_HTT[seen_HTT], expected[seen_HTT], rtol=0, atol=max(exact * largest, 1e-6)
     ):
-        raise UnlikeAttentionError(
+        raise UnsupportedScoreModError(
             "it adds a bias to scores that does not grow evenly with a key's position"
         )
     return slopes.float() if slopes.any() else None
@@ -106,7 +106,7 @@ class _Evaluation:
             num_tokens if size == length else int(size) for size in scores.meta["val"].shape
         ]
         given = {scores, *inputs}
-        self._needed = reach_back(result, given.__contains__) - given
+        self._needed = backward_slice(result, given.__contains__) - given
         self.dtype: torch.dtype = scores.meta["val"].dtype
 
     def __call__(self, score: float) -> Tensor:

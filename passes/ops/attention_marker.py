@@ -10,14 +10,14 @@ The batch dim of 1 is the model's: all of a step's tokens travel as one row.
 
 from torch import Tensor
 
-from passes.ops.library import define
+from passes.ops.library import define_op
 from passes.ops.paged_attention import paged_attention, paged_attention_reference
 from passes.ops.write_kv import write_kv
 
 
 def attention_marker_reference(
     q_1HTD: Tensor, k_1GTD: Tensor, v_1GTE: Tensor, k_cache: Tensor, v_cache: Tensor, slots_T: Tensor, block_table_SN: Tensor,
-    query_start: Tensor, seq_lens_S: Tensor, arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, layer: int,
+    query_start: Tensor, seq_lens_S: Tensor, split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, layer: int,
     scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Write, then attend: what the pass emits, run at once. Returns [1, T, H, E].
@@ -31,7 +31,7 @@ def attention_marker_reference(
     )  # on a CPU, eager steps wait for no compiler
     attended: Tensor = attend(
         q_1HTD[0].transpose(0, 1), k_cache, v_cache, block_table_SN, query_start, seq_lens_S,
-        arrivals, sinks_H, slopes_H, scale, window, softcap, max_query_len,
+        split_counters, sinks_H, slopes_H, scale, window, softcap, max_query_len,
     )  # fmt: skip
     return attended[None]
 
@@ -40,9 +40,9 @@ def _attention_marker_fake(q_1HTD: Tensor, k: Tensor, v_1GTE: Tensor, *_: object
     return q_1HTD.new_empty(1, q_1HTD.shape[2], q_1HTD.shape[1], v_1GTE.shape[-1])
 
 
-attention_marker = define(
+attention_marker = define_op(
     "attention_marker(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots, Tensor block_table, "
-    "Tensor query_start, Tensor seq_lens, Tensor arrivals, Tensor? sinks, Tensor? slopes, int layer, float scale, int window, "
+    "Tensor query_start, Tensor seq_lens, Tensor split_counters, Tensor? sinks, Tensor? slopes, int layer, float scale, int window, "
     "float softcap, int max_query_len) -> Tensor",
     reference=attention_marker_reference,
     kernel=attention_marker_reference,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from passes.ops.pdl import early_launch
+from passes.ops.pdl import pdl_launch_options
 
 PROGRAMS = (
     1024  # enough to fill a GPU several times over, and no more: an empty one costs its launch
@@ -26,10 +26,10 @@ LEAST = 2  # tiles of keys worth a program, where programs are many
 
 @triton.jit
 def _decode_attention_kernel(  # type: ignore[no-untyped-def]
-    out, shares, weights, arrivals, q, k_cache, v_cache, block_table, seq_lens, sinks, slopes, scale, softcap, num_splits, least,
+    out, shares, weights, split_counters, q, k_cache, v_cache, block_table, seq_lens, sinks, slopes, scale, softcap, num_splits, least,
     q_stride_t, q_stride_h, q_stride_d, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, USE_PDL: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr, STAGES: tl.constexpr,
     TILE_S: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     seq = tl.program_id(0)
     group = tl.program_id(1)
     split = tl.program_id(2)
-    if EARLY:
+    if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
     length = tl.load(seq_lens + seq)
@@ -111,9 +111,9 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(weights + 2 * at, peak, mask=live)
         tl.store(weights + 2 * at + 1, total, mask=live)
         tl.debug_barrier()  # every thread's share is written before one of them says so
-        if tl.atomic_add(arrivals + seq * G + group, 1, sem="acq_rel") != num_shares - 1:
+        if tl.atomic_add(split_counters + seq * G + group, 1, sem="acq_rel") != num_shares - 1:
             return
-        tl.store(arrivals + seq * G + group, 0)  # as it was found, for the next launch
+        tl.store(split_counters + seq * G + group, 0)  # as it was found, for the next launch
         # The loads of several shares are under way at once: each takes longer than all that is done with it.
         other = tl.arange(0, TILE_S)
         at_SM = (place + other[:, None]) * GROUP + row[None, :]
@@ -147,15 +147,15 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 def decode_attention(
-    q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor, arrivals: Tensor,
+    q_SHD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, seq_lens_S: Tensor, split_counters: Tensor,
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """q may have any strides; head dims up to 256; `arrivals`: at least S * G zeros, int32, which are zeros again afterwards."""
+    """q may have any strides; head dims up to 256; `split_counters`: at least S * G zeros, int32, which are zeros again afterwards."""
     S, H, D = q_SHD.shape
     _, page, G, E = v_cache_PBGE.shape
     assert seq_lens_S.is_contiguous()
     assert block_table_SN.stride(1) == 1
-    assert arrivals.numel() >= S * G
+    assert split_counters.numel() >= S * G
     wide = max(D, E) > 128 or q_SHD.dtype == torch.float32
     tile_k = 32 if wide else 64
     longest = block_table_SN.shape[1] * page
@@ -169,12 +169,12 @@ def decode_attention(
     shares = q_SHD.new_empty(S, H, splits, E, dtype=torch.float32)
     weights = q_SHD.new_empty(S, H, splits, 2, dtype=torch.float32)
     _decode_attention_kernel[(S, G, splits)](
-        out_SHE, shares, weights, arrivals, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S,
+        out_SHE, shares, weights, split_counters, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S,
         sinks_H, slopes_H, scale, softcap, splits, least, *q_SHD.stride(), block_table_SN.stride(0),
         H=H, G=G, D=D, E=E, PAGE=page, WINDOW=window,
         HAS_SINKS=sinks_H is not None, HAS_SOFTCAP=softcap > 0.0, HAS_SLOPES=slopes_H is not None,
         TILE_M=max(16, triton.next_power_of_2(H // G)), TILE_K=tile_k,
         TILE_D=triton.next_power_of_2(max(D, 16)), TILE_E=triton.next_power_of_2(max(E, 16)),
-        STAGES=1 if wide else 2, TILE_S=triton.next_power_of_2(splits), AT_ONCE=min(8, splits), num_warps=4, **early_launch(),
+        STAGES=1 if wide else 2, TILE_S=triton.next_power_of_2(splits), AT_ONCE=min(8, splits), num_warps=4, **pdl_launch_options(),
     )  # fmt: skip
     return out_SHE

@@ -17,44 +17,49 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from passes.ops.library import define
-from passes.ops.pdl import early_launch
+from passes.ops.library import define_op
+from passes.ops.pdl import pdl_launch_options
 
 CHUNK = 4096
 FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 
-def mix(x: Tensor) -> Tensor:
+def lowbias32(x: Tensor) -> Tensor:
     """lowbias32 of int32; shifts bring in zeros."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * FACTORS[0]
     x = (x ^ ((x >> 15) & 0x1FFFF)) * FACTORS[1]
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def gumbel(key_S: Tensor, num_places: int) -> Tensor:
+def gumbel_noise(key_S: Tensor, num_places: int) -> Tensor:
     """Noise [S, places], float32, of int32 keys."""
-    bits = mix(
-        key_S[:, None] ^ mix(torch.arange(num_places, device=key_S.device, dtype=torch.int32))[None]
+    bits = lowbias32(
+        key_S[:, None]
+        ^ lowbias32(torch.arange(num_places, device=key_S.device, dtype=torch.int32))[None]
     )
     # Large noise comes from small numbers, where float32 is precise; 1 itself, to which large ones round, would give -inf.
     uniform = (((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
-def noisy(scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None) -> Tensor:
+def add_gumbel_noise(
+    scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
+) -> Tensor:
     """`scores / temperature + noise`, float32; the scores themselves in rows whose temperature is 0, and without temperatures."""
     scores_SV = scores_SV.float()
     if temperature_S is None or key_S is None:
         return scores_SV
-    drawn = scores_SV / temperature_S.clamp(min=1e-6)[:, None] + gumbel(key_S, scores_SV.shape[1])
+    drawn = scores_SV / temperature_S.clamp(min=1e-6)[:, None] + gumbel_noise(
+        key_S, scores_SV.shape[1]
+    )
     return torch.where(temperature_S[:, None] > 0, drawn, scores_SV)
 
 
-def chunk_maxima_reference(
+def gumbel_argmax_reference(
     scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch."""
-    noisy_SV = noisy(scores_SV, temperature_S, key_S)
+    noisy_SV = add_gumbel_noise(scores_SV, temperature_S, key_S)
     S, V = noisy_SV.shape
     chunks = triton.cdiv(V, CHUNK)
     padded = torch.nn.functional.pad(noisy_SV, (0, chunks * CHUNK - V), value=float("-inf")).view(
@@ -65,20 +70,20 @@ def chunk_maxima_reference(
 
 
 @triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
+def _lowbias32(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
-def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
-    best, place, scores, temperature, key, stride_s, stride_v, V, DRAWS: tl.constexpr, EARLY: tl.constexpr, CHUNK: tl.constexpr,
+def _gumbel_argmax_kernel(  # type: ignore[no-untyped-def]
+    best, place, scores, temperature, key, stride_s, stride_v, V, DRAWS: tl.constexpr, USE_PDL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     v = chunk * CHUNK + tl.arange(0, CHUNK)
-    if EARLY:
+    if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
     score = tl.load(
@@ -88,7 +93,7 @@ def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
     if DRAWS:
         heat = tl.load(temperature + row)
         if heat > 0.0:
-            bits = _mix(tl.load(key + row).to(tl.uint32) ^ _mix(v.to(tl.uint32)))
+            bits = _lowbias32(tl.load(key + row).to(tl.uint32) ^ _lowbias32(v.to(tl.uint32)))
             uniform = tl.minimum(
                 ((bits & 0x7FFFFFFF).to(tl.float32) + 0.5) * (1.0 / 2147483648.0),
                 1.0 - 1.0 / 16777216.0,
@@ -104,21 +109,21 @@ def _chunk_maxima_kernel(  # type: ignore[no-untyped-def]
     tl.store(place + out, tl.minimum(chunk * CHUNK + at, V - 1).to(tl.int64))
 
 
-def chunk_maxima_kernel(
+def gumbel_argmax_kernel(
     scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Triton; scores may have any strides."""
     assert temperature_S is None or temperature_S.is_contiguous()
     assert key_S is None or key_S.is_contiguous()
-    best_SC, place_SC = _chunk_maxima_fake(scores_SV, temperature_S, key_S)
-    _chunk_maxima_kernel[best_SC.shape](
+    best_SC, place_SC = _gumbel_argmax_fake(scores_SV, temperature_S, key_S)
+    _gumbel_argmax_kernel[best_SC.shape](
         best_SC, place_SC, scores_SV, temperature_S, key_S, *scores_SV.stride(), scores_SV.shape[1],
-        DRAWS=temperature_S is not None, CHUNK=CHUNK, num_warps=8, **early_launch(),
+        DRAWS=temperature_S is not None, CHUNK=CHUNK, num_warps=8, **pdl_launch_options(),
     )  # fmt: skip
     return best_SC, place_SC
 
 
-def _chunk_maxima_fake(
+def _gumbel_argmax_fake(
     scores_SV: Tensor, temperature_S: Tensor | None, key_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = (scores_SV.shape[0], triton.cdiv(scores_SV.shape[1], CHUNK))
@@ -127,9 +132,9 @@ def _chunk_maxima_fake(
     )
 
 
-chunk_maxima = define(
-    "chunk_maxima(Tensor scores, Tensor? temperature, Tensor? key) -> (Tensor, Tensor)",
-    reference=chunk_maxima_reference,
-    kernel=chunk_maxima_kernel,
-    fake=_chunk_maxima_fake,
+gumbel_argmax = define_op(
+    "gumbel_argmax(Tensor scores, Tensor? temperature, Tensor? key) -> (Tensor, Tensor)",
+    reference=gumbel_argmax_reference,
+    kernel=gumbel_argmax_kernel,
+    fake=_gumbel_argmax_fake,
 )

@@ -16,24 +16,24 @@ KERNELS: dict[object, Callable[..., object]] = {}
 class _Choice(threading.local):
     """What the ops that a thread calls run."""
 
-    references = False
+    use_references = False
 
 
 _CHOICE = _Choice()
 
 
 @contextmanager
-def references() -> Iterator[None]:
+def use_references() -> Iterator[None]:
     """Have ops called in this thread run their references, on any device; what has been captured stays as it is."""
-    before = _CHOICE.references
+    before = _CHOICE.use_references
     try:
-        _CHOICE.references = True
+        _CHOICE.use_references = True
         yield
     finally:
-        _CHOICE.references = before
+        _CHOICE.use_references = before
 
 
-def define(
+def define_op(
     schema: str,
     *,
     reference: Callable[..., object],
@@ -71,6 +71,6 @@ def _unless_references(
 ) -> Callable[..., object]:
     @wraps(kernel)
     def run(*args: object) -> object:
-        return (reference if _CHOICE.references else kernel)(*args)
+        return (reference if _CHOICE.use_references else kernel)(*args)
 
     return run

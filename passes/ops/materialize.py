@@ -5,30 +5,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from passes.ops.library import define
+from passes.ops.library import define_op
 
 
-def kept_reference(value: Tensor) -> Tensor:
+def materialize_reference(value: Tensor) -> Tensor:
     """The value itself."""
     return value.clone()
 
 
 @cache
-def teach_inductor() -> None:
+def register_materialize_lowering() -> None:
     """Have Inductor write the value to a buffer where it stands; without this, the op is a launch of its own."""
     from torch._inductor.lowering import (
         register_lowering,  # with the compiler, which takes seconds to import
     )
 
-    @register_lowering(kept, type_promotion_kind=None)
+    @register_lowering(materialize, type_promotion_kind=None)
     def _(value):  # type: ignore[no-untyped-def]
         value.realize()
         return value
 
 
-kept = define(
-    "kept(Tensor value) -> Tensor",
-    reference=kept_reference,
-    kernel=kept_reference,
+materialize = define_op(
+    "materialize(Tensor value) -> Tensor",
+    reference=materialize_reference,
+    kernel=materialize_reference,
     fake=torch.empty_like,
 )

@@ -9,25 +9,22 @@ reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, 
 zeros in the output, whatever the cache holds there. `window` is how many tokens back a query sees, itself included; 0 for all of
 them; -C for those of its own chunk, where chunks of C tokens follow each other. Pages that no query sees any more are not read, so
 they may serve others. With `slopes`, a head's scores lose its slope for each token from query to key (ALiBi, arXiv:2108.12409).
-`arrivals` is the decode kernel's: zeros before and after (see `decode_attention`).
+`split_counters` is the decode kernel's: zeros before and after (see `decode_attention`).
 """
-
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from passes.attention_reach import AttentionReach
 from passes.ops import cpu
 from passes.ops.decode_attention import decode_attention
-from passes.ops.library import define
+from passes.ops.library import define_op
 from passes.ops.prefill_attention import prefill_attention
-
-Positions = TypeVar("Positions", int, Tensor)
 
 
 def paged_attention_reference(
     q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
+    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
     max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture.
@@ -49,7 +46,9 @@ def paged_attention_reference(
             keys, values = (
                 _gather(cache, block_table_SN[rows], positions, window) for cache in caches
             )
-            attended = attend(q_THD[rows, None], keys, values, positions, lens, *options)[:, 0]
+            attended = dense_attention(q_THD[rows, None], keys, values, positions, lens, *options)[
+                :, 0
+            ]
             out_THE[rows] = torch.where(lens[:, None, None] > 0, attended, 0)
         return out_THE
     starts = query_start.tolist()
@@ -64,7 +63,9 @@ def paged_attention_reference(
             keys, values = (
                 _gather(cache, block_table_SN[s : s + 1], positions, window) for cache in caches
             )
-            out_THE[rows] = attend(q_THD[rows][None], keys, values, positions, lens, *options)[0]
+            out_THE[rows] = dense_attention(
+                q_THD[rows][None], keys, values, positions, lens, *options
+            )[0]
     return out_THE
 
 
@@ -75,20 +76,13 @@ def _slices(begin: int, end: int, size: int) -> list[slice]:
     return [slice(at, min(end, at + max(1, size))) for at in range(begin, end, max(1, size))]
 
 
-def oldest_seen(positions: Positions, window: int) -> Positions:
-    """The first token that a query at each of these positions sees; below 0 where it sees all."""
-    if window < 0:
-        return positions // -window * -window
-    return positions - window + 1 if window else positions * 0
-
-
 def _gather(
     cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int
 ) -> Tensor:
     """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
     block_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
-    first_S1 = oldest_seen(positions_SQ[:, :1], window).clamp(min=0)
+    first_S1 = AttentionReach.decode(window).first_visible(positions_SQ[:, :1]).clamp(min=0)
     tokens_SK = (
         torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
         .minimum(last_S1)
@@ -100,7 +94,7 @@ def _gather(
     ]
 
 
-def attend(
+def dense_attention(
     q_SQHD: Tensor, k_SKGD: Tensor, v_SKGE: Tensor, positions_SQ: Tensor, lens_S: Tensor,
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
@@ -122,7 +116,7 @@ def attend(
             * (keys - positions_SQ[..., None])[:, None, None]
         )
     seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
-    seen_SQK &= keys >= oldest_seen(positions_SQ, window)[..., None]
+    seen_SQK &= keys >= AttentionReach.decode(window).first_visible(positions_SQ)[..., None]
     scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)
@@ -134,7 +128,7 @@ def attend(
 
 def paged_attention_kernel(
     q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
+    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
     max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
@@ -145,7 +139,7 @@ def paged_attention_kernel(
             v_cache_PBGE,
             block_table_SN,
             seq_lens_S,
-            arrivals,
+            split_counters,
             sinks_H,
             slopes_H,
             scale,
@@ -169,13 +163,13 @@ def paged_attention_kernel(
 
 def paged_attention_cpu(
     q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    arrivals: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
+    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
     max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """C++ in float32, else the reference."""
     if q_THD.dtype != torch.float32:
         return paged_attention_reference(
-            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, arrivals,
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, split_counters,
             sinks_H, slopes_H, scale, window, softcap, max_query_len,
         )  # fmt: skip
     if max_query_len == 1:
@@ -212,9 +206,9 @@ def _paged_attention_fake(
     return q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_cache_PBGE.shape[-1])
 
 
-paged_attention = define(
+paged_attention = define_op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-    "Tensor arrivals, Tensor? sinks, Tensor? slopes, float scale, int window, float softcap, int max_query_len) -> Tensor",
+    "Tensor split_counters, Tensor? sinks, Tensor? slopes, float scale, int window, float softcap, int max_query_len) -> Tensor",
     reference=paged_attention_reference,
     kernel=paged_attention_kernel,
     fake=_paged_attention_fake,

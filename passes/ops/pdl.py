@@ -17,25 +17,25 @@ MAX_TOKENS = 64
 
 
 @cache
-def _is_possible() -> bool:
+def _is_supported() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def early_launch() -> dict[str, Any]:
+def pdl_launch_options() -> dict[str, Any]:
     """What a kernel of ours is launched with; its EARLY says that it must wait."""
-    return {"EARLY": True, "launch_pdl": True} if _is_possible() else {"EARLY": False}
+    return {"USE_PDL": True, "launch_pdl": True} if _is_supported() else {"USE_PDL": False}
 
 
-def inductor_options(num_tokens: int) -> dict[str, Any]:
+def inductor_pdl_options(num_tokens: int) -> dict[str, Any]:
     """The settings with which Inductor launches its kernels early, to be used within `inductor_waits`.
 
     Of more tokens, kernels fill the GPU, and one that waits only stands in the way (on an H200 it cost 2 to 5 % at 128).
     """
-    return {"triton.enable_pdl": True} if _is_possible() and num_tokens <= MAX_TOKENS else {}
+    return {"triton.enable_pdl": True} if _is_supported() and num_tokens <= MAX_TOKENS else {}
 
 
 @contextmanager
-def inductor_waits() -> Iterator[None]:
+def inductor_pdl_waits() -> Iterator[None]:
     """Have every kernel that Inductor generates wait before it first reads or writes.
 
     By itself, Inductor lets a kernel go ahead that touches nothing of the kernel just before it, and one that reads nothing never

@@ -24,11 +24,11 @@ from passes.ops.library import KERNELS
 # By the name of its folder in Triton's cache, what a kernel's files hold.
 KernelFiles = dict[str, dict[str, bytes]]
 
-_KEPT = {".cubin", ".json", ".source", ".so"}
+_SAVED_SUFFIXES = {".cubin", ".json", ".source", ".so"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _TensorSpec:
     """A tensor but for its memory, which is taken to begin at a multiple of 16 bytes."""
 
     dtype: torch.dtype
@@ -54,11 +54,11 @@ def kernel_calls(graph: Graph) -> list[KernelCall]:
     calls: dict[str, KernelCall] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in KERNELS:
-            args, kwargs = tree_map_only(Node, _shape, (node.args, node.kwargs))
+            args, kwargs = tree_map_only(Node, _tensor_spec, (node.args, node.kwargs))
             if all(
                 value.device.type == "cuda"
                 for value in tree_leaves((args, kwargs))
-                if isinstance(value, _Shape)
+                if isinstance(value, _TensorSpec)
             ):
                 calls.setdefault(
                     f"{node.target} {args} {kwargs}", KernelCall(KERNELS[node.target], args, kwargs)
@@ -71,9 +71,9 @@ def compile_kernels(calls: list[KernelCall]) -> KernelFiles:
     files: KernelFiles = {}
     if not calls:
         return files
-    with _launching_nothing(files), FakeTensorMode():
+    with compile_without_launching(files), FakeTensorMode():
         for call in calls:
-            args, kwargs = tree_map_only(_Shape, _Shape.make, (call.args, call.kwargs))
+            args, kwargs = tree_map_only(_TensorSpec, _TensorSpec.make, (call.args, call.kwargs))
             call.kernel(*args, **kwargs)
     return files
 
@@ -93,13 +93,13 @@ def restore_kernels(files: KernelFiles) -> None:
                 manager.put_group(name, paths)
 
 
-def _shape(node: Node) -> _Shape:
+def _tensor_spec(node: Node) -> _TensorSpec:
     value = node.meta["val"]
-    return _Shape(value.dtype, tuple(value.shape), value.stride(), value.device)
+    return _TensorSpec(value.dtype, tuple(value.shape), value.stride(), value.device)
 
 
 @contextmanager
-def _launching_nothing(files: KernelFiles) -> Iterator[None]:
+def compile_without_launching(files: KernelFiles) -> Iterator[None]:
     """While this is open, this thread's launches compile the kernel and what launches it, and note the files of both."""
     from triton.runtime import build, driver
     from triton.runtime.cache import FileCacheManager, get_cache_manager
@@ -134,5 +134,5 @@ def _read(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
-        if path.suffix in _KEPT and not path.name.startswith("__grp__")
+        if path.suffix in _SAVED_SUFFIXES and not path.name.startswith("__grp__")
     }

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passes.ops.library import define
+from passes.ops.library import define_op
 
 BLOCK = 4096
 SHORTLIST = 8192  # scores that the copy of a row has room for
@@ -230,7 +230,7 @@ def _sampling_cutoff_fake(scores_SV: Tensor, *_: Tensor) -> Tensor:
     return scores_SV.new_empty(scores_SV.shape[0])
 
 
-sampling_cutoff = define(
+sampling_cutoff = define_op(
     "sampling_cutoff(Tensor scores, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor",
     reference=sampling_cutoff_reference,
     kernel=sampling_cutoff_kernel,

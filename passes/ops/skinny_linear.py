@@ -18,8 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from passes.ops import cpu
-from passes.ops.library import define
-from passes.ops.pdl import early_launch
+from passes.ops.library import define_op
+from passes.ops.pdl import pdl_launch_options
 
 MAX_TOKENS = 32
 MAX_TOKENS_GPU = 16
@@ -27,7 +27,7 @@ _MAX_VECTOR_TOKENS = 2
 _SMALL = 2**23  # elements of a weight; a larger one takes longer to read than to launch
 
 
-def small_linear_reference(
+def skinny_linear_reference(
     x_TK: Tensor,
     weight: Tensor,
     norm_K: Tensor | None,
@@ -53,8 +53,8 @@ def _finished(total, residual, live, dtype: tl.constexpr, HAS_RESIDUAL: tl.const
     """Sums, rounded, and added to what the residual points to."""
     result = total.to(dtype)
     if HAS_RESIDUAL:
-        kept = tl.load(residual, mask=live, other=0.0)
-        result = (kept.to(tl.float32) + result.to(tl.float32)).to(dtype)
+        added = tl.load(residual, mask=live, other=0.0)
+        result = (added.to(tl.float32) + result.to(tl.float32)).to(dtype)
     return result
 
 
@@ -71,7 +71,7 @@ def _gated(gate, up):  # type: ignore[no-untyped-def]
 def _vector_kernel(  # type: ignore[no-untyped-def]
     out, x, weight, norm, residual, x_stride, residual_stride, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    EARLY: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
+    USE_PDL: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_N features of all tokens. Its tiles are [TILE_T, TILE_N, TILE_K], or broadcast to that."""
     EVEN: tl.constexpr = N % TILE_N == 0 and K % TILE_K == 0
@@ -86,7 +86,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
     w = tl.load(row + k, mask=n_live & live, other=0.0)
     if GATED:
         w_up = tl.load(row + N * K + k, mask=n_live & live, other=0.0)
-    if EARLY:
+    if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
     values = tl.load(x + k, mask=t_live & live, other=0.0).to(tl.float32)
@@ -158,7 +158,7 @@ def _tokens(x, norm, k_WK, t_live, K: tl.constexpr, HAS_NORM: tl.constexpr, EVEN
 def _matrix_kernel(  # type: ignore[no-untyped-def]
     out, x, weight, norm, residual, x_stride, residual_stride, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    EARLY: tl.constexpr, WARPS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, FIRST_K: tl.constexpr,
+    USE_PDL: tl.constexpr, WARPS: tl.constexpr, TILE_T: tl.constexpr, TILE_N: tl.constexpr, FIRST_K: tl.constexpr,
     TILE_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE_N rows of the weight for all tokens; the first FIRST_K features are fetched while the kernel before runs.
@@ -177,7 +177,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     n_live = n[None, :, None] < ROWS
     k_first = _features_in(0, WARPS, FIRST_K)
     w_first = _weights(rows, k_first, n_live, K, EVEN)
-    if EARLY:
+    if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
     x_first, squares = _tokens(x, norm, k_first, t_live, K, HAS_NORM, EVEN)
@@ -205,7 +205,7 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + t[None, :] * N + n[:, None], result, mask=live)
 
 
-def small_linear_kernel(
+def skinny_linear_kernel(
     x_TK: Tensor,
     weight: Tensor,
     norm_K: Tensor | None,
@@ -224,11 +224,11 @@ def small_linear_kernel(
         "HAS_NORM": norm_K is not None,
         "HAS_RESIDUAL": residual_TN is not None,
         "GATED": gated,
-        **early_launch(),
+        **pdl_launch_options(),
     }
     residual = out_TN if residual_TN is None else residual_TN
     arguments = (out_TN, x_TK, weight, norm_K, residual, x_TK.stride(0), residual.stride(0), eps)
-    if T == 1 or (T <= _MAX_VECTOR_TOKENS and is_small(rows, K)):
+    if T == 1 or (T <= _MAX_VECTOR_TOKENS and is_small_weight(rows, K)):
         tiles = _vector_tiles(T, N, K, gated)
         _vector_kernel[(triton.cdiv(N, tiles["TILE_N"]),)](
             *arguments, T=T, N=N, K=K, TILE_T=T, **tiles, **flags
@@ -241,14 +241,14 @@ def small_linear_kernel(
     return out_TN
 
 
-def is_small(rows: int, K: int) -> bool:
+def is_small_weight(rows: int, K: int) -> bool:
     """Whether a weight is read so fast that a kernel for the norm alone, or the gate, would cost more than doing it on the way."""
     return rows * K < _SMALL
 
 
 def _vector_tiles(T: int, N: int, K: int, gated: bool) -> dict[str, int]:
     """The fastest of those tried on an H200, for layers of 0.6B and 8B models."""
-    if is_small(N * (1 + gated), K):
+    if is_small_weight(N * (1 + gated), K):
         if N <= K:
             tile_n, tile_k, stages, warps = 8, 2048, 2, 8
         elif gated:
@@ -267,7 +267,7 @@ def _vector_tiles(T: int, N: int, K: int, gated: bool) -> dict[str, int]:
 def _matrix_tiles(T: int, rows: int, K: int) -> dict[str, int]:
     """Likewise; FIRST_K is a multiple of TILE_K, and a matrix instruction takes 16 features of a warp's, of 8 tokens."""
     tile_n, first_k, tile_k, warps = 16, 1024, 512, 4
-    if is_small(rows, K):
+    if is_small_weight(rows, K):
         if rows > K:
             tile_k = 256
         elif T <= 8 and K <= 2048:
@@ -292,7 +292,7 @@ def _in_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def small_linear_cpu(
+def skinny_linear_cpu(
     x_TK: Tensor,
     weight: Tensor,
     norm_K: Tensor | None,
@@ -303,11 +303,11 @@ def small_linear_cpu(
     """C++ in float32, else the reference."""
     x_TK, residual_TN = _in_rows(x_TK), None if residual_TN is None else _in_rows(residual_TN)
     if x_TK.dtype != torch.float32:
-        return small_linear_reference(x_TK, weight, norm_K, eps, residual_TN, gated)
-    return cpu.small_linear(x_TK, weight, norm_K, eps, residual_TN, gated)
+        return skinny_linear_reference(x_TK, weight, norm_K, eps, residual_TN, gated)
+    return cpu.skinny_linear(x_TK, weight, norm_K, eps, residual_TN, gated)
 
 
-def _small_linear_fake(
+def _skinny_linear_fake(
     x_TK: Tensor,
     weight: Tensor,
     norm_K: Tensor | None,
@@ -318,10 +318,10 @@ def _small_linear_fake(
     return x_TK.new_empty(x_TK.shape[0], weight.shape[0] // (1 + gated))
 
 
-small_linear = define(
-    "small_linear(Tensor x, Tensor weight, Tensor? norm, float eps, Tensor? residual, bool gated) -> Tensor",
-    reference=small_linear_reference,
-    kernel=small_linear_kernel,
-    fake=_small_linear_fake,
-    cpu=small_linear_cpu,
+skinny_linear = define_op(
+    "skinny_linear(Tensor x, Tensor weight, Tensor? norm, float eps, Tensor? residual, bool gated) -> Tensor",
+    reference=skinny_linear_reference,
+    kernel=skinny_linear_kernel,
+    fake=_skinny_linear_fake,
+    cpu=skinny_linear_cpu,
 )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passes.ops.library import define
+from passes.ops.library import define_op
 
 BLOCK = 4096
 ROWS = 16  # that the reference holds in float32 at once
@@ -137,7 +137,7 @@ def _top_logprobs_fake(
     )
 
 
-top_logprobs = define(
+top_logprobs = define_op(
     "top_logprobs(Tensor logits, Tensor chosen, Tensor count, int most) -> (Tensor values, Tensor ids)",
     reference=top_logprobs_reference,
     kernel=top_logprobs_kernel,

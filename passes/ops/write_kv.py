@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from passes.ops.library import define
+from passes.ops.library import define_op
 
 
 def write_kv_reference(
@@ -54,7 +54,7 @@ def _write_kv_fake(*_: Tensor) -> None:
     return None
 
 
-write_kv = define(
+write_kv = define_op(
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
     reference=write_kv_reference,
     kernel=write_kv_kernel,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.cli import main as cli
-from compiled_llm.cli.prompt_file import params_of
+from compiled_llm.cli.prompt_file import merge_sampling_params
 from tests.helpers.tiny_models import small_config, tiny_model
 
 OVERRIDES = {
@@ -180,7 +180,7 @@ def test_raw_and_the_sampling_options_reach_the_model(run: Run, llm: CompiledLLM
     params = SamplingParams(
         temperature=1.2, top_p=0.9, top_k=40, min_p=0.01, n=2, stop=["!"], seed=3, max_tokens=6
     )
-    (expected,) = llm.generate("abc", params_of(params, 0, {}))
+    (expected,) = llm.generate("abc", merge_sampling_params(params, 0, {}))
     assert [output["text"] for output in line["outputs"]] == [
         output.text for output in expected.outputs
     ]

@@ -56,8 +56,8 @@ def test_named_passes_run_first_in_their_order() -> None:
         ),
         ("modell.name=x", "config key 'modell': it is unknown: did you mean 'model'?"),
         (
-            "passes.paged_atention=off",
-            "config key 'passes': unknown pass 'paged_atention': did you mean 'paged_attention'?",
+            "passes.lower_atention_marker=off",
+            "config key 'passes': unknown pass 'lower_atention_marker': did you mean 'lower_attention_marker'?",
         ),
         (
             "limits.max_num_seqs=0",

@@ -20,8 +20,9 @@ from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING
 from compiled_llm.runtime.step.readback import StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.sampler import RowParams
 from compiled_llm.runtime.step.sampler_state import SamplerState
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8
@@ -196,7 +197,7 @@ class SimulatedRuntime:
         for row, piece, end in zip(rows, pieces, ends, strict=True):
             path = self.sequences.path(int(self._last[row]))
             for number, group in enumerate(self.groups):
-                first = max(0, end - len(piece) - group.window + 1) if group.window else 0
+                first = max(0, group.reach.first_visible(end - len(piece)))
                 assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), (
                     "a query sees what is not its own"
                 )

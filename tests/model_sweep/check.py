@@ -14,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import Config
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import examine
-from compiled_llm.models.features import features
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import examine_model
+from compiled_llm.models.model_features import list_features
 from compiled_llm.models.rotary import fixed_frequencies
 from tests.model_sweep.tiny_configs import FIRST_TOKEN, VOCAB_SIZE
 
@@ -85,9 +85,9 @@ def check(model: PreTrainedModel, dispatch: str) -> Comparison:
 
 
 def _exercised(model: PreTrainedModel) -> str:
-    with attached(model), fixed_frequencies(model):
-        served, layers = examine(model)
-    return ", ".join([f"{len(layers)} calls", *features(served, layers)])
+    with attention_routed(model), fixed_frequencies(model):
+        served, layers = examine_model(model)
+    return ", ".join([f"{len(layers)} calls", *list_features(served, layers)])
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

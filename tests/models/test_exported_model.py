@@ -11,14 +11,13 @@ from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compiled_llm import CompiledLLM
-from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models import exported_model
-from compiled_llm.models.attention import UndecidedError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import AttentionLayer, check_tokens_meet_in_attention, examine
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import AttentionLayer, check_token_independence, examine_model
 from compiled_llm.models.exported_model import ExportedModel
 from compiled_llm.models.weight_packing import linears_by_input
-from passes.export.score_mod import Bias
+from passes.export.score_mod import ScoreMod
 from tests.conftest import DEVICE
 from tests.model_sweep.check import (
     Reference,
@@ -73,9 +72,9 @@ def _model(
 
 
 def _examined(model: PreTrainedModel) -> tuple[ExportedModel, list[AttentionLayer]]:
-    with attached(model):
-        served, layers = examine(model)
-        check_tokens_meet_in_attention(served, 128)
+    with attention_routed(model):
+        served, layers = examine_model(model)
+        check_token_independence(served, 128)
     assert isinstance(served, ExportedModel)
     return served, layers
 
@@ -85,7 +84,7 @@ def _examined(model: PreTrainedModel) -> tuple[ExportedModel, list[AttentionLaye
 def test_attention_is_recognised(kind: str, dtype: torch.dtype) -> None:
     values, windows, kv_heads, slopes = KINDS[kind]
     served, layers = _examined(_model(kind.split(",")[0], dtype=dtype, **values))
-    assert [layer.window for layer in layers] == windows
+    assert [layer.reach.encode() for layer in layers] == windows
     assert {(layer.num_kv_heads, layer.key_dim, layer.dtype) for layer in layers} == {
         (kv_heads, 16, dtype)
     }
@@ -114,13 +113,13 @@ def test_what_is_found_of_attention_is_on_the_models_device(
     made = []
 
     def replace(
-        module: GraphModule, make: Callable[[Bias], nn.Module], num_tokens: int
+        module: GraphModule, make: Callable[[ScoreMod], nn.Module], num_tokens: int
     ) -> list[str]:
-        made.append(make(Bias(scale=1.0, window=0, slopes=torch.ones(4))))
+        made.append(make(ScoreMod(scale=1.0, window=0, slopes=torch.ones(4))))
         return ["attention"]
 
     monkeypatch.setattr(exported_model, "replace_own_attention", replace)
-    with pytest.raises(UndecidedError):
+    with pytest.raises(NeedsWeightsError):
         exported_model.trace(_model("bloom", n_head=4).to("meta"))
     assert [buffer.device.type for attend in made for buffer in attend.buffers()] == ["meta"]
 

@@ -11,25 +11,26 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME, probed_reach
+from passes.attention_reach import FULL, AttentionReach
 
 EMBEDS = torch.zeros(1, 4, 8)
 
 
 def _config(**values: object) -> SimpleNamespace:
     return SimpleNamespace(
-        _attn_implementation=EXAMINING_NAME, sliding_window=5, attention_chunk_size=6, **values
+        _attn_implementation=MASK_PROBE_NAME, sliding_window=5, attention_chunk_size=6, **values
     )
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 4)])
 def test_masks_of_transformers_are_known(mask: torch.Tensor | None) -> None:
     for create, reach in [
-        (create_causal_mask, 0),
-        (create_sliding_window_causal_mask, 5),
-        (create_chunked_causal_mask, -6),
+        (create_causal_mask, FULL),
+        (create_sliding_window_causal_mask, AttentionReach.sliding(5)),
+        (create_chunked_causal_mask, AttentionReach.chunked(6)),
     ]:
-        assert reach_of(create(_config(), EMBEDS, mask, None)) == reach
+        assert probed_reach(create(_config(), EMBEDS, mask, None)) == reach
 
 
 def test_other_masks_are_not_taken_for_one() -> None:
@@ -44,25 +45,22 @@ def test_other_masks_are_not_taken_for_one() -> None:
     block = create_causal_mask(
         _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=first_two
     )
-    assert [reach_of(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
+    assert [probed_reach(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
 
 
 def test_where_tokens_are_looked_up_a_row_of_text_stands_for_all() -> None:
     text = torch.full((1, 4), -1)
     assert (
-        reach_of(
+        probed_reach(
             create_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text)
         )
-        == 0
+        == FULL
     )
-    assert (
-        reach_of(
-            create_sliding_window_causal_mask(
-                _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text
-            )
+    assert probed_reach(
+        create_sliding_window_causal_mask(
+            _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text
         )
-        == 5
-    )
+    ) == AttentionReach.sliding(5)
 
 
 def test_the_name_that_steps_use_has_no_mask() -> None:

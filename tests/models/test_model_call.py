@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm.models.attention import CURRENT
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.model_call import ModelCall
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
@@ -39,7 +39,7 @@ def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # t
         seen.append(k)
         return (q + k.repeat_interleave(q.shape[1] // k.shape[1], 1)).transpose(1, 2).contiguous()
 
-    with attached(model), torch.no_grad():
+    with attention_routed(model), torch.no_grad():
         CURRENT.attention = attend
         try:
             row = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows)

@@ -10,13 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import ModelConfig
-from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models import loading
-from compiled_llm.models.attention import UndecidedError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import count_rotary_embeddings, discover, discover_states
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import (
+    count_rotary_embeddings,
+    discover_attention_layers,
+    discover_states,
+)
 from compiled_llm.models.loading import load
-from compiled_llm.models.preflight import preflight, refuse_unsupported
+from compiled_llm.models.preflight import check_supported, examine_config
 from compiled_llm.models.weight_packing import linears_by_input
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
@@ -30,10 +33,10 @@ from tests.model_sweep.tiny_model import tiny_model as random_model
 )
 def test_a_config_tells_what_the_model_does(model_type: str) -> None:
     config = tiny_config(model_type)
-    found, model = preflight(config, torch.float32), random_model(config).to(DEVICE)
-    with attached(model), linears_by_input(model) as groups:
-        assert found.layers == tuple(discover(model))
-    with attached(model):
+    found, model = examine_config(config, torch.float32), random_model(config).to(DEVICE)
+    with attention_routed(model), linears_by_input(model) as groups:
+        assert found.layers == tuple(discover_attention_layers(model))
+    with attention_routed(model):
         assert found.states == tuple(discover_states(model))
     assert found.rotary_embeddings == count_rotary_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
@@ -53,17 +56,19 @@ REFUSED = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_is_not_served_is_refused_by_its_config(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
-        refuse_unsupported(tiny_config(model_type), torch.float32)
+        check_supported(tiny_config(model_type), torch.float32)
 
 
 def test_what_depends_on_values_is_left_to_the_start() -> None:
     """dbrx loops over the experts that tokens chose."""
-    with pytest.raises(UndecidedError, match="dbrx: what its forward does depends on values"):
-        preflight(tiny_config("dbrx"), torch.float32)
-    refuse_unsupported(tiny_config("dbrx"), torch.float32)
+    with pytest.raises(NeedsWeightsError, match="dbrx: what its forward does depends on values"):
+        examine_config(tiny_config("dbrx"), torch.float32)
+    check_supported(tiny_config("dbrx"), torch.float32)
     for model_type in ("bloom", "falcon", "gpt_neo"):
-        with pytest.raises(UndecidedError, match=f"{model_type}: it computes attention by itself"):
-            preflight(tiny_config(model_type), torch.float32)
+        with pytest.raises(
+            NeedsWeightsError, match=f"{model_type}: it computes attention by itself"
+        ):
+            examine_config(tiny_config(model_type), torch.float32)
 
 
 def test_no_weight_is_read_of_a_model_that_is_refused(
@@ -117,7 +122,7 @@ def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
         "keys and values of 2 heads of 32, in one of two layers"
     )
     assert inspection.bytes_of_windows == 24 * inspection.bytes_per_token
-    assert inspection.expected["paged_attention"] == 2
+    assert inspection.expected["lower_attention_marker"] == 2
     assert inspection.expected["rotary_outer_product"] == 1
     assert inspection.expected["merge_projections"] == 4
     lines = dict(line.split(":", 1) for line in str(inspection).splitlines())

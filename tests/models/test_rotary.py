@@ -14,8 +14,8 @@ from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import LimitsConfig
 from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import check_tokens_meet_in_attention
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import check_token_independence
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit
 from compiled_llm.runtime.limits import Limits
 from tests.conftest import DEVICE
@@ -186,11 +186,11 @@ def test_dependence_on_the_largest_position_is_found_in_any_model(
 ) -> None:
     """Here nothing fixes the frequencies, as in a model whose own code selects them."""
     model = random_model(tiny_config(name)).to(DEVICE, dtype)
-    with attached(model):
-        check_tokens_meet_in_attention(model, length)
+    with attention_routed(model):
+        check_token_independence(model, length)
         for too_long in (length * 5 // 4, length * 10):
             with pytest.raises(UnsupportedModelError) as raised:
-                check_tokens_meet_in_attention(model, too_long)
+                check_token_independence(model, too_long)
             message, largest = str(raised.value).rsplit(" ", 1)
             assert (
                 f"with positions up to {too_long - 1}, a token's logits depend on the largest position"
@@ -209,5 +209,5 @@ def test_positions_that_a_model_has_not_are_named() -> None:
         message = (
             "forward fails \\(index 999 is out .* lower limits.max_model_len=2000 to at most 256"
         )
-        with pytest.raises(UnsupportedModelError, match=message), attached(model):
-            check_tokens_meet_in_attention(model, 2000)
+        with pytest.raises(UnsupportedModelError, match=message), attention_routed(model):
+            check_token_independence(model, 2000)

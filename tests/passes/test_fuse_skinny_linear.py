@@ -8,9 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled_llm import CompiledLLM
 from passes import PassContext, fuse_skinny_linear
-from passes.fx_utils import emit
+from passes.fx_utils import insert_call
 from passes.ops import skinny_linear as op
-from passes.ops.skinny_linear import small_linear_cpu, small_linear_kernel, small_linear_reference
+from passes.ops.skinny_linear import (
+    skinny_linear_cpu,
+    skinny_linear_kernel,
+    skinny_linear_reference,
+)
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -50,11 +54,11 @@ def test_kernel_is_the_reference(num_tokens, num_out, num_in, gated, residual, n
         for a in arguments
     ]
     expected = (
-        small_linear_reference(*wide) if not norm else small_linear_reference(*arguments).double()
+        skinny_linear_reference(*wide) if not norm else skinny_linear_reference(*arguments).double()
     )
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(
-        small_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance
+        skinny_linear_kernel(*arguments).double(), expected, rtol=tolerance, atol=tolerance
     )
 
 
@@ -75,12 +79,12 @@ def test_cpp_is_the_reference(num_tokens, size, gated, residual, norm) -> None: 
     )
     scale = torch.rand(num_in) + 0.5 if norm else None
     kept = torch.randn(num_tokens, num_out) if residual else None
-    together = small_linear_cpu(x, weight, scale, 1e-6, kept, gated)
+    together = skinny_linear_cpu(x, weight, scale, 1e-6, kept, gated)
     torch.testing.assert_close(
-        together, small_linear_reference(x, weight, scale, 1e-6, kept, gated)
+        together, skinny_linear_reference(x, weight, scale, 1e-6, kept, gated)
     )
     alone = [
-        small_linear_cpu(
+        skinny_linear_cpu(
             x[t : t + 1], weight, scale, 1e-6, None if kept is None else kept[t : t + 1], gated
         )
         for t in range(num_tokens)
@@ -96,7 +100,7 @@ def _found(llm: CompiledLLM) -> dict[str, int]:
         bucket.bucket: graph_pass.matches
         for bucket in llm.report().buckets
         for graph_pass in bucket.passes
-        if graph_pass.name == "small_linear"
+        if graph_pass.name == "fuse_skinny_linear"
     }
 
 
@@ -104,15 +108,15 @@ def _found(llm: CompiledLLM) -> dict[str, int]:
 def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the reference stands for the kernel."""
     labels: dict[int, list[str]] = {}
-    rewrite = fuse_skinny_linear._rewrite
+    rewrite = fuse_skinny_linear._fuse
 
     def noting(graph, product):  # type: ignore[no-untyped-def]
         num_tokens = product.meta["val"].shape[0]
         labels.setdefault(num_tokens, []).append(rewrite(graph, product))
         return labels[num_tokens][-1]
 
-    monkeypatch.setattr(fuse_skinny_linear, "_is_served", lambda product: True)
-    monkeypatch.setattr(fuse_skinny_linear, "_rewrite", noting)
+    monkeypatch.setattr(fuse_skinny_linear, "_is_supported", lambda product: True)
+    monkeypatch.setattr(fuse_skinny_linear, "_fuse", noting)
     model = tiny_model(family)
     reference = Reference(model)
     config = small_config(
@@ -132,27 +136,32 @@ def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def _scaled(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    return emit(graph, aten.mul.Tensor, weight, 2.0)
+    return insert_call(graph, aten.mul.Tensor, weight, 2.0)
 
 
 def _normalised(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    return emit(
+    return insert_call(
         graph,
         aten.div.Tensor,
         weight,
-        emit(graph, aten.linalg_vector_norm.default, weight, 2, [1], True),
+        insert_call(graph, aten.linalg_vector_norm.default, weight, 2, [1], True),
     )
 
 
 def _copied_by_a_reshape(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    flat = emit(
-        graph, aten.reshape.default, emit(graph, aten.permute.default, weight, [1, 0]), [64 * 64]
+    flat = insert_call(
+        graph,
+        aten.reshape.default,
+        insert_call(graph, aten.permute.default, weight, [1, 0]),
+        [64 * 64],
     )
-    return emit(graph, aten.view.default, flat, [64, 64])
+    return insert_call(graph, aten.view.default, flat, [64, 64])
 
 
 def _written_before(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    emit(graph, aten.mul_.Tensor, emit(graph, aten.view.default, weight, [64, 64]), 2.0)
+    insert_call(
+        graph, aten.mul_.Tensor, insert_call(graph, aten.view.default, weight, [64, 64]), 2.0
+    )
     return weight
 
 
@@ -162,11 +171,11 @@ def _itself(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
 
 def _read_as_one(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
     """As `merge_projections` has it."""
-    return emit(graph, aten.as_strided.default, weight, [128, 64], [64, 1], 0)
+    return insert_call(graph, aten.as_strided.default, weight, [128, 64], [64, 1], 0)
 
 
 def _half(graph: torch.fx.Graph, weight: torch.fx.Node) -> torch.fx.Node:
-    return emit(graph, aten.slice.Tensor, weight, 0, 0, 32)
+    return insert_call(graph, aten.slice.Tensor, weight, 0, 0, 32)
 
 
 @pytest.mark.parametrize(
@@ -181,17 +190,17 @@ def test_only_weights_that_nothing_computes_are_taken(
     with FakeTensorMode():
         x, weight = graph.placeholder("x"), graph.placeholder("weight")
         x.meta["val"], weight.meta["val"] = torch.empty(2, 64), torch.empty(128, 64)[:64]
-        product = emit(
+        product = insert_call(
             graph,
             aten.mm.default,
             x,
-            emit(graph, aten.permute.default, prepare(graph, weight), [1, 0]),
+            insert_call(graph, aten.permute.default, prepare(graph, weight), [1, 0]),
         )
         graph.output(product)
-    context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=2)
-    labels = fuse_skinny_linear.SMALL_LINEAR.run(graph, context)
+    context = PassContext(num_tokens=2)
+    labels = fuse_skinny_linear.FUSE_SKINNY_LINEAR.run(graph, context)
     assert labels == (["linear"] if prepare in (_itself, _read_as_one, _half) else [])
-    assert len(graph.find_nodes(op="call_function", target=op.small_linear)) == len(labels)
+    assert len(graph.find_nodes(op="call_function", target=op.skinny_linear)) == len(labels)
 
 
 def test_several_tokens_in_float16_are_normed_before() -> None:
@@ -207,7 +216,7 @@ def test_several_tokens_in_float16_are_normed_before() -> None:
                     num_tokens, 64, dtype=dtype, device="cuda"
                 )
                 weight.meta["val"] = torch.empty(64, 64, dtype=dtype, device="cuda")
-                taken[dtype, num_tokens] = fuse_skinny_linear._takes_norm(product)
+                taken[dtype, num_tokens] = fuse_skinny_linear._can_fuse_norm(product)
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
 
 
@@ -218,16 +227,21 @@ def test_a_norm_of_groups_of_features_stays(num_groups: int) -> None:
     with FakeTensorMode():
         tokens, weight = graph.placeholder("tokens"), graph.placeholder("weight")
         tokens.meta["val"], weight.meta["val"] = torch.empty(3, 64), torch.empty(64)
-        groups = emit(graph, aten.reshape.default, tokens, [3, num_groups, 64 // num_groups])
-        mean = emit(
-            graph, aten.mean.dim, emit(graph, aten.pow.Tensor_Scalar, groups, 2), [-1], True
+        groups = insert_call(graph, aten.reshape.default, tokens, [3, num_groups, 64 // num_groups])
+        mean = insert_call(
+            graph, aten.mean.dim, insert_call(graph, aten.pow.Tensor_Scalar, groups, 2), [-1], True
         )
-        factor = emit(graph, aten.rsqrt.default, emit(graph, aten.add.Tensor, mean, 1e-6))
-        normed = emit(
-            graph, aten.reshape.default, emit(graph, aten.mul.Tensor, groups, factor), [3, 64]
+        factor = insert_call(
+            graph, aten.rsqrt.default, insert_call(graph, aten.add.Tensor, mean, 1e-6)
         )
-        x = emit(graph, aten.mul.Tensor, weight, normed)
-    found = fuse_skinny_linear._norm(x)
+        normed = insert_call(
+            graph,
+            aten.reshape.default,
+            insert_call(graph, aten.mul.Tensor, groups, factor),
+            [3, 64],
+        )
+        x = insert_call(graph, aten.mul.Tensor, weight, normed)
+    found = fuse_skinny_linear._match_norm(x)
     assert (found is not None) == (num_groups == 1)
 
 
@@ -235,14 +249,14 @@ def test_several_tokens_are_served_where_that_pays() -> None:
     """Of an 8B and a 0.6B model: q, k and v; o; gate and up; down; lm_head."""
     large = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
     small = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)]
-    assert [fuse_skinny_linear._pays(8, *shape) for shape in large] == [
+    assert [fuse_skinny_linear._is_faster_than_cublas(8, *shape) for shape in large] == [
         False,
         True,
         False,
         True,
         False,
     ]
-    assert [fuse_skinny_linear._pays(8, *shape) for shape in small] == [
+    assert [fuse_skinny_linear._is_faster_than_cublas(8, *shape) for shape in small] == [
         True,
         True,
         True,
@@ -250,7 +264,8 @@ def test_several_tokens_are_served_where_that_pays() -> None:
         False,
     ]
     assert all(
-        fuse_skinny_linear._pays(1, *shape) and not fuse_skinny_linear._pays(17, *shape)
+        fuse_skinny_linear._is_faster_than_cublas(1, *shape)
+        and not fuse_skinny_linear._is_faster_than_cublas(17, *shape)
         for shape in large + small
     )
 
@@ -277,6 +292,6 @@ def test_inputs_in_columns_are_as_good_as_in_rows() -> None:
     torch.manual_seed(0)
     x, kept = torch.randn(100, 3, device=DEVICE).t(), torch.randn(72, 3, device=DEVICE).t()
     weight = torch.randn(72, 100, device=DEVICE) / 10
-    operation = small_linear_cpu if DEVICE.type == "cpu" else small_linear_kernel
+    operation = skinny_linear_cpu if DEVICE.type == "cpu" else skinny_linear_kernel
     actual = operation(x, weight, None, 0.0, kept, False)
-    torch.testing.assert_close(actual, small_linear_reference(x, weight, None, 0.0, kept, False))
+    torch.testing.assert_close(actual, skinny_linear_reference(x, weight, None, 0.0, kept, False))

@@ -6,10 +6,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from passes import PassContext
-from passes.hoist_step_invariants import MIN_READERS, ONCE_A_STEP
-from passes.ops.materialize import kept
+from passes.hoist_step_invariants import HOIST_STEP_INVARIANTS, MIN_READERS
+from passes.ops.materialize import materialize
 
-CONTEXT = PassContext(layers=(), rotary_embeddings=1, merged_projections=(), num_tokens=3)
+CONTEXT = PassContext(num_tokens=3)
 
 
 def step(angles: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
@@ -23,10 +23,10 @@ def step(angles: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
 def test_what_every_layer_reads_is_kept() -> None:
     inputs = torch.randn(3), torch.arange(3), torch.randn(4, 4)
     module = make_fx(step, tracing_mode="fake")(*inputs)
-    labels = ONCE_A_STEP.run(module.graph, CONTEXT)
+    labels = HOIST_STEP_INVARIANTS.run(module.graph, CONTEXT)
     module.graph.lint()
     module.recompile()
-    values = module.graph.find_nodes(op="call_function", target=kept)
+    values = module.graph.find_nodes(op="call_function", target=materialize)
     assert [value.args[0].target for value in values] == [torch.ops.aten.sin.default], (
         "the cosine has one reader, the rest is of tokens"
     )

@@ -17,7 +17,12 @@ from passes import PassReport
 @pytest.fixture
 def report() -> Report:
     graph_pass = PassReport(
-        name="paged_attention", matches=2, expected=2, seconds=0.1, ops_before=150, ops_after=110
+        name="lower_attention_marker",
+        matches=2,
+        expected=2,
+        seconds=0.1,
+        ops_before=150,
+        ops_after=110,
     )
     served = BucketReport(
         bucket="decode-4-greedy", size=4, mode="graph", trace_seconds=1, compile_seconds=2, capture_seconds=0.5,
@@ -86,7 +91,7 @@ def test_the_page_stands_alone_and_says_all(report: Report) -> None:
     assert "decode-4-greedy, memory: 3 MiB" in plots[2]
     assert "decode-4-greedy, tokens: 25" in plots[3]
     assert "decode-4-greedy, padding: 15" in plots[3]
-    assert "paged_attention, ops after: 220" in plots[4]
+    assert "lower_attention_marker, ops after: 220" in plots[4]
 
 
 def test_an_empty_report_has_a_page() -> None:

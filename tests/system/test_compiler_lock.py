@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import _examined
 from compiled_llm.models.loading import load
 from compiled_llm.runtime.compilation.compiler import _settings
@@ -27,7 +27,7 @@ from compiled_llm.system.compiler_lock import (
     run_eagerly,
 )
 from passes import PassContext, Pipeline
-from passes.ops.precompile import _launching_nothing
+from passes.ops.precompile import compile_without_launching
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def test_a_model_is_examined_while_no_eager_step_runs() -> None:
                 steps[0].result(0.05)
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
-    with attached(model):
+    with attention_routed(model):
         with _examined(model, attend):
             model(torch.tensor([[1, 2]], device=model.device), use_cache=False)
         assert steps[0].result(30) == ATTENTION_NAME
@@ -147,10 +147,7 @@ def test_a_failed_step_excludes_nothing() -> None:
 
 
 def test_who_compiles_holds_the_lock() -> None:
-    pipeline = Pipeline(
-        passes=[],
-        context=PassContext(layers=(), rotary_embeddings=0, merged_projections=0, num_tokens=1),
-    )
+    pipeline = Pipeline(passes=[], context=PassContext(num_tokens=1))
     with _settings(torch.device("cpu"), pipeline, {}):
         assert compiler_is_free()  # for this thread
         assert not _elsewhere(compiler_is_free).result(30)
@@ -231,6 +228,6 @@ def test_kernels_compiled_ahead_leave_other_threads_launches_alone(
         launched.append(warmup)
 
     monkeypatch.setattr(JITFunction, "run", run)
-    with _launching_nothing({}):
+    with compile_without_launching({}):
         _elsewhere(lambda: JITFunction.run(object(), grid=(1,), warmup=False)).result(30)
     assert launched == [False]

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.exported_model import ServedModel, model_itself
+from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.system.cpu import instruction_set
@@ -77,7 +77,7 @@ def make_key(
             "compiled_llm": f"source {_short(' '.join(source_digest(_ROOT / folder) for folder in _SOURCES))}",
             "device": _device(model.device),
             "torch's state": _torch_state(model.device),
-            "model": _model(model_itself(model)),
+            "model": _model(underlying_model(model)),
             "code": code,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"layout {_short(_layout([model]))}",

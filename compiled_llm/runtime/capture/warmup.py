@@ -18,7 +18,7 @@ from compiled_llm.config.schema import Config
 from compiled_llm.errors import StrictError
 from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.models.weight_packing import merged_groups
+from compiled_llm.models.weight_packing import find_packed_groups
 from compiled_llm.report.report import BucketReport, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket, read_traffic
 from compiled_llm.runtime.buckets import Bucket
@@ -37,7 +37,16 @@ from compiled_llm.runtime.compilation.worker_pool import CompilePool, at_work
 from compiled_llm.runtime.memory.allocation import Memory, stage_padding
 from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.step import Step
-from passes import PASSES, PassContext, PassError, PassReport, Pipeline
+from passes import (
+    PASSES,
+    AttentionLayers,
+    PackedWeights,
+    PassContext,
+    PassError,
+    PassReport,
+    Pipeline,
+    RotaryEmbeddings,
+)
 from passes.ops.precompile import compile_kernels
 
 
@@ -157,10 +166,12 @@ def make_pipeline(
 ) -> Pipeline:
     """The passes that the config wants, for one bucket."""
     context = PassContext(
-        layers=tuple(layer.name for layer in layers),
-        rotary_embeddings=count_rotary_embeddings(model),
-        merged_projections=merged_groups(model),
         num_tokens=bucket.size,
+        facts=(
+            AttentionLayers(tuple(layer.name for layer in layers)),
+            RotaryEmbeddings(count_rotary_embeddings(model)),
+            PackedWeights(find_packed_groups(model)),
+        ),
     )
     return Pipeline(
         passes=[PASSES[name] for name in config.pass_order()],

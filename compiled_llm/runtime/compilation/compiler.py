@@ -24,7 +24,7 @@ from compiled_llm.runtime.compilation.timing import Durations, Moment, durations
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from passes import Pipeline
-from passes.ops.pdl import inductor_options, inductor_waits
+from passes.ops.pdl import inductor_pdl_options, inductor_pdl_waits
 
 Launch = Callable[[], object]
 
@@ -191,13 +191,13 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         inductor |= {
             "triton.cudagraphs": True,
             "combo_kernels": True,
-            **inductor_options(pipeline.context.num_tokens),
+            **inductor_pdl_options(pipeline.context.num_tokens),
         }
     with COMPILER_LOCK, ExitStack() as settings:
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(
-            inductor_waits() if device.type == "cuda" else inductor_patches.remembered()
+            inductor_pdl_waits() if device.type == "cuda" else inductor_patches.remembered()
         )
         settings.enter_context(inductor_patches.narrow_vectors_alone())
         settings.enter_context(inductor_patches.sums_stay_in_bounds())

@@ -52,7 +52,7 @@ class Memory:
         groups = dict(
             sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers)
         )
-        windows = tuple(self.groups[g].window for g in groups.values())
+        windows = tuple(self.groups[g].reach.encode() for g in groups.values())
         steps = STEPS if self.states is None else STEPS_WITH_STATES
         return steps[bucket.kind](
             model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket
@@ -69,7 +69,7 @@ def allocate(
         max_num_seqs=limits.max_num_seqs,
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
-        num_groups=len({layer.window for layer in layers}),
+        num_groups=len({layer.reach for layer in layers}),
         num_kv_heads=max((layer.num_kv_heads for layer in layers), default=1),
         vocab_size=vocab_size,
         dtype=model.dtype,

@@ -10,6 +10,7 @@ from compiled_llm.config.schema import CacheConfig
 from compiled_llm.models.attention import LayerCache
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.limits import Limits
+from passes.attention_reach import AttentionReach
 
 NUM_TRASH_PAGES = 1
 
@@ -36,24 +37,27 @@ class KVCacheGroup:
     """Layers that see equally far back, and so need and release pages together.
 
     Attributes:
-        window: how far back the layers see, as in `AttentionLayer`.
+        reach: the tokens that the layers see.
         layers: their numbers, in call order.
         num_pages: pages of each of their caches, the trash page included.
     """
 
-    window: int
+    reach: AttentionReach
     layers: tuple[int, ...]
     num_pages: int
 
 
 def trash_groups(layers: list[AttentionLayer]) -> list[KVCacheGroup]:
     """The groups of the layers, with the trash page alone."""
-    windows = dict.fromkeys(layer.window for layer in layers)
+    reaches = dict.fromkeys(layer.reach for layer in layers)
     members = {
-        w: tuple(number for number, layer in enumerate(layers) if layer.window == w)
-        for w in windows
+        reach: tuple(number for number, layer in enumerate(layers) if layer.reach == reach)
+        for reach in reaches
     }
-    return [KVCacheGroup(window=w, layers=members[w], num_pages=NUM_TRASH_PAGES) for w in windows]
+    return [
+        KVCacheGroup(reach=reach, layers=members[reach], num_pages=NUM_TRASH_PAGES)
+        for reach in reaches
+    ]
 
 
 def plan_groups(
@@ -75,7 +79,7 @@ def plan_groups(
     page_bytes = [
         config.block_size * sum(layers[n].bytes_per_token for n in group.layers) for group in groups
     ]
-    a_sequence = [_pages_of_a_sequence(group.window, config.block_size, limits) for group in groups]
+    a_sequence = [_pages_of_a_sequence(group.reach, config.block_size, limits) for group in groups]
     budget = (
         max(0, _budget(config, device) - reserved) if config.memory == "auto" else config.memory
     )
@@ -104,12 +108,12 @@ def _rounded(pages: int) -> int:
     return pages >> (shift := max(0, pages.bit_length() - 8)) << shift
 
 
-def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:
+def _pages_of_a_sequence(reach: AttentionReach, block_size: int, limits: Limits) -> int:
     """The most pages that one sequence holds at a time: all of it, or its window and a step's tokens."""
     length = limits.max_model_len
-    if window:
+    if not reach.is_full:
         length = min(
-            length, abs(window) + min(limits.max_num_batched_tokens, length) + 2 * block_size
+            length, reach.size + min(limits.max_num_batched_tokens, length) + 2 * block_size
         )
     return -(-length // block_size)
 

@@ -26,9 +26,9 @@ from compiled_llm.runtime.step.batch_inputs import (
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
-    MAX_LOGPROBS,
     RowParams,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 RING = 4
 
@@ -42,7 +42,7 @@ class StepBuffers(nn.Module):
     bad_words [R + 1, W, L] int64 token sequences aligned right, -1 before them; recent [R + 1, RECENT] int64 the last tokens;
     logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
     decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
-    arrivals int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
+    split_counters int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
     ordinals [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
     step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
     what they sampled, at `step % K`, -1 in rows without finite scores (for logprobs see `passes.ops.top_logprobs`).
@@ -60,7 +60,7 @@ class StepBuffers(nn.Module):
     logits: Tensor
     decode: Tensor
     prefill: Tensor
-    arrivals: Tensor
+    split_counters: Tensor
     ordinals: Tensor
     step: Tensor
     ring_tokens: Tensor
@@ -98,7 +98,7 @@ class StepBuffers(nn.Module):
             "logits": (vocabulary, dtype),
             "decode": ((decode_size,), torch.int64),
             "prefill": ((prefill_size,), torch.int64),
-            "arrivals": ((num_rows * num_kv_heads,), torch.int32),
+            "split_counters": ((num_rows * num_kv_heads,), torch.int32),
             "step": ((1,), torch.int64),
             "ring_tokens": ((RING, num_rows), torch.int64),
             "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from compiled_llm.models.attention import PagedAttention
 from compiled_llm.runtime.step.batch_inputs import PrefillInputs
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS
 from compiled_llm.runtime.step.step import Step
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -58,6 +58,6 @@ class SequenceStep(Step):
             block_tables=self._tables()[:, rows],
             query_start=torch.cat([none, padding, none + self.size]).int(),
             seq_lens=torch.cat([none, inputs.seq_lens[:1]]).int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=max(self.size, 2),  # 1 would say that each of the two has a query
         )

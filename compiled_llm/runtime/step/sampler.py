@@ -16,10 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from passes.ops.gumbel_argmax import chunk_maxima, chunk_maxima_reference, mix, noisy
+from passes.ops.gumbel_argmax import (
+    add_gumbel_noise,
+    gumbel_argmax,
+    gumbel_argmax_reference,
+    lowbias32,
+)
 from passes.ops.sampling_cutoff import sampling_cutoff
 
-MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_LEN = 8
 
@@ -132,7 +136,7 @@ def scores_full(
     logits_SV: Tensor, params: RowParams, history: History, position_S: Tensor, *, slack_S: Tensor
 ) -> Tensor:
     """What `sample_full` takes the greatest of, noise included, [S, V]; tokens up to `slack` below the cutoff stay."""
-    return noisy(*_before_noise(logits_SV, params, history, position_S, slack_S))
+    return add_gumbel_noise(*_before_noise(logits_SV, params, history, position_S, slack_S))
 
 
 def _before_noise(
@@ -190,7 +194,9 @@ def _scale(logits_SV: Tensor, temperature_S: Tensor) -> Tensor:
 
 def _key(seed_S: Tensor, position_S: Tensor) -> Tensor:
     """What the noise of a row is a function of, [S] int32."""
-    return mix(mix(mix(seed_S.int()) ^ (seed_S >> 32).int()) + position_S.int() * _GOLDEN)
+    return lowbias32(
+        lowbias32(lowbias32(seed_S.int()) ^ (seed_S >> 32).int()) + position_S.int() * _GOLDEN
+    )
 
 
 def _choose(
@@ -198,7 +204,7 @@ def _choose(
 ) -> Tensor:
     """The first of the greatest, after temperature and noise; -1 in rows whose greatest score is not finite."""
     # On a CPU, Inductor fuses the plain function with what is around it.
-    maxima = chunk_maxima if scores_SV.is_cuda else chunk_maxima_reference
+    maxima = gumbel_argmax if scores_SV.is_cuda else gumbel_argmax_reference
     best_SC, place_SC = maxima(scores_SV, temperature_S, key_S)
     chunk_S1 = best_SC.argmax(-1, keepdim=True)
     place_S, best_S = (

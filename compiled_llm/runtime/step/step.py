@@ -14,13 +14,13 @@ from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.step.batch_inputs import DecodeInputs, PrefillInputs
 from compiled_llm.runtime.step.buffers import RING, StepBuffers
 from compiled_llm.runtime.step.sampler import (
-    MAX_LOGPROBS,
     History,
     RowParams,
     sample_full,
     sample_greedy,
     sample_random,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -149,7 +149,7 @@ class DecodeStep(Step):
             block_tables=self._tables()[:, rows],
             query_start=state.ordinals[: self.size + 1],
             seq_lens=lengths.int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=1,
         )
         logits = self._logits(state.tokens[rows], positions, rows, attention, None)
@@ -180,7 +180,7 @@ class PrefillStep(Step):
             block_tables=self._tables()[:, seqs],
             query_start=inputs.query_start.int(),
             seq_lens=inputs.seq_lens.int(),
-            arrivals=state.arrivals,
+            split_counters=state.split_counters,
             max_query_len=self.size,
         )
         last = (inputs.query_start[1:] - 1).clamp(min=0)

@@ -32,7 +32,6 @@ from compiled_llm.runtime.step.batch_inputs import (
     PrefillBatch,
 )
 from compiled_llm.runtime.step.sampler import RowParams
-from passes.ops.paged_attention import oldest_seen
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
 _BYSTANDERS = 4
@@ -270,7 +269,7 @@ def _tables(
         regions, taken = np.zeros(len(free), np.int64), 0
         for seq, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
             first, written = (
-                max(0, oldest_seen(start, members.window)) // block_size,
+                max(0, members.reach.first_visible(start)) // block_size,
                 start // block_size,
             )
             end = -(-(start + count) // block_size)

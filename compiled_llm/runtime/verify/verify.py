@@ -36,7 +36,7 @@ from compiled_llm.runtime.step.sampler import History, RowParams, scores_full
 from compiled_llm.runtime.verify.random_batches import Extent, RandomBatch, make_trial, stage
 from compiled_llm.runtime.verify.snapshot import Snapshot, outcome_of, preserved
 from compiled_llm.system.compiler_lock import run_eagerly
-from passes.ops.library import references
+from passes.ops.library import use_references
 
 # The largest difference that rounding may make, in standard deviations.
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 1.0}
@@ -131,7 +131,7 @@ def _try(
         got = outcome_of(trial, memory, bucket)
         stage(trial, memory, reference.size)
         history = _history(trial, memory)
-        with references():
+        with use_references():
             run_eagerly(memory.step(model, reference))
             _compare(
                 found,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passes.ops.cpu.vector_isa import VectorISA, vector_isa
 
-_SOURCES = ("vectors.cpp", "small_linear.cpp", "decode_attention.cpp", "prefill_attention.cpp")
+_SOURCES = ("vectors.cpp", "skinny_linear.cpp", "decode_attention.cpp", "prefill_attention.cpp")
 
 
 def decode_attention(
@@ -66,7 +66,7 @@ def _attend(
     return out_THE
 
 
-def small_linear(
+def skinny_linear(
     x_TK: Tensor,
     weight: Tensor,
     norm_K: Tensor | None,
@@ -90,7 +90,7 @@ def small_linear(
     T, K = x_TK.shape
     N = weight.shape[0] // 2 if gated else weight.shape[0]
     out_TN = x_TK.new_empty(T, N)
-    _library(vector_isa()).small_linear(
+    _library(vector_isa()).skinny_linear(
         x_TK.data_ptr(),
         x_stride,
         weight.data_ptr(),
@@ -127,7 +127,7 @@ def _library(isa: VectorISA) -> ctypes.CDLL:
         pointer, number, number, pointer, pointer, pointer, number, pointer, pointer, pointer, pointer,
         pointer, number, number, number, number, number, number, real, number, real,
     ]  # fmt: skip
-    library.small_linear.argtypes = [
+    library.skinny_linear.argtypes = [
         pointer, number, pointer, pointer, real, pointer, number, flag, pointer, number, number, number
     ]  # fmt: skip
     return library

@@ -14,7 +14,7 @@ class VectorISA:
     Attributes:
         name: as in `torch.backends.cpu.get_cpu_capability()` where torch has it, in lower case.
         width: float32 numbers in a register.
-        linear_tokens: tokens in a tile of `small_linear`, a power of two. A tile has twice as many sums, which stay in
+        linear_tokens: tokens in a tile of `skinny_linear`, a power of two. A tile has twice as many sums, which stay in
             registers: up to 8 sums where there are 16 registers, up to 16 where there are 32.
         excluded: target option that keeps the compiler from larger vector instructions that the processor has as well.
     """

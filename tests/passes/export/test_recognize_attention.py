@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.export.recognize_attention import replace_own_attention
-from passes.export.score_mod import Bias, UnlikeAttentionError
+from passes.export.recognize_attention import replace_attention_subgraphs
+from passes.export.score_mod import ScoreMod, UnsupportedScoreModError
 
 HEADS, DIM, ROWS = 2, 8, 40
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ class Layer(nn.Module):
 
 
 class Attend(nn.Module):
-    def __init__(self, bias: Bias) -> None:
+    def __init__(self, bias: ScoreMod) -> None:
         super().__init__()
         self.bias = bias
 
@@ -92,7 +92,7 @@ ALIKE: dict[Core, tuple[float, int, list[float]]] = {
 }
 
 
-def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[Bias]]:
+def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[ScoreMod]]:
     torch.manual_seed(0)
     layer = Layer(core).eval()
     with torch.no_grad():
@@ -102,9 +102,9 @@ def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[Bias]]:
             dynamic_shapes=({0: torch.export.Dim.AUTO},),
             strict=False,
         )
-    module, found = exported.module(check_guards=False), list[Bias]()
+    module, found = exported.module(check_guards=False), list[ScoreMod]()
     assert isinstance(module, torch.fx.GraphModule)
-    replace_own_attention(module, lambda bias: found.append(bias) or Attend(bias), ROWS)  # type: ignore[func-returns-value]
+    replace_attention_subgraphs(module, lambda bias: found.append(bias) or Attend(bias), ROWS)  # type: ignore[func-returns-value]
     return layer, module, found
 
 
@@ -150,7 +150,7 @@ UNLIKE: dict[Core, str] = {
 
 @pytest.mark.parametrize("core", UNLIKE, ids=lambda core: core.__name__)
 def test_what_is_unlike_attention_is_named(core: Core) -> None:
-    with pytest.raises(UnlikeAttentionError, match=UNLIKE[core]):
+    with pytest.raises(UnsupportedScoreModError, match=UNLIKE[core]):
         _replaced(core)
 
 

@@ -18,7 +18,7 @@ HALF, FLOAT, INTS = "*bf16", "*fp32", "*i32"
 TYPES = {
     **dict.fromkeys(("out", "q", "k_cache", "v_cache", "sinks"), HALF),
     **dict.fromkeys(("shares", "weights", "slopes"), FLOAT),
-    **dict.fromkeys(("block_table", "query_start", "seq_lens", "arrivals"), INTS),
+    **dict.fromkeys(("block_table", "query_start", "seq_lens", "split_counters"), INTS),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }  # all others are integers
 HEADS = {
@@ -33,7 +33,10 @@ HEADS = {
     "STAGES": 2,
 }
 KERNELS = {
-    "decode": (_decode_attention_kernel, {"TILE_M": 16, "TILE_S": 16, "AT_ONCE": 8, "EARLY": True}),
+    "decode": (
+        _decode_attention_kernel,
+        {"TILE_M": 16, "TILE_S": 16, "AT_ONCE": 8, "USE_PDL": True},
+    ),
     "prefill": (_prefill_attention_kernel, {"TILE_M": 64, "TILE_Q": 32, "SEARCH_STEPS": 4}),
 }
 OPTIONS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from passes.ops import paged_attention as paged_attention_module
-from passes.ops.library import define, references
+from passes.ops.library import define_op, use_references
 from passes.ops.paged_attention import (
     paged_attention_cpu,
     paged_attention_kernel,
@@ -63,7 +63,7 @@ class Case:
         self.q = rand(heads, sum(new) + pad_tokens, dim).transpose(0, 1)
         self.sinks = rand(heads) if sinks else None
         self.slopes = torch.rand(heads, generator=generator).to(DEVICE) if slopes else None
-        self.arrivals = torch.zeros(len(lens) * kv_heads, dtype=torch.int32, device=DEVICE)
+        self.split_counters = torch.zeros(len(lens) * kv_heads, dtype=torch.int32, device=DEVICE)
 
     def run(self, op, *, scale=0.3, window=0, softcap=0.0, max_query_len=None):  # type: ignore[no-untyped-def]
         most = (
@@ -79,7 +79,7 @@ class Case:
             self.table,
             self.starts,
             self.lens,
-            self.arrivals,
+            self.split_counters,
             *options,
         )
 
@@ -157,7 +157,7 @@ def test_kernel_is_the_reference(batch, shape, options, dtype) -> None:  # type:
     expected = case.plain(**options)
     actual = case.run(paged_attention_kernel, **options).double()
     assert torch.isfinite(actual).all()
-    assert not case.arrivals.any()
+    assert not case.split_counters.any()
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -274,7 +274,7 @@ def test_decode_splits_long_sequences(lens, shape, options, dtype) -> None:  # t
             rtol=tolerance,
             atol=tolerance,
         )
-        assert not case.arrivals.any()
+        assert not case.split_counters.any()
 
 
 @pytest.mark.gpu
@@ -307,7 +307,7 @@ def test_write_kv_touches_its_slots_alone(operation) -> None:  # type: ignore[no
 
 def test_within_references_ops_run_their_references() -> None:
     """In the thread that wants them alone, and until it is out of all of them."""
-    op = define(
+    op = define_op(
         "test_choice(Tensor x) -> Tensor",
         reference=lambda x: x + 1,
         kernel=lambda x: x + 2,
@@ -320,10 +320,10 @@ def test_within_references_ops_run_their_references() -> None:
         return int(op(x))
 
     assert value() == 2
-    with references(), ThreadPoolExecutor(1) as others:
+    with use_references(), ThreadPoolExecutor(1) as others:
         assert value() == 1
         assert others.submit(value).result() == 2
-        with pytest.raises(KeyError), references():
+        with pytest.raises(KeyError), use_references():
             raise KeyError
         assert value() == 1
     assert value() == 2

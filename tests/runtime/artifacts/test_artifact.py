@@ -462,7 +462,9 @@ def test_the_passes_reports_are_kept(
     assert counters["stats"]["unique_graphs"] == graphs
     for bucket in report.buckets:
         assert bucket.loaded
-        assert [each.matches for each in bucket.passes if each.name == "paged_attention"] == [2]
+        assert [
+            each.matches for each in bucket.passes if each.name == "lower_attention_marker"
+        ] == [2]
 
 
 def test_a_bucket_that_is_damaged_or_new_is_compiled(

@@ -21,6 +21,7 @@ from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import kv_cache
 from compiled_llm.runtime.step.step import Step
+from passes.attention_reach import AttentionReach
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 MIB = 2**20
@@ -176,7 +177,7 @@ def test_the_cache_takes_what_is_left(
             num_kv_heads=8,
             key_dim=128,
             value_dim=128,
-            window=window,
+            reach=AttentionReach.decode(window),
             softcap=0.0,
             sinks=False,
             alibi=False,

@@ -65,18 +65,24 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
         reports = {bucket.bucket: bucket.passes for bucket in llm.report().buckets}
     for name in ("prefill-48-greedy", "decode-4-greedy"):
         attention, rotary, once, merge, linear = reports[name]
-        assert (attention.name, attention.matches, attention.expected) == ("paged_attention", 2, 2)
+        assert (attention.name, attention.matches, attention.expected) == (
+            "lower_attention_marker",
+            2,
+            2,
+        )
         assert (rotary.name, rotary.matches, rotary.expected) == ("rotary_outer_product", 1, 1)
-        assert (once.name, once.matches) == ("once_a_step", 4), "cosine, sine, page and offset"
+        assert (once.name, once.matches) == ("hoist_step_invariants", 4), (
+            "cosine, sine, page and offset"
+        )
         assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
         # Over few tokens and in float32, this is for CPUs: qkv, o, gate and up, down, twice, and the lm_head.
         assert (linear.name, linear.matches) == (
-            "small_linear",
+            "fuse_skinny_linear",
             9 if DEVICE.type == "cpu" and name.startswith("decode") else 0,
         )
         assert attention.ops_after > attention.ops_before
-        before = (tmp_path / name / "0-paged_attention-before.txt").read_text()
-        after = (tmp_path / name / "0-paged_attention-after.txt").read_text()
+        before = (tmp_path / name / "0-lower_attention_marker-before.txt").read_text()
+        after = (tmp_path / name / "0-lower_attention_marker-after.txt").read_text()
         assert (
             before.count("attention_marker.default]")
             == after.count("paged_attention.default]")
@@ -114,7 +120,7 @@ def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
     attention.forward = forward
     with pytest.raises(
         PassError,
-        match=r"'paged_attention' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn",
+        match=r"'lower_attention_marker' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn",
     ):
         CompiledLLM(model, None, small_config(**ONE_EACH), progress=False)
 

@@ -29,7 +29,7 @@ class _Held:
     name: str
     before: Any
     ours: list[Any] = field(default_factory=list)
-    holders: set["Hold"] = field(default_factory=set)
+    holders: set["AttributeOverrides"] = field(default_factory=set)
 
     def restore(self) -> None:
         if getattr(self.owner, self.name, _ABSENT) not in self.ours:
@@ -40,7 +40,7 @@ class _Held:
             setattr(self.owner, self.name, self.before)
 
 
-class Hold:
+class AttributeOverrides:
     """One holder's claim on attributes, which it is about to change.
 
     Args:
@@ -92,7 +92,7 @@ class Hold:
 
 _LOCK = Lock()
 _HELD: dict[tuple[int, str], _Held] = {}
-_RELEASED: deque[Hold] = deque()
+_RELEASED: deque[AttributeOverrides] = deque()
 
 
 def _restore_released() -> None:

@@ -35,7 +35,7 @@ inline void rows(const float* x, long x_stride, const float* weight, bool fetch,
 
 }  // namespace
 
-extern "C" void small_linear(
+extern "C" void skinny_linear(
     const float* x, long x_stride, const float* weight, const float* norm, float eps, const float* residual, long residual_stride,
     bool gated, float* out, long T, long N, long K) {
     constexpr long ROWS = 2;

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compiled_llm.models.attention_routing import ATTENTION_CHOICE, configs_of
-from compiled_llm.models.mask_probe import EXAMINING_NAME
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME
 
 
-class Unchanged:
+class ModelGuard:
     """What an attached model was when this was made.
 
     Args:
@@ -46,7 +46,7 @@ class Unchanged:
             )
         for config, choice in self._choices:
             # Another engine that starts on the model looks at it for a moment, with attention that is as good.
-            if getattr(config, ATTENTION_CHOICE, None) not in (choice, EXAMINING_NAME):
+            if getattr(config, ATTENTION_CHOICE, None) not in (choice, MASK_PROBE_NAME):
                 raise self._refusal("attention was changed")
         for modules, name, child in self._children:
             if modules.get(name) is not child:

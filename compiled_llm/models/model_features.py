@@ -6,17 +6,18 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ExportedModel, ServedModel
 
 
-def features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
+def list_features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
     """What is to be served of the model besides plain causal attention of equal heads."""
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
-    windows = {layer.window for layer in layers}
+    reaches = {layer.reach for layer in layers}
+    kinds = {reach.kind for reach in reaches}
     heads = {
         (layer.num_heads, layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers
     }
     found = {
-        "windows": any(window > 0 for window in windows),
-        "chunks": any(window < 0 for window in windows),
-        "all tokens": 0 in windows and len(windows) > 1,
+        "windows": "sliding" in kinds,
+        "chunks": "chunked" in kinds,
+        "all tokens": "full" in kinds and len(reaches) > 1,
         "softcap": any(layer.softcap for layer in layers),
         "sinks": any(layer.sinks for layer in layers),
         "ALiBi": any(layer.alibi for layer in layers),
