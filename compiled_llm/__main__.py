@@ -1,8 +1,8 @@
-"""`compiled-llm` and `python -m compiled_llm`."""
+"""Entry point of `compiled-llm` and `python -m compiled_llm`."""
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while that is imported ends as it does later."""
+    """Run the command line; an interrupt during its import has the usual exit status."""
     try:
         from compiled_llm.cli.main import main as run
     except KeyboardInterrupt:

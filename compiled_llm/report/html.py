@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from compiled_llm.report.report import Report
+from compiled_llm.report.report import BucketState, Report
 from compiled_llm.report.svg import Bar, bar_plot
 from compiled_llm.report.tables import ReportTable
 
@@ -20,12 +20,13 @@ th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--faint); text-alig
 """
 
 
-def report_page(report: Report, title: str = "compiled_llm report") -> str:
+def render_html(report: Report, title: str = "compiled_llm report") -> str:
     """The whole page."""
-    lines = [f"<p{_warns(line)}>{escape(line)}</p>" for line in report.headlines()]
+    lines = [f"<p{_warns(line)}>{escape(line)}</p>" for line in report.summary_lines()]
     plots = [f"<h2>{escape(name)}</h2>\n{plot}" for name, plot in _plots(report)]
     tables = [
-        f"<h2>{escape(sheet.title)}</h2>\n<div>{_table(sheet)}</div>" for sheet in report.sheets()
+        f"<h2>{escape(table.title)}</h2>\n<div>{_render_table(table)}</div>"
+        for table in report.tables()
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *lines, *plots, *tables])
@@ -36,7 +37,7 @@ def _plots(report: Report) -> Iterator[tuple[str, str]]:
     """Headings and plots, of what there is to show."""
     phases = [Bar(phase.name, [phase.seconds]) for phase in report.phases if phase.seconds >= 0.005]
     yield "Where the start went", bar_plot(phases, ["seconds"], unit="s")
-    buckets = [b for b in report.buckets if b.mode != "pending"]
+    buckets = [b for b in report.buckets if b.state is not BucketState.PENDING]
     spent = [
         Bar(b.bucket, [b.trace_seconds, b.compile_seconds, b.autotune_seconds, b.capture_seconds])
         for b in buckets
@@ -67,13 +68,13 @@ def _pass_effects(report: Report) -> list[Bar]:
     return [Bar(name, values) for name, values in counts.items()]
 
 
-def _table(sheet: ReportTable) -> str:
-    return f"<table>{_row(sheet, sheet.columns, 'th')}{''.join(_row(sheet, row, 'td') for row in sheet.rows)}</table>"
+def _render_table(table: ReportTable) -> str:
+    return f"<table>{_render_row(table, table.columns, 'th')}{''.join(_render_row(table, row, 'td') for row in table.rows)}</table>"
 
 
-def _row(sheet: ReportTable, cells: Sequence[str], tag: str) -> str:
+def _render_row(table: ReportTable, cells: Sequence[str], tag: str) -> str:
     marks = (
-        "" if not sheet.is_number(column) else ' class="number"' for column in range(len(cells))
+        "" if not table.is_number(column) else ' class="number"' for column in range(len(cells))
     )
     return f"<tr>{''.join(f'<{tag}{mark}>{escape(cell)}</{tag}>' for cell, mark in zip(cells, marks, strict=True))}</tr>"
 

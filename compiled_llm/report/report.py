@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 
-from compiled_llm.report.tables import ReportTable, printed
-from compiled_llm.runtime.memory.kv_cache import used_bytes
+from compiled_llm.report.tables import ReportTable, render_text
+from compiled_llm.system.device_memory import used_bytes
 from passes import PassReport
 
 
@@ -49,15 +50,24 @@ class Verification:
     failure: str | None
 
 
+class BucketState(StrEnum):
+    """State of a bucket. `BucketReport.failure` gives the reason for the last three."""
+
+    GRAPH = "graph"  # a step replays its CUDA graph
+    COMPILED = "compiled"  # a step calls its compiled function
+    PENDING = "pending"  # compiled when a step first needs it (compile.capture: lazy)
+    LEFT_OUT = "left out"  # memory.graphs has no space for its CUDA graph
+    FAILED = "failed"  # compilation, capture or verification failed
+
+
 @dataclass(slots=True, kw_only=True)
 class BucketReport:
     """One bucket.
 
     Attributes:
         size: tokens of a step.
-        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, `left out` had no room,
-            and `pending` no step has asked for, see `failure`.
-        kept: whether an artifact has it now; unkept: why it could not be kept there, if it could not.
+        state: see `BucketState`.
+        saved: whether an artifact has it now; save_failure: why it could not be kept there, if it could not.
         loaded: whether it had it before; `compile_seconds` is then what loading took.
         trace_seconds, compile_seconds, autotune_seconds, capture_seconds: one after another; capture is two warm calls.
         bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
@@ -69,10 +79,10 @@ class BucketReport:
 
     bucket: str
     size: int
-    mode: str = "eager"
+    state: BucketState = BucketState.FAILED
     loaded: bool = False
-    kept: bool = False
-    unkept: str | None = None
+    saved: bool = False
+    save_failure: str | None = None
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
     autotune_seconds: float = 0.0
@@ -162,9 +172,9 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return printed([*self.headlines(), *self.sheets()])
+        return render_text([*self.summary_lines(), *self.tables()])
 
-    def verification(self) -> str:
+    def render_verification(self) -> str:
         """The table of the buckets that were verified, and of those that could not be compiled, why."""
         failed = [
             bucket
@@ -172,9 +182,9 @@ class Report:
             if bucket.verification is None and bucket.failure is not None
         ]
         reasons = [f"{bucket.bucket} could not be verified: {bucket.failure}" for bucket in failed]
-        return printed([self._verification_sheet(), *reasons])
+        return render_text([self._verification_table(), *reasons])
 
-    def headlines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """Facts, warnings, and what sums the tables up."""
         return [
             *(f"{name}: {value}" for name, value in self.facts.items()),
@@ -183,7 +193,7 @@ class Report:
             f"padding: {self.padding_waste:.1%} of the tokens computed in buckets",
         ]
 
-    def sheets(self) -> Iterator[ReportTable]:
+    def tables(self) -> Iterator[ReportTable]:
         """All that is counted, as tables."""
         phases = [(phase.name, f"{phase.seconds:.2f}", _mib(phase.bytes)) for phase in self.phases]
         yield ReportTable("phases", ["phase", "seconds", "MiB"], phases)
@@ -193,7 +203,7 @@ class Report:
             "passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes]
         )
         if any(bucket.verification for bucket in self.buckets):
-            yield self._verification_sheet()
+            yield self._verification_table()
         yield ReportTable(
             "eager fallbacks",
             ["reason", "steps"],
@@ -216,7 +226,7 @@ class Report:
             [(name, str(count)) for name, count in self.graph_events.items()],
         )
 
-    def _verification_sheet(self) -> ReportTable:
+    def _verification_table(self) -> ReportTable:
         found = [
             _verified_row(bucket.bucket, bucket.verification)
             for bucket in self.buckets
@@ -226,7 +236,7 @@ class Report:
 
 
 _SECONDS = ["trace s", "compile s", "tune s", "capture s"]
-_BUCKET = ["bucket", "mode", "made by", *_SECONDS, "MiB", "replays", "padded tokens", "failure"]
+_BUCKET = ["bucket", "state", "made by", *_SECONDS, "MiB", "replays", "padded tokens", "failure"]
 
 
 def _bucket_row(bucket: BucketReport) -> list[str]:
@@ -242,10 +252,10 @@ def _bucket_row(bucket: BucketReport) -> list[str]:
         "artifact"
         if bucket.loaded
         else "compiling"
-        if bucket.mode not in ("pending", "left out")
+        if bucket.state not in (BucketState.PENDING, BucketState.LEFT_OUT)
         else ""
     )
-    return [bucket.bucket, bucket.mode, maker, *seconds, *counts, bucket.failure or ""]
+    return [bucket.bucket, bucket.state, maker, *seconds, *counts, bucket.failure or ""]
 
 
 _VERIFIED = [

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WORDS = {"mode", "made by", "failure", "bucket", "outcome"}
+_WORDS = {"state", "made by", "failure", "bucket", "outcome"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ReportTable:
         return column > 0 and self.columns[column] not in _WORDS
 
 
-def printed(parts: Iterable[ReportTable | str]) -> str:
+def render_text(parts: Iterable[ReportTable | str]) -> str:
     """Tables, and lines between them, for a terminal of 140 columns."""
     console = Console(file=io.StringIO(), width=140)
     for part in parts:

@@ -8,16 +8,17 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.report.report import BucketReport, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import refuse_artifact, tidy
+from compiled_llm.runtime.artifacts.cache import evict_lru, refuse_artifact
 from compiled_llm.runtime.artifacts.model_source import snapshot
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.capture.lazy import pending
-from compiled_llm.runtime.capture.warmup import CapturedBucket, compile_buckets, graph_budget
-from compiled_llm.runtime.compilation.timing import phases_of
+from compiled_llm.runtime.capture.warmup import compile_buckets, graph_budget
+from compiled_llm.runtime.compilation.timing import split_phase
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.verify.verify import check_entry
+from compiled_llm.runtime.verify.verify import verify_bucket
 
 
 class BucketBuilder:
@@ -43,25 +44,25 @@ class BucketBuilder:
         by_source = artifact is not None and not artifact.by_graph
         self._snapshot = snapshot(underlying_model(model)) if by_source else None
 
-    def make_all(
+    def build_all(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
     ) -> list[CapturedBucket]:
         """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
         if self._config.compile.capture == "lazy":
-            self._tidy()
+            self._evict_lru()
             return pending(buckets)
         with self._report.phase("compile and capture", self._model.device):
             entries = self._compile(buckets, progress=progress, pool=pool)
-        self._report.phases[-1:] = phases_of(
+        self._report.phases[-1:] = split_phase(
             self._report.phases[-1], [entry.report for entry in entries]
         )
-        self._tidy()
+        self._evict_lru()
         if self._config.verify:
             with self._report.phase("verify", self._model.device):
                 self._verify(entries)
         return entries
 
-    def make_one(self, bucket: Bucket) -> CapturedBucket:
+    def build(self, bucket: Bucket) -> CapturedBucket:
         """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
         if self._snapshot is not None and self._snapshot != snapshot(underlying_model(self._model)):
             self._snapshot = self._artifact = None
@@ -105,14 +106,16 @@ class BucketBuilder:
             pool=pool,
         )
 
-    def _tidy(self) -> None:
+    def _evict_lru(self) -> None:
         if self._artifact is not None:
-            tidy(self._artifact, self._config.compile.cache_limit, self._report)
+            evict_lru(self._artifact, self._config.compile.cache_limit, self._report)
 
     def _verify(self, entries: Sequence[CapturedBucket]) -> None:
         """Give up the buckets that differ from eager, and what is kept of them."""
         for entry in entries:
-            check_entry(entry, self._model, self._memory, self._limits, strict=self._config.strict)
+            verify_bucket(
+                entry, self._model, self._memory, self._limits, strict=self._config.strict
+            )
             if self._artifact is not None and entry.report.verification and entry.compiled is None:
                 self._artifact.drop(str(entry.bucket))
-                entry.report.kept = False
+                entry.report.saved = False

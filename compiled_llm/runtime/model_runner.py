@@ -16,21 +16,22 @@ from numpy.typing import NDArray
 
 from compiled_llm.config.schema import Config, Sampler
 from compiled_llm.errors import StrictError
-from compiled_llm.models.discovery import AttentionLayer, supports_state_continuation
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel, underlying_model
 from compiled_llm.models.model_guard import ModelGuard
+from compiled_llm.models.state_discovery import supports_state_continuation
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import keeps, open_artifact, refuse_artifact
+from compiled_llm.runtime.artifacts.cache import open_artifact, refuse_artifact, saves_compilations
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, make_key
 from compiled_llm.runtime.artifacts.model_source import ModelCode, identify
 from compiled_llm.runtime.bucket_builder import BucketBuilder
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.runtime.buckets import Bucket, Kind, make_buckets
+from compiled_llm.runtime.buckets import Bucket, BucketKind, make_buckets
 from compiled_llm.runtime.capture.bucket_selector import BucketSelector
-from compiled_llm.runtime.capture.lazy import LazyBuckets, between_steps
-from compiled_llm.runtime.capture.warmup import CapturedBucket
-from compiled_llm.runtime.compilation.compiler import Launch, trace
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
+from compiled_llm.runtime.capture.lazy import LazyBuckets, preserve_step_inputs
+from compiled_llm.runtime.compilation.compiler import Launch, trace_digest
 from compiled_llm.runtime.compilation.cuda_graph_trees import (
     graph_events,
     graph_pool,
@@ -41,11 +42,11 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import allocate
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.readback import Readback, StepHandle
-from compiled_llm.runtime.step.sampler import RowParams
+from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
-from compiled_llm.runtime.step.step import choose
+from compiled_llm.runtime.step.step import sample_and_update
 from compiled_llm.sampling_params import MAX_LOGPROBS
-from compiled_llm.system.compiler_lock import COMPILER_LOCK, compiler_soon, run_eagerly
+from compiled_llm.system.compiler_lock import COMPILER_LOCK, run_eagerly, try_compiler_lock
 from passes.ops.top_logprobs import top_logprobs
 
 
@@ -93,11 +94,11 @@ class ModelRunner:
             )
             self.limits = replace(self.limits, max_num_batched_tokens=1)
             prefill = prefill and [1]
-        largest: dict[Kind, int] = {
+        largest: dict[BucketKind, int] = {
             "decode": self.limits.max_num_seqs,
             "prefill": self.limits.max_num_batched_tokens,
         }
-        self._buckets: dict[Kind, list[Bucket]] = {
+        self._buckets: dict[BucketKind, list[Bucket]] = {
             "decode": self._make_buckets("decode", config.buckets.decode, largest["decode"]),
             "prefill": self._make_buckets("prefill", prefill, largest["prefill"]),
         }
@@ -111,19 +112,19 @@ class ModelRunner:
                 report.warnings.append(
                     f"{model.config.model_type} keeps states of its sequences, so prompts share no pages"
                 )
-            self._artifact = self._open_artifact() if keeps(config) else None
+            self._artifact = self._open_artifact() if saves_compilations(config) else None
             maker = BucketBuilder(
                 model, layers, self.memory, config, self.limits, self._artifact, report
             )
             buckets = [*self._buckets["prefill"], *self._buckets["decode"]]
             entries = (
-                maker.make_all(buckets, progress=progress, pool=pool)
+                maker.build_all(buckets, progress=progress, pool=pool)
                 if config.compile.dispatch != "eager"
                 else None
             )
-        self._lazy = LazyBuckets(maker.make_one)
-        self._serving = BucketSelector(
-            self._buckets, entries, report, strict=config.strict, ask=self._lazy.ask
+        self._lazy = LazyBuckets(maker.build)
+        self._selector = BucketSelector(
+            self._buckets, entries, report, strict=config.strict, on_demand=self._lazy.record_demand
         )
         self._readback = Readback(self.memory.state)
         report.graphs, report.pool_bytes = graph_pool(model.device)
@@ -131,14 +132,14 @@ class ModelRunner:
         report.graph_events = dict.fromkeys(graph_events(model.device), 0)
 
     @property
-    def entries(self) -> dict[Bucket, CapturedBucket]:
+    def captured_buckets(self) -> dict[Bucket, CapturedBucket]:
         """The buckets, compiled or not."""
-        return self._serving.entries
+        return self._selector.captured_buckets
 
     @property
     def prefill_sizes(self) -> list[int]:
         """Tokens of the prefill buckets that serve, small to large."""
-        return self._serving.sizes("prefill")
+        return self._selector.usable_sizes("prefill")
 
     @property
     def has_states(self) -> bool:
@@ -146,7 +147,7 @@ class ModelRunner:
         return self.memory.states is not None
 
     @property
-    def decodes_apart(self) -> bool:
+    def separate_decode(self) -> bool:
         """Whether steps that only decode have buckets of their own, or run eagerly; else they run in prefill buckets."""
         eager = self.config.compile.dispatch == "eager"
         return (
@@ -157,19 +158,9 @@ class ModelRunner:
         )
 
     @property
-    def capture_wanted(self) -> bool:
+    def capture_pending(self) -> bool:
         """Whether steps have asked for a bucket that `compile.capture: lazy` has not made yet."""
-        return self._lazy.wanted
-
-    @property
-    def capture_due(self) -> bool:
-        """Whether it is time for it, also while requests run."""
-        return self._lazy.due
-
-    @property
-    def capture_overdue(self) -> bool:
-        """Whether it is time for it even before prompts that wait."""
-        return self._lazy.overdue
+        return self._lazy.has_demand
 
     @property
     def owner_thread(self) -> int:
@@ -195,9 +186,9 @@ class ModelRunner:
     def check_samplers(self, sampler: Sampler, *, scoring: bool) -> None:
         """Raise a ValueError if `strict` forbids the steps that a request with this sampler would take."""
         if self.config.strict:
-            self._serving.check("prefill", "scoring" if scoring else sampler)
-            if self.decodes_apart:
-                self._serving.check("decode", sampler)
+            self._selector.check_sampler("prefill", "scoring" if scoring else sampler)
+            if self.separate_decode:
+                self._selector.check_sampler("decode", sampler)
 
     def recover(self) -> None:
         """Make the next step possible after one was cut short anywhere: counters are read back from the device.
@@ -216,6 +207,24 @@ class ModelRunner:
         """Raise RuntimeError where the model is not what it was at the start, and compiled steps would not be what it computes."""
         self._unchanged.check()
 
+    def maybe_capture(self, *, prompts_pending: bool, outputs_pending: bool) -> bool:
+        """Capture the bucket in most demand if one is due, between two steps.
+
+        Args:
+            prompts_pending: prompts wait or are being prefilled. They come before a capture, until the capture is overdue.
+            outputs_pending: steps are in flight, or their results are not delivered yet. A capture may take minutes, so
+                they come first.
+
+        Returns:
+            True if a capture is due and `outputs_pending` holds it back: deliver the results, then call again.
+        """
+        if not self._lazy.is_due or (prompts_pending and not self._lazy.is_overdue):
+            return False
+        if outputs_pending:
+            return True
+        self.capture_next()
+        return False
+
     def capture_next(self) -> None:
         """Compile and capture what most steps have asked for; what all steps so far sampled must have been read.
 
@@ -223,17 +232,17 @@ class ModelRunner:
         """
         self.check_owner()
         self.check_model()
-        with compiler_soon() as free:
+        with try_compiler_lock() as free:
             if not free:
                 return
-            with torch.no_grad(), between_steps(self.memory.state):
-                self._serving.replace(self._lazy.capture_next())
+            with torch.no_grad(), preserve_step_inputs(self.memory.state):
+                self._selector.replace(self._lazy.capture_next())
         self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> StepHandle:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""
         self.check_owner()
-        entry = self._serving.find("prefill", len(batch.ids), batch.sampler)
+        entry = self._selector.select("prefill", len(batch.ids), batch.sampler)
         asked = Bucket("prefill", len(batch.ids), batch.sampler)
         if entry is None:
             asked = self.memory.eager_bucket(asked, self.limits)
@@ -243,7 +252,7 @@ class ModelRunner:
     def decode(self, batch: DecodeBatch) -> StepHandle:
         """One more token for every row of the batch."""
         self.check_owner()
-        entry = self._serving.find("decode", len(batch.rows), batch.sampler)
+        entry = self._selector.select("decode", len(batch.rows), batch.sampler)
         if not batch.unchanged:
             self.memory.state.stage_decode(batch)
         return self._run(entry, Bucket("decode", len(batch.rows), batch.sampler))
@@ -261,10 +270,10 @@ class ModelRunner:
         state = self.memory.state
         return Logprobs(
             state.prompt_logprobs[:num_tokens].cpu().numpy(),
-            state.prompt_ids[:num_tokens].cpu().numpy(),
+            state.prompt_logprob_ids[:num_tokens].cpu().numpy(),
         )
 
-    def set_extras(self, row: int, extras: SamplerState) -> None:
+    def write_sampler_state(self, row: int, extras: SamplerState) -> None:
         """Write what few rows need."""
         self.check_owner()
         extras.write(self.memory.state, row)
@@ -274,12 +283,12 @@ class ModelRunner:
         return self.memory.state.logits[row : row + 1].to(torch.float32, copy=True)
 
     @torch.no_grad()
-    def choose(self, row: int, logits: torch.Tensor) -> tuple[int, Logprobs]:
+    def sample_from_logits(self, row: int, logits: torch.Tensor) -> tuple[int, Logprobs]:
         """Sample the row's next token from these logits [1, V] instead, eagerly; -1 if they are not finite. Waits for it."""
         state = self.memory.state
         rows = torch.tensor([row], device=logits.device)
-        params = RowParams.of(state.params[rows])
-        sampled = choose(
+        params = SamplingTensors.unpack(state.params[rows])
+        sampled = sample_and_update(
             state,
             logits,
             rows,
@@ -293,7 +302,7 @@ class ModelRunner:
         values, ids = top_logprobs(state.logits[rows], chosen, params.logprobs, MAX_LOGPROBS)
         return int(sampled), Logprobs(values.cpu().numpy()[0], ids.cpu().numpy()[0])
 
-    def key(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         """What a compiled step of this engine depends on. Raises ValueError where that cannot be told."""
         return self._key(self._identify())
 
@@ -308,7 +317,7 @@ class ModelRunner:
         )  # which need not be one of the config's
         step = self.memory.step(self.model, bucket)
         return identify(
-            underlying_model(self.model), lambda: trace(step), just_loaded=self._just_loaded
+            underlying_model(self.model), lambda: trace_digest(step), just_loaded=self._just_loaded
         )
 
     def _open_artifact(self) -> Artifact | None:
@@ -320,16 +329,16 @@ class ModelRunner:
                 return None
         return open_artifact(self.config, self._key(code), self.report, by_graph=code.by_graph)
 
-    def _make_buckets(self, kind: Kind, sizes: list[int] | str, limit: int) -> list[Bucket]:
+    def _make_buckets(self, kind: BucketKind, sizes: list[int] | str, limit: int) -> list[Bucket]:
         config = self.config.buckets
         return make_buckets(
             kind, sizes, config.listed_samplers(), limit=limit, growth=config.growth
         )
 
-    def _sizes(self, kind: Kind) -> list[int]:
+    def _sizes(self, kind: BucketKind) -> list[int]:
         return sorted({bucket.size for bucket in self._buckets[kind]})
 
-    def keep_traffic(self) -> None:
+    def save_traffic(self) -> None:
         """Add the sizes of the steps so far to what the artifact knows, for `compiled-llm buckets suggest`."""
         seen = {str(kind): traffic for kind, traffic in self._traffic.items() if traffic.seen}
         if self._artifact is not None and seen:

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from compiled_llm.system.file_trust import make_private
+from compiled_llm.system.file_trust import make_private_directory
 
 _UNFINISHED, _LOCK = ".unfinished-", ".lock"
 _PATIENCE = 60.0  # seconds
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Write a file, in directories made for it and for this user alone, in place of one that is there; raises OSError."""
-    make_private(path.parent)
+    make_private_directory(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -42,7 +42,7 @@ def locked(directory: Path, *, patience: float | None = None) -> Iterator[None]:
         TimeoutError: an OSError; another process still has the lock.
         OSError: the directory cannot be written to.
     """
-    make_private(directory)
+    make_private_directory(directory)
     descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         _wait_for(descriptor, directory, _PATIENCE if patience is None else patience)

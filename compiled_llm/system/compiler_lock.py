@@ -50,7 +50,7 @@ def compiler_is_free() -> bool:
 
 
 @contextmanager
-def compiler_soon() -> Iterator[bool]:
+def try_compiler_lock() -> Iterator[bool]:
     """Hold `COMPILER_LOCK`, or yield False where another thread does not give it back at once."""
     free = False
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from compiled_llm.errors import UntrustedFileError
 
 
-def refusal(path: Path) -> str | None:
+def untrusted_reason(path: Path) -> str | None:
     """Why other users could change what a path holds, in one line; None where they cannot.
 
     The path, each directory above it, and those that its symbolic links lead through must belong to this user or root, and have
@@ -16,17 +16,17 @@ def refusal(path: Path) -> str | None:
     """
     absolute, resolved = Path(os.path.abspath(path)), path.resolve()
     for place in dict.fromkeys([absolute, resolved, *absolute.parents, *resolved.parents]):
-        found = _refusal_of(place, may_be_sticky=place not in (absolute, resolved))
+        found = _untrusted_reason_of(place, may_be_sticky=place not in (absolute, resolved))
         if found is not None:
             return found
     return None
 
 
-def make_private(directory: Path) -> None:
+def make_private_directory(directory: Path) -> None:
     """Make a directory, and those above it that are missing, for this user alone; raises OSError."""
     if directory.is_dir():
         return
-    make_private(directory.parent)
+    make_private_directory(directory.parent)
     directory.mkdir(mode=0o700, exist_ok=True)
 
 
@@ -37,13 +37,13 @@ def read_trusted(path: Path) -> bytes:
         UntrustedFileError: another user could have written it.
         OSError: it cannot be read.
     """
-    why = refusal(path)
+    why = untrusted_reason(path)
     if why is not None:
         raise UntrustedFileError(why)
     return path.read_bytes()
 
 
-def _refusal_of(place: Path, *, may_be_sticky: bool) -> str | None:
+def _untrusted_reason_of(place: Path, *, may_be_sticky: bool) -> str | None:
     try:
         status = place.lstat()
     except OSError:

@@ -42,7 +42,7 @@ KINDS = {
 def test_a_kind_in_bfloat16(model_type: str) -> None:
     exact = tiny_model(tiny_config(model_type)).to(DEVICE)
     report = check_in_bfloat16(exact, engine_config("direct"))
-    assert {bucket.mode for bucket in report.buckets} == {"graph"}
+    assert {bucket.state for bucket in report.buckets} == {"graph"}
     assert all(bucket.replays for bucket in report.buckets)
     assert report.graphs == len(report.buckets)
     assert not report.fallbacks

@@ -60,7 +60,7 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
         assert 3 <= copies[2] <= 4, "each of three rows reaches a new page once or twice"
         report = llm.report()
         assert report.graphs == len(report.buckets) == 4
-        assert {bucket.mode for bucket in report.buckets} == {"graph"}
+        assert {bucket.state for bucket in report.buckets} == {"graph"}
         assert not any(report.graph_events.values())
 
 
@@ -189,18 +189,18 @@ def _check_failed_captures(
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 20) == [reference(prompt, 20) for prompt in prompts]
         report = llm.report()
-    modes = {bucket.bucket: bucket.mode for bucket in report.buckets}
+    modes = {bucket.bucket: bucket.state for bucket in report.buckets}
     failures = [bucket.failure for bucket in report.buckets]
     assert modes == {
-        "prefill-3-greedy": "graph", "prefill-8-greedy": "eager", "decode-1-greedy": "graph", "decode-2-greedy": "graph",
-        "decode-4-greedy": "eager",
+        "prefill-3-greedy": "graph", "prefill-8-greedy": "failed", "decode-1-greedy": "graph", "decode-2-greedy": "graph",
+        "decode-4-greedy": "failed",
     }, failures  # fmt: skip
     assert sorted(reason[: reason.index(" failed: ")] for reason in report.fallbacks) == [
         "decode-4-greedy",
         "prefill-8-greedy",
     ]
     assert [
-        bucket.bucket for bucket in report.buckets if bucket.mode == "graph" and not bucket.replays
+        bucket.bucket for bucket in report.buckets if bucket.state == "graph" and not bucket.replays
     ] == []
 
 

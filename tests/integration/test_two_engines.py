@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, Config, SamplingParams
 from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.compilation.compiler import CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -72,7 +72,7 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
-    now = Moment.now()
+    now = Timestamp.now()
     return CompiledStep(
         launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
     )
@@ -146,7 +146,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
         try:
             found = await _until(start, first, prompt_of(20), 12)
             second = await start
-            while await first.call(lambda llm: llm.model_runner.capture_wanted):
+            while await first.call(lambda llm: llm.model_runner.capture_pending):
                 found.append(await _complete(first, prompt_of(20), 12))
             both = await asyncio.gather(
                 *(_complete(llm, prompt_of(20), 12) for llm in (first, second))
@@ -155,7 +155,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
             for llm in (first, second):
                 report = await llm.report()
                 assert [
-                    (b.mode in ("compiled", "graph"), b.failure, b.replays > 0)
+                    (b.state in ("compiled", "graph"), b.failure, b.replays > 0)
                     for b in report.buckets
                 ] == [(True, None, True)]
         finally:
@@ -180,13 +180,16 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
                     assert await _complete(llm, prompt_of(20), 12) == expected
                 assert await llm.call(
                     lambda engine: (
-                        engine.model_runner.capture_wanted and not engine.model_runner.capture_due
+                        engine.model_runner.capture_pending
+                        and not engine.model_runner.maybe_capture(
+                            prompts_pending=False, outputs_pending=True
+                        )
                     )
                 )
-                assert [bucket.mode for bucket in (await llm.report()).buckets] == ["pending"]
-            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
+                assert [bucket.state for bucket in (await llm.report()).buckets] == ["pending"]
+            while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
-            assert [bucket.mode for bucket in (await llm.report()).buckets] == ["compiled"]
+            assert [bucket.state for bucket in (await llm.report()).buckets] == ["compiled"]
         finally:
             llm.close()
 
@@ -212,7 +215,7 @@ def test_another_engines_compilations_are_not_an_engines_own(
             step()
             other.join()
 
-        now = Moment.now()
+        now = Timestamp.now()
         return CompiledStep(
             launch=launch,
             graph=False,

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from compiled_llm.models.default_model import cache_dir
+from compiled_llm.system.paths import cache_dir
 from passes.pipeline import source_digest
 from tests.model_sweep.record import (
     HERE,

@@ -14,8 +14,9 @@ from compiled_llm import CompiledLLM
 from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models import exported_model
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.discovery import AttentionLayer, check_token_independence, examine_model
+from compiled_llm.models.discovery import AttentionLayer, examine_model
 from compiled_llm.models.exported_model import ExportedModel
+from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.models.weight_packing import linears_by_input
 from passes.export.score_mod import ScoreMod
 from tests.conftest import DEVICE
@@ -118,9 +119,9 @@ def test_what_is_found_of_attention_is_on_the_models_device(
         made.append(make(ScoreMod(scale=1.0, window=0, slopes=torch.ones(4))))
         return ["attention"]
 
-    monkeypatch.setattr(exported_model, "replace_own_attention", replace)
+    monkeypatch.setattr(exported_model, "replace_attention_subgraphs", replace)
     with pytest.raises(NeedsWeightsError):
-        exported_model.trace(_model("bloom", n_head=4).to("meta"))
+        exported_model.export_model(_model("bloom", n_head=4).to("meta"))
     assert [buffer.device.type for attend in made for buffer in attend.buffers()] == ["meta"]
 
 

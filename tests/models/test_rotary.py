@@ -15,8 +15,8 @@ from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import LimitsConfig
 from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.discovery import check_token_independence
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit
+from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.runtime.limits import Limits
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import (
@@ -67,7 +67,7 @@ def test_short_and_long_requests_keep_their_frequencies(dispatch: str) -> None:
         assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
     if dispatch == "direct":
-        assert {bucket.mode for bucket in report.buckets} == {
+        assert {bucket.state for bucket in report.buckets} == {
             "graph" if DEVICE.type == "cuda" else "compiled"
         }
         assert not report.fallbacks

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from compiled_llm.report.export import write_report
-from compiled_llm.report.html import report_page
-from compiled_llm.report.report import BucketReport, PhaseReport, Report
+from compiled_llm.report.html import render_html
+from compiled_llm.report.report import BucketReport, BucketState, PhaseReport, Report
 from compiled_llm.report.svg import Bar, bar_plot
 from passes import PassReport
 
@@ -25,13 +25,13 @@ def report() -> Report:
         ops_after=110,
     )
     served = BucketReport(
-        bucket="decode-4-greedy", size=4, mode="graph", trace_seconds=1, compile_seconds=2, capture_seconds=0.5,
+        bucket="decode-4-greedy", size=4, state=BucketState.GRAPH, trace_seconds=1, compile_seconds=2, capture_seconds=0.5,
         bytes=3 * 2**20, replays=10, padded=15, passes=[graph_pass],
     )  # fmt: skip
     failed = BucketReport(
         bucket="decode-2-greedy", size=2, failure='RuntimeError: a < b & "c"', passes=[graph_pass]
     )
-    waiting = BucketReport(bucket="decode-1-greedy", size=1, mode="pending")
+    waiting = BucketReport(bucket="decode-1-greedy", size=1, state=BucketState.PENDING)
     made = Report(
         facts={"model": "tiny"},
         warnings=["<script>alert(1)</script>"],
@@ -73,16 +73,18 @@ class _Page(HTMLParser):
 
 
 def test_the_page_stands_alone_and_says_all(report: Report) -> None:
-    page = report_page(report)
+    page = render_html(report)
     parsed = _Page(page)
     assert parsed.open == []
     assert not parsed.pointers
     assert not parsed.seen & {"script", "link", "img", "iframe", "object"}
     assert not any(word in page for word in ("http:", "https:", "url(", "@import"))
-    for sheet in report.sheets():
-        assert sheet.title in parsed.text
-        assert all(cell in parsed.text for row in sheet.rows for cell in row)
-    assert all(line in parsed.text for line in report.headlines()), "what is in a warning is text"
+    for table in report.tables():
+        assert table.title in parsed.text
+        assert all(cell in parsed.text for row in table.rows for cell in row)
+    assert all(line in parsed.text for line in report.summary_lines()), (
+        "what is in a warning is text"
+    )
     plots = page.split("<svg")[1:]
     assert len(plots) == 5, "phases, cost, memory, padding, passes"
     assert "load weights, seconds: 1.25 s" in plots[0]
@@ -95,7 +97,7 @@ def test_the_page_stands_alone_and_says_all(report: Report) -> None:
 
 
 def test_an_empty_report_has_a_page() -> None:
-    assert _Page(report_page(Report())).open == []
+    assert _Page(render_html(Report())).open == []
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -117,7 +119,7 @@ def test_each_ending_has_its_form(report: Report, tmp_path: Path) -> None:
     for ending in ("html", "json", "txt"):
         write_report(report, tmp_path / "new" / f"report.{ending}")
     written = {path.suffix: path.read_text() for path in (tmp_path / "new").iterdir()}
-    assert written[".html"] == report_page(report)
+    assert written[".html"] == render_html(report)
     assert json.loads(written[".json"]) == json.loads(json.dumps(report.to_dict()))
     assert json.loads(written[".json"])["fallbacks"] == {"no bucket": 7}
     assert written[".txt"] == str(report)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.discovery import _examined
 from compiled_llm.models.loading import load
+from compiled_llm.models.probe import probing
 from compiled_llm.runtime.compilation.compiler import _settings
-from compiled_llm.runtime.compilation.fx_patches import other_threads_unpatched
+from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
 from compiled_llm.system.compiler_lock import (
     COMPILER_LOCK,
     compiler_is_free,
-    compiler_soon,
     eager_steps_excluded,
     run_eagerly,
+    try_compiler_lock,
 )
 from passes import PassContext, Pipeline
 from passes.ops.precompile import compile_without_launching
@@ -127,7 +127,7 @@ def test_a_model_is_examined_while_no_eager_step_runs() -> None:
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
     with attention_routed(model):
-        with _examined(model, attend):
+        with probing(model, attend):
             model(torch.tensor([[1, 2]], device=model.device), use_cache=False)
         assert steps[0].result(30) == ATTENTION_NAME
 
@@ -153,7 +153,7 @@ def test_who_compiles_holds_the_lock() -> None:
         assert not _elsewhere(compiler_is_free).result(30)
 
         def soon() -> bool:
-            with compiler_soon() as free:
+            with try_compiler_lock() as free:
                 return free
 
         assert not _elsewhere(soon).result(30)
@@ -211,7 +211,7 @@ def test_a_trace_leaves_other_threads_modules_alone() -> None:
             calls.append(_elsewhere(lambda: unknown(torch.ones(1))).result(30))
             return super().call_module(module, forward, args, kwargs)
 
-    with other_threads_unpatched():
+    with thread_local_fx_patches():
         graph = Tracer().trace(known)
     assert [float(call) for call in calls] == [1.0]
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]

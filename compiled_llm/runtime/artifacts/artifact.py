@@ -20,8 +20,8 @@ import torch
 from compiled_llm.errors import UntrustedFileError
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, hash_of
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.system.atomic_file import locked, remove_unfinished, write_whole
-from compiled_llm.system.file_trust import read_trusted, refusal
+from compiled_llm.system.atomic_file import locked, remove_unfinished, write_atomic
+from compiled_llm.system.file_trust import read_trusted, untrusted_reason
 from passes import PassReport
 from passes.ops.precompile import KernelFiles, restore_kernels
 
@@ -70,9 +70,9 @@ class Artifact:
         default_factory=set, repr=False
     )  # libraries, relative to where they are
 
-    def misfit(self) -> str | None:
+    def incompatibility(self) -> str | None:
         """Why what is there cannot be used; None where it can, or where nothing is there, or nothing but what is damaged."""
-        untrusted = self.refusal()
+        untrusted = self.untrusted_reason()
         if untrusted is not None:
             return untrusted
         manifest = self.directory / MANIFEST
@@ -93,9 +93,9 @@ class Artifact:
             else None
         )
 
-    def refusal(self) -> str | None:
+    def untrusted_reason(self) -> str | None:
         """Why the directory is not to be trusted: other users own or may write it, its manifest or a directory above it."""
-        return refusal(self.directory) or refusal(self.directory / MANIFEST)
+        return untrusted_reason(self.directory) or untrusted_reason(self.directory / MANIFEST)
 
     def load(self, bucket: str) -> SavedBucket | None:
         """The bucket as it was saved for this key, or None; a damaged or untrusted file is as good as none."""
@@ -114,7 +114,7 @@ class Artifact:
         """Whether a file is there for the bucket and this key."""
         return self._path(bucket).exists() and read_key(self.directory) == self.key
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Put libraries that were damaged in order, where the compiler has made them again; raises OSError."""
         made = (
             {path.relative_to(_cache_dir()): path for path in _loaded_libraries()}
@@ -153,7 +153,7 @@ class Artifact:
                 if kind in before and before[kind].limit == seen.limit:
                     seen = replace(seen, seen=seen.seen + before[kind].seen)
                 before[kind] = seen
-            write_whole(
+            write_atomic(
                 self.directory / _TRAFFIC,
                 json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode(),
             )
@@ -166,7 +166,7 @@ class Artifact:
                 continue
             content = self._read(path, "the library is compiled anew")
             if content is not None:
-                write_whole(_cache_dir() / name, content)
+                write_atomic(_cache_dir() / name, content)
             else:
                 self._damaged.add(name)
 
@@ -192,7 +192,7 @@ class Artifact:
                 path.unlink(missing_ok=True)
         key = {"key": self.key.parts, "settings": self.key.settings}
         manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, **key}
-        write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_atomic(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     @property
     def _libraries(self) -> Path:
@@ -250,7 +250,7 @@ def _begins_with_digest(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    write_whole(path, hash_of(content).encode() + b"\n" + content)
+    write_atomic(path, hash_of(content).encode() + b"\n" + content)
 
 
 def _cache_dir() -> Path:

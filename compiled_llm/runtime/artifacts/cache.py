@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.default_model import cache_dir
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import MANIFEST, Artifact, read_manifest
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.system.atomic_file import locked
+from compiled_llm.system.paths import cache_dir
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ def open_artifact(
     named = [wanted] if isinstance(wanted, Path) else []
     for directory in [*named, cached_artifacts() / key.digest[:16]]:
         artifact = Artifact(directory, key, notice, _digest(config), by_graph)
-        misfit = artifact.misfit()  # which also says so where it is damaged
+        incompatibility = artifact.incompatibility()  # which also says so where it is damaged
         if directory is not wanted:
-            misfit = artifact.refusal()
-        if misfit is None:
+            incompatibility = artifact.untrusted_reason()
+        if incompatibility is None:
             report.facts["artifact"] = str(directory)
             return artifact
-        refuse_artifact(report, f"the artifact was not used: {misfit}")
+        refuse_artifact(report, f"the artifact was not used: {incompatibility}")
     return None
 
 
@@ -57,13 +57,13 @@ def refuse_artifact(report: Report, reason: str) -> None:
     warnings.warn(reason, stacklevel=2)
 
 
-def keeps(config: Config) -> bool:
+def saves_compilations(config: Config) -> bool:
     """Whether what is compiled for the config is kept at all."""
     settings = config.compile
     return settings.artifact != "off" and settings.dispatch == "direct" and settings.dump is None
 
 
-def is_expected(config: Config) -> bool:
+def has_likely_artifact(config: Config) -> bool:
     """Whether there seems to be an artifact for the config, before its key can be known."""
     wanted = config.compile.artifact
     directories = [wanted] if isinstance(wanted, Path) else cached_artifacts().glob("*")
@@ -76,10 +76,10 @@ def _digest(config: Config) -> str:
     return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
-def tidy(used: Artifact, limit: int, report: Report) -> None:
+def evict_lru(used: Artifact, limit: int, report: Report) -> None:
     """Take note that an artifact is in use, and keep the others in the cache directory within the limit."""
     mark_used(used.directory)
-    removed = make_room(limit, used=used.directory)
+    removed = remove_lru(limit, used=used.directory)
     if removed:
         report.facts["removed, unused for the longest"] = (
             f"{', '.join(removed)}, beyond compile.cache_limit"
@@ -97,7 +97,7 @@ def mark_used(artifact: Path) -> None:
         os.utime(artifact / MANIFEST)
 
 
-def make_room(limit: int, *, used: Path) -> list[str]:
+def remove_lru(limit: int, *, used: Path) -> list[str]:
     """Remove the artifacts that were not used for the longest time, until the rest takes `limit` bytes at most.
 
     Args:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from compiled_llm.config.schema import Sampler
 from compiled_llm.errors import StrictError
-from compiled_llm.report.report import Report
-from compiled_llm.runtime.buckets import Bucket, Kind, match
-from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.report.report import BucketState, Report
+from compiled_llm.runtime.buckets import Bucket, BucketKind, smallest_bucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 
 
 class BucketSelector:
@@ -20,55 +20,64 @@ class BucketSelector:
         entries: of all of them, or None where the config wants nothing compiled.
         report: where steps are counted.
         strict: a step that would run eagerly is an error.
-        ask: told of pending buckets that would serve a step best.
+        on_demand: told of pending buckets that would serve a step best.
     """
 
     def __init__(
-        self, buckets: Mapping[Kind, Sequence[Bucket]], entries: Iterable[CapturedBucket] | None, report: Report, *, strict: bool,
-        ask: Callable[[Bucket], None] = lambda bucket: None,
+        self, buckets: Mapping[BucketKind, Sequence[Bucket]], entries: Iterable[CapturedBucket] | None, report: Report, *, strict: bool,
+        on_demand: Callable[[Bucket], None] = lambda bucket: None,
     ) -> None:  # fmt: skip
-        self._buckets, self._report, self._strict, self._ask = buckets, report, strict, ask
-        self._compiles, self.entries = (
+        self._buckets, self._report, self._strict, self._record_demand = (
+            buckets,
+            report,
+            strict,
+            on_demand,
+        )
+        self._compiles, self.captured_buckets = (
             entries is not None,
             {entry.bucket: entry for entry in entries or ()},
         )
-        self._found: dict[tuple[Kind, int, Sampler], CapturedBucket] = {}
+        self._exact: dict[tuple[BucketKind, int, Sampler], CapturedBucket] = {}
 
-    def find(self, kind: Kind, size: int, sampler: Sampler) -> CapturedBucket | None:
+    def select(self, kind: BucketKind, size: int, sampler: Sampler) -> CapturedBucket | None:
         """The entry that serves a batch, or None; counted, unless it is the one that fits best. Raises StrictError."""
-        entry = self._found.get((kind, size, sampler))
+        entry = self._exact.get((kind, size, sampler))
         if entry is not None:
             return entry
-        wanted = match(self._buckets[kind], size, sampler) if self._compiles else None
+        wanted = smallest_bucket(self._buckets[kind], size, sampler) if self._compiles else None
         if wanted is None:
             nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
             self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
             return None
-        best = match([b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler)
-        if best is not None and self.entries[best].compiled is None:
-            self._ask(best)
-        served = match(
-            [b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler
+        best = smallest_bucket(
+            [b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler
+        )
+        if best is not None and self.captured_buckets[best].compiled is None:
+            self._record_demand(best)
+        served = smallest_bucket(
+            [b for b in self._buckets[kind] if self.captured_buckets[b].compiled is not None],
+            size,
+            sampler,
         )
         if served is None:
             self._count_eager(self._why_not(wanted))
             return None
         if served == wanted:
-            self._found[kind, size, sampler] = self.entries[served]
+            self._exact[kind, size, sampler] = self.captured_buckets[served]
         else:
             self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
-        return self.entries[served]
+        return self.captured_buckets[served]
 
-    def check(self, kind: Kind, sampler: Sampler) -> None:
+    def check_sampler(self, kind: BucketKind, sampler: Sampler) -> None:
         """Raise a ValueError if no bucket of this kind serves the sampler, so that `strict` would forbid the steps."""
         usable = [bucket for bucket in self._buckets[kind] if self._is_for_use(bucket)]
-        if match(usable, 1, sampler) is None:
+        if smallest_bucket(usable, 1, sampler) is None:
             raise ValueError(
                 f"strict forbids steps without a bucket, and no {kind} bucket serves the {sampler} sampler, which the request "
                 f"needs: add {sampler} to buckets.samplers, or set strict=false"
             )
 
-    def sizes(self, kind: Kind) -> list[int]:
+    def usable_sizes(self, kind: BucketKind) -> list[int]:
         """Sizes of buckets that can be used, now or once a step has asked, small to large; of all, where nothing is compiled."""
         return sorted(
             {
@@ -80,16 +89,16 @@ class BucketSelector:
 
     def replace(self, entry: CapturedBucket) -> None:
         """Take an entry for the one that its bucket had, which served no step; also in the report."""
-        old = self.entries[entry.bucket].report
-        self.entries[entry.bucket] = entry
+        old = self.captured_buckets[entry.bucket].report
+        self.captured_buckets[entry.bucket] = entry
         self._report.buckets = [
             entry.report if report is old else report for report in self._report.buckets
         ]
-        self._found.clear()
+        self._exact.clear()
 
     def _is_for_use(self, bucket: Bucket) -> bool:
-        entry = self.entries[bucket]
-        return entry.compiled is not None or entry.report.mode == "pending"
+        entry = self.captured_buckets[bucket]
+        return entry.compiled is not None or entry.report.state is BucketState.PENDING
 
     def _count_eager(self, reason: str) -> None:
         self._report.fallbacks[reason] += 1
@@ -97,8 +106,9 @@ class BucketSelector:
             raise StrictError(f"a step would run eagerly: {reason}")
 
     def _why_not(self, bucket: Bucket) -> str:
-        report = self.entries[bucket].report
-        what = {"left out": "was left out", "pending": "is not captured yet"}.get(
-            report.mode, "failed"
-        )
+        report = self.captured_buckets[bucket].report
+        what = {
+            BucketState.LEFT_OUT: "was left out",
+            BucketState.PENDING: "is not captured yet",
+        }.get(report.state, "failed")
         return f"{bucket} {what}: {report.failure}"

@@ -12,17 +12,15 @@ which take as much, are not tried.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from compiled_llm.config.schema import Config
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.runtime.buckets import SAMPLERS, Bucket, Kind
+from compiled_llm.runtime.buckets import SAMPLERS, Bucket, BucketKind
 
 Work = NDArray[np.float64]
 
 
-def by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> list[Bucket]:
+def order_by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> list[Bucket]:
     """The buckets, the most useful first."""
     holding_all: list[Bucket] = []
     ranked: list[tuple[float, Bucket]] = []
@@ -39,12 +37,6 @@ def by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> 
     ]
 
 
-def set_aside(config: Config, device: torch.device) -> int:
-    """Bytes that the KV cache must leave to recordings, which are made after it."""
-    records = device.type == "cuda" and config.compile.dispatch != "eager"
-    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
-
-
 class GraphBudget:
     """Keeps recordings within a budget.
 
@@ -56,9 +48,9 @@ class GraphBudget:
     def __init__(self, limit: int | None, held: Callable[[], int]) -> None:
         self._limit, self._held, self._before = limit, held, held()
         self._typical: dict[
-            Kind, int
+            BucketKind, int
         ] = {}  # of the last recording of the kind that was not its first
-        self._seen: set[Kind] = set()
+        self._seen: set[BucketKind] = set()
 
     @property
     def used(self) -> int:

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from compiled_llm.report.report import BucketReport
+from compiled_llm.report.report import BucketReport, BucketState
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.system.compiler_lock import compiler_is_free
 
 _PATIENCE = 5.0  # seconds
 # What a step of padding alone writes, besides the trash row's state and what steps already read have sampled.
-_WRITTEN = ("decode", "prefill", "step")
+_WRITTEN = ("decode_inputs", "prefill_inputs", "step")
 
 
 class LazyBuckets:
@@ -36,34 +36,34 @@ class LazyBuckets:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make, self._clock = make, clock
-        self._wanted: Counter[Bucket] = Counter()
-        self._not_before = self._asked_at = clock()
+        self._demand: Counter[Bucket] = Counter()
+        self._not_before = self._demanded_at = clock()
 
     @property
-    def wanted(self) -> bool:
+    def has_demand(self) -> bool:
         """Whether a step has asked for a bucket that is not ready."""
-        return bool(self._wanted)
+        return bool(self._demand)
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether one is wanted, steps had as much time as the last one took, and no other engine compiles now."""
-        return bool(self._wanted) and self._clock() >= self._not_before and compiler_is_free()
+        return bool(self._demand) and self._clock() >= self._not_before and compiler_is_free()
 
     @property
-    def overdue(self) -> bool:
+    def is_overdue(self) -> bool:
         """Whether one is due and was put off, because prompts came first, for longer than they may ask for."""
-        return self.due and self._clock() >= max(self._not_before, self._asked_at) + _PATIENCE
+        return self.is_due and self._clock() >= max(self._not_before, self._demanded_at) + _PATIENCE
 
-    def ask(self, bucket: Bucket) -> None:
+    def record_demand(self, bucket: Bucket) -> None:
         """A step would have liked to have it."""
-        if not self._wanted:
-            self._asked_at = self._clock()
-        self._wanted[bucket] += 1
+        if not self._demand:
+            self._demanded_at = self._clock()
+        self._demand[bucket] += 1
 
     def capture_next(self) -> CapturedBucket:
         """Make the one that most steps have asked for; the larger of two alike."""
-        bucket = max(self._wanted, key=lambda bucket: (self._wanted[bucket], bucket.cost))
-        del self._wanted[bucket]  # also if it fails: it is not tried again
+        bucket = max(self._demand, key=lambda bucket: (self._demand[bucket], bucket.cost))
+        del self._demand[bucket]  # also if it fails: it is not tried again
         began = self._clock()
         entry = self._make(bucket)
         ended = self._clock()
@@ -75,14 +75,19 @@ def pending(buckets: Iterable[Bucket]) -> list[CapturedBucket]:
     """Entries of buckets that nobody has asked for yet."""
     reason = "compile.capture is lazy"
     reports = (
-        (bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason))
+        (
+            bucket,
+            BucketReport(
+                bucket=str(bucket), size=bucket.size, state=BucketState.PENDING, failure=reason
+            ),
+        )
         for bucket in buckets
     )
     return [CapturedBucket(bucket=bucket, report=report) for bucket, report in reports]
 
 
 @contextmanager
-def between_steps(state: StepBuffers) -> Iterator[None]:
+def preserve_step_inputs(state: StepBuffers) -> Iterator[None]:
     """Afterwards the next step finds what it would have found; all steps before must have been read."""
     before = {name: state.get_buffer(name).clone() for name in _WRITTEN}
     try:

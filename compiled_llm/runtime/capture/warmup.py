@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,47 +15,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compiled_llm.config.schema import Config
 from compiled_llm.errors import StrictError
-from compiled_llm.models.discovery import AttentionLayer, count_rotary_embeddings
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.models.weight_packing import find_packed_groups
-from compiled_llm.report.report import BucketReport, Report
+from compiled_llm.report.report import BucketReport, BucketState, Report
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket, read_traffic
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.graph_budget import GraphBudget, by_usefulness
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
+from compiled_llm.runtime.capture.graph_budget import GraphBudget, order_by_usefulness
 from compiled_llm.runtime.compilation.compiler import (
     DISPATCHES,
     CompiledStep,
     check_options,
     release,
     serialize,
-    trace,
+    trace_digest,
 )
 from compiled_llm.runtime.compilation.compiler_cache import private_compiler_cache
 from compiled_llm.runtime.compilation.cuda_graph_trees import graph_bytes
-from compiled_llm.runtime.compilation.worker_pool import CompilePool, at_work
+from compiled_llm.runtime.compilation.pipeline import make_pipeline
+from compiled_llm.runtime.compilation.worker_pool import CompilePool, compile_in_pool
 from compiled_llm.runtime.memory.allocation import Memory, stage_padding
-from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.step import Step
-from passes import (
-    PASSES,
-    AttentionLayers,
-    PackedWeights,
-    PassContext,
-    PassError,
-    PassReport,
-    Pipeline,
-    RotaryEmbeddings,
-)
+from compiled_llm.system.device_memory import free_bytes
+from passes import PassError, PassReport, Pipeline
 from passes.ops.precompile import compile_kernels
-
-
-@dataclass(slots=True, kw_only=True)
-class CapturedBucket:
-    """A bucket and its step; `compiled` is None when it could not be compiled, for the reason in its report."""
-
-    bucket: Bucket
-    report: BucketReport
-    compiled: CompiledStep | None = None
 
 
 def compile_buckets(
@@ -85,11 +67,11 @@ def compile_buckets(
     budget = budget or graph_budget(config, model.device)
     ordered = sorted(buckets, key=lambda bucket: bucket.cost, reverse=True)
     if config.memory.graphs != "auto":
-        ordered = by_usefulness(
+        ordered = order_by_usefulness(
             ordered, read_traffic(artifact.directory) if artifact is not None else {}
         )
     by_bucket = {entry.bucket: entry for entry in entries}
-    working = at_work(pool, ordered, (model, layers, memory), config, artifact, report)
+    working = compile_in_pool(pool, ordered, (model, layers, memory), config, artifact, report)
     with (
         _progress(len(entries), enabled=progress) as show,
         private_compiler_cache(),
@@ -98,7 +80,7 @@ def compile_buckets(
         for entry in (by_bucket[bucket] for bucket in ordered):
             refusal = budget.refusal(entry.bucket)
             if refusal is not None:
-                entry.report.mode, entry.report.failure = "left out", refusal
+                entry.report.state, entry.report.failure = BucketState.LEFT_OUT, refusal
                 show(entry, model.device)
                 continue
             began = time.perf_counter()
@@ -117,7 +99,9 @@ def compile_buckets(
                 )
             _keep_within(budget, entry, model.device)
             show(entry, model.device)
-    left_out = [str(entry.bucket) for entry in entries if entry.report.mode == "left out"]
+    left_out = [
+        str(entry.bucket) for entry in entries if entry.report.state is BucketState.LEFT_OUT
+    ]
     if left_out:
         report.warnings.append(
             f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead"
@@ -127,7 +111,9 @@ def compile_buckets(
 
 
 def _warn_of_unkept(entries: list[CapturedBucket]) -> None:
-    reasons = [entry.report.unkept for entry in entries if entry.report.unkept is not None]
+    reasons = [
+        entry.report.save_failure for entry in entries if entry.report.save_failure is not None
+    ]
     if reasons:
         warnings.warn(
             f"{len(reasons)} of {len(entries)} buckets were compiled and not kept: {reasons[0]}",
@@ -150,7 +136,11 @@ def _keep_within(budget: GraphBudget, entry: CapturedBucket, device: torch.devic
     excess = budget.measure(entry.bucket, entry.report.bytes)
     if excess is not None:
         release(entry.compiled, device)
-        entry.compiled, entry.report.mode, entry.report.failure = None, "left out", excess
+        entry.compiled, entry.report.state, entry.report.failure = (
+            None,
+            BucketState.LEFT_OUT,
+            excess,
+        )
         _give_back(device)
 
 
@@ -159,25 +149,6 @@ def _give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def make_pipeline(
-    config: Config, bucket: Bucket, model: ServedModel, layers: list[AttentionLayer]
-) -> Pipeline:
-    """The passes that the config wants, for one bucket."""
-    context = PassContext(
-        num_tokens=bucket.size,
-        facts=(
-            AttentionLayers(tuple(layer.name for layer in layers)),
-            RotaryEmbeddings(count_rotary_embeddings(model)),
-            PackedWeights(find_packed_groups(model)),
-        ),
-    )
-    return Pipeline(
-        passes=[PASSES[name] for name in config.pass_order()],
-        context=context,
-        dump_dir=config.compile.dump / str(bucket) if config.compile.dump else None,
-    )
 
 
 def _compile(
@@ -212,14 +183,14 @@ def _compile(
         )  # no longer held by the error's frames; others may have room where it had not
         return
     entry.compiled = compiled
-    report.mode = "graph" if compiled.graph else "compiled"
+    report.state = BucketState.GRAPH if compiled.graph else BucketState.COMPILED
     for name, seconds in compiled.seconds.items():
         setattr(report, name, getattr(report, name) + seconds)
     report.bytes = graph_bytes(device) - held
     report.loaded, report.passes = loaded is not None, passes
     if loaded is None and artifact is not None:
-        report.unkept = _save(artifact, entry.bucket, compiled, pipeline, notices)
-    report.kept = artifact is not None and report.unkept is None
+        report.save_failure = _save(artifact, entry.bucket, compiled, pipeline, notices)
+    report.saved = artifact is not None and report.save_failure is None
 
 
 def _load(
@@ -241,7 +212,7 @@ def _load(
             return None
         loaded = load(saved=kept.step), kept.passes
         with suppress(OSError):  # what is damaged then stays so, and the next start says it again
-            artifact.mend()
+            artifact.repair()
         return loaded
     except Exception as error:  # whatever unpickling and capturing may raise
         notices.append(
@@ -252,7 +223,7 @@ def _load(
 
 def _has_graph(step: Step, kept: SavedBucket, report: BucketReport) -> bool:
     began = time.perf_counter()
-    digest = trace(step)
+    digest = trace_digest(step)
     report.trace_seconds += time.perf_counter() - began
     return digest == kept.graph_digest
 

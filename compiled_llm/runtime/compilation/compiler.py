@@ -18,9 +18,13 @@ import torch.compiler.config as compiler_config
 from torch._dynamo.aot_compile import AOTCompiledFunction
 
 from compiled_llm.runtime.compilation import graph_digest, inductor_patches
-from compiled_llm.runtime.compilation.cuda_graph_trees import drop, recording_of, recovery
-from compiled_llm.runtime.compilation.fx_patches import other_threads_unpatched
-from compiled_llm.runtime.compilation.timing import Durations, Moment, durations
+from compiled_llm.runtime.compilation.cuda_graph_trees import (
+    current_recording,
+    drop_recording,
+    recover_failed_capture,
+)
+from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
+from compiled_llm.runtime.compilation.timing import Durations, Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from passes import Pipeline
@@ -87,7 +91,7 @@ def direct(
 ) -> CompiledStep:
     """Compile ahead of time, record through the graph trees, replay the recording."""
     device = step.state.tokens.device
-    began = Moment.now()
+    began = Timestamp.now()
     with _settings(device, pipeline, options):
         compiled, digest = (
             _compile_ahead(step)
@@ -95,17 +99,17 @@ def direct(
             else (AOTCompiledFunction.deserialize(saved, {}), "")
         )
         compiled.disable_guard_check()
-        compiled_at = Moment.now()
+        compiled_at = Timestamp.now()
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
             compiled(step)
-    recording = recording_of(device) if device.type == "cuda" else None
+    recording = current_recording(device) if device.type == "cuda" else None
     return CompiledStep(
         launch=recording.graph.replay if recording is not None else lambda: compiled(step),
         graph=recording is not None,
         recording=recording,
         owner=compiled,
-        seconds=durations(began, compiled_at, Moment.now()),
+        seconds=durations(began, compiled_at, Timestamp.now()),
         graph_digest=digest,
     )
 
@@ -118,9 +122,9 @@ def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> tup
 
 
 @torch.no_grad()
-def trace(step: Step) -> str:
+def trace_digest(step: Step) -> str:
     """Digest of the graph that `direct` would compile of a step; raises what `graph_digest.trace` raises."""
-    with COMPILER_LOCK, other_threads_unpatched(), dynamo_config.patch(_DYNAMO):
+    with COMPILER_LOCK, thread_local_fx_patches(), dynamo_config.patch(_DYNAMO):
         return graph_digest.trace(lambda: _ahead(step))
 
 
@@ -132,7 +136,7 @@ def serialize(compiled: CompiledStep) -> bytes:
 
 def _compile_ahead(step: Step) -> tuple[AOTCompiledFunction, str]:
     """The step, compiled, and the digest of its graph."""
-    with graph_digest.noted() as digests:
+    with graph_digest.record_digests() as digests:
         return _ahead(step), digests[-1]
 
 
@@ -152,7 +156,7 @@ def via_torch(
 ) -> CompiledStep:
     """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
     device = step.state.tokens.device
-    began = Moment.now()
+    began = Timestamp.now()
     compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def launch() -> None:
@@ -162,7 +166,7 @@ def via_torch(
 
     with _settings(device, pipeline, options):
         launch()
-        compiled_at = Moment.now()
+        compiled_at = Timestamp.now()
         launch()
     return CompiledStep(
         launch=launch,
@@ -170,7 +174,7 @@ def via_torch(
         guarded=True,
         recording=None,
         owner=compiled,
-        seconds=durations(began, compiled_at, Moment.now()),
+        seconds=durations(began, compiled_at, Timestamp.now()),
     )
 
 
@@ -197,14 +201,16 @@ def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any])
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
         settings.enter_context(
-            inductor_pdl_waits() if device.type == "cuda" else inductor_patches.remembered()
+            inductor_pdl_waits()
+            if device.type == "cuda"
+            else inductor_patches.cached_vec_isa_checks()
         )
-        settings.enter_context(inductor_patches.narrow_vectors_alone())
-        settings.enter_context(inductor_patches.sums_stay_in_bounds())
-        settings.enter_context(other_threads_unpatched())
+        settings.enter_context(inductor_patches.avx2_without_avx512())
+        settings.enter_context(inductor_patches.safe_reduction_tiling())
+        settings.enter_context(thread_local_fx_patches())
         tag = f"{compiler_config.cache_key_tag}{inductor_patches.TAG}"
         settings.enter_context(compiler_config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]  # torch adds it
-        settings.enter_context(recovery(device))
+        settings.enter_context(recover_failed_capture(device))
         yield
 
 
@@ -220,4 +226,4 @@ def check_options(options: dict[str, Any]) -> None:
 
 def release(compiled: CompiledStep, device: torch.device) -> None:
     """Let go of its recording; it must not be launched again."""
-    drop(compiled.recording, device)
+    drop_recording(compiled.recording, device)

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from compiled_llm.models.default_model import cache_dir
 from compiled_llm.system.cpu import instruction_set
-from compiled_llm.system.file_trust import make_private, refusal
+from compiled_llm.system.file_trust import make_private_directory, untrusted_reason
+from compiled_llm.system.paths import cache_dir
 
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
@@ -70,8 +70,8 @@ def _directory(parent: Path) -> str:
     """One for each kind of processor, since names of libraries do not tell for which `-march=native` stood."""
     directory = parent / "inductor" / instruction_set()
     try:
-        make_private(directory)
-        if refusal(directory) is None and os.access(directory, os.W_OK):
+        make_private_directory(directory)
+        if untrusted_reason(directory) is None and os.access(directory, os.W_OK):
             return str(directory)
     except OSError:
         pass  # a read-only cache, say

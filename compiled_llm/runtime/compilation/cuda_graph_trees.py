@@ -31,7 +31,7 @@ def _manager(device: torch.device) -> Any:
     )
 
 
-def recording_of(device: torch.device) -> Any:
+def current_recording(device: torch.device) -> Any:
     """The graph-tree node of the step that was just recorded."""
     manager = _manager(device)
     node = manager.current_node if manager is not None else None
@@ -46,7 +46,7 @@ def recording_of(device: torch.device) -> Any:
     return node
 
 
-def drop(recording: Any, device: torch.device) -> None:
+def drop_recording(recording: Any, device: torch.device) -> None:
     """Let go of a recording, which must not be launched again; the memory that it worked in is for others to work in."""
     manager = _manager(device)
     if manager is None or recording is None:
@@ -96,7 +96,7 @@ def graph_pool(device: torch.device) -> tuple[int, int]:
 
 
 @contextmanager
-def recovery(device: torch.device) -> Iterator[None]:
+def recover_failed_capture(device: torch.device) -> Iterator[None]:
     """Make a failed capture cost its own bucket alone.
 
     Ending a capture that failed raises, and torch then leaves undone what would have followed: to go back to the stream, to end

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 
 @contextmanager
-def other_threads_unpatched() -> Iterator[None]:
+def thread_local_fx_patches() -> Iterator[None]:
     """While this is open, a trace in any thread leaves the modules of the other threads as they are."""
     from torch.fx._symbolic_trace import _Patcher
 

@@ -79,7 +79,7 @@ def trace(compile_step: Callable[[], object]) -> str:
 
 
 @contextmanager
-def noted() -> Iterator[list[str]]:
+def record_digests() -> Iterator[list[str]]:
     """Fill a list with the digest of each graph that is traced while this is open; "" where that is undetermined."""
 
     def note(module: GraphModule) -> None:

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import torch
 
-from compiled_llm.models.default_model import cache_dir
-from compiled_llm.system.atomic_file import write_whole
+from compiled_llm.system.atomic_file import write_atomic
+from compiled_llm.system.paths import cache_dir
 
 # Inductor's own cache must not answer with what was generated without these patches, nor with loops over vectors of another size,
 # which its key does not tell apart: compiled for the vectors here, they skip numbers or write past the end of a tensor.
@@ -23,7 +23,7 @@ TAG = f"compiled_llm {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:1
 
 
 @contextmanager
-def remembered() -> Iterator[None]:
+def cached_vec_isa_checks() -> Iterator[None]:
     """Answer what was tried before, with the same compiler, flags and torch, from the cache directory."""
     from torch._inductor.cpu_vec_isa import VecISA, _get_isa_dry_compile_fingerprint
 
@@ -38,7 +38,7 @@ def remembered() -> Iterator[None]:
             return path.read_text() == "works"
         works: bool = check(isa, code)
         with suppress(OSError):  # then it is tried again
-            write_whole(path, b"works" if works else b"fails")
+            write_atomic(path, b"works" if works else b"fails")
         return works
 
     with patch.object(VecISA, "check_build", check_once):
@@ -46,7 +46,7 @@ def remembered() -> Iterator[None]:
 
 
 @contextmanager
-def narrow_vectors_alone() -> Iterator[None]:
+def avx2_without_avx512() -> Iterator[None]:
     """Compile what Inductor generates for AVX2 without AVX-512.
 
     Inductor compiles with `-march=native` even where `cpp.simdlen` or ATEN_CPU_CAPABILITY choose AVX2 on a processor that has
@@ -59,7 +59,7 @@ def narrow_vectors_alone() -> Iterator[None]:
 
 
 @contextmanager
-def sums_stay_in_bounds() -> Iterator[None]:
+def safe_reduction_tiling() -> Iterator[None]:
     """Leave loops alone that Inductor would vectorize wrongly (pytorch#196681).
 
     Where a sum is inside a loop that is inside the one to vectorize, it forgets what is left over at the end of the latter: the

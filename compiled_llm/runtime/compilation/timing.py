@@ -22,7 +22,7 @@ class Durations(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Timestamp:
     """A time, and the seconds that torch's compiler had spent by then, in this process, on tracing and on autotuning."""
 
     time: float
@@ -30,7 +30,7 @@ class Moment:
     autotune: float
 
     @classmethod
-    def now(cls) -> "Moment":
+    def now(cls) -> "Timestamp":
         attempts = sum(
             sum(spent)
             for name, spent in compilation_time_metrics.items()
@@ -45,7 +45,7 @@ class Moment:
         return cls(time.perf_counter(), attempts - backend, sum(map(sum, tuned)))
 
 
-def durations(began: Moment, compiled: Moment, captured: Moment) -> Durations:
+def durations(began: Timestamp, compiled: Timestamp, captured: Timestamp) -> Durations:
     """Of one bucket; the kernels' first run, which belongs to the capture, may time variants too."""
     trace, tuned, tuned_later = (
         captured.trace - began.trace,
@@ -60,7 +60,7 @@ def durations(began: Moment, compiled: Moment, captured: Moment) -> Durations:
     }
 
 
-def phases_of(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[PhaseReport]:
+def split_phase(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[PhaseReport]:
     """The phase in which these buckets were made, in parts; `other` is what none of them accounts for, such as keeping files."""
     parts = {
         "trace": sum(bucket.trace_seconds for bucket in buckets),

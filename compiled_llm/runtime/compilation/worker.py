@@ -28,10 +28,10 @@ with importing():
     from compiled_llm.runtime.artifacts.artifact import SavedBucket
     from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, compiler_settings
     from compiled_llm.runtime.buckets import Bucket
-    from compiled_llm.runtime.capture.warmup import make_pipeline
     from compiled_llm.runtime.compilation import weightless_pickle
     from compiled_llm.runtime.compilation.compiler import compile_only
     from compiled_llm.runtime.compilation.compiler_cache import private_compiler_cache
+    from compiled_llm.runtime.compilation.pipeline import make_pipeline
     from compiled_llm.runtime.compilation.worker_pool import CompileTask
     from passes.ops.precompile import compile_kernels
 

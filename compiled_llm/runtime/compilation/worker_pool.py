@@ -24,11 +24,11 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import is_expected, keeps
+from compiled_llm.runtime.artifacts.cache import has_likely_artifact, saves_compilations
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compilation import weightless_pickle
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.memory.kv_cache import free_bytes
+from compiled_llm.system.device_memory import free_bytes
 
 Engine = tuple[ServedModel, list[AttentionLayer], Memory]
 
@@ -150,21 +150,21 @@ def num_processes(config: Config, device: torch.device, missing: int) -> int:
     return min(wanted, missing) if missing > 1 else 0
 
 
-def begin_early(config: Config, device: torch.device) -> CompilePool | None:
+def start_pool_early(config: Config, device: torch.device) -> CompilePool | None:
     """A pool that imports while the model loads, where it is likely that there will be something to compile."""
     at_once = config.compile.capture == "start"
     return (
         CompilePool()
         if at_once
-        and keeps(config)
+        and saves_compilations(config)
         and num_processes(config, device, 2)
-        and not is_expected(config)
+        and not has_likely_artifact(config)
         else None
     )
 
 
 @contextmanager
-def at_work(
+def compile_in_pool(
     pool: CompilePool | None,
     buckets: Sequence[Bucket],
     engine: Engine,

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.discovery import AttentionLayer, allocate_states
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.recurrent_state import RecurrentStates
+from compiled_llm.models.state_discovery import allocate_states
 from compiled_llm.report.report import Report
-from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.capture.graph_budget import set_aside
+from compiled_llm.runtime.buckets import Bucket, BucketKind
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import (
     KVCacheGroup,
@@ -22,11 +22,11 @@ from compiled_llm.runtime.memory.kv_cache import (
 )
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch
 from compiled_llm.runtime.step.buffers import StepBuffers
-from compiled_llm.runtime.step.recurrent_step import SequenceStep
+from compiled_llm.runtime.step.recurrent_step import RecurrentStep
 from compiled_llm.runtime.step.step import DecodeStep, PrefillStep, Step
 
-STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
-STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": SequenceStep}
+STEPS: dict[BucketKind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
+STEPS_WITH_STATES: dict[BucketKind, type[Step]] = {"decode": DecodeStep, "prefill": RecurrentStep}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +80,20 @@ def allocate(
         reserved = _measure_activations(model, layers, state, states, block_size, limits)
     with report.phase("allocate KV cache", device):
         groups = plan_groups(
-            config.cache, layers, limits, device, reserved=reserved + set_aside(config, device)
+            config.cache,
+            layers,
+            limits,
+            device,
+            reserved=reserved + reserved_for_graphs(config, device),
         )
         caches = allocate_caches(layers, groups, block_size, device)
     return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
+
+
+def reserved_for_graphs(config: Config, device: torch.device) -> int:
+    """Return the bytes that the KV cache leaves to the CUDA graphs, which are recorded after it."""
+    records = device.type == "cuda" and config.compile.dispatch != "eager"
+    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
 
 
 def _measure_activations(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import nn
 
@@ -10,26 +9,10 @@ from compiled_llm.config.schema import CacheConfig
 from compiled_llm.models.attention import LayerCache
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.system.device_memory import free_bytes
 from passes.attention_reach import AttentionReach
 
 NUM_TRASH_PAGES = 1
-
-
-def used_bytes(device: torch.device) -> int:
-    """Memory in use: of the whole GPU as its driver counts it, or of this process on a CPU."""
-    if device.type != "cuda":
-        return int(psutil.Process().memory_info().rss)
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else int(psutil.virtual_memory().available)
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

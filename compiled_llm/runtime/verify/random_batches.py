@@ -23,7 +23,6 @@ from compiled_llm.models.attention import LayerCache
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.memory.kv_cache import free_bytes
 from compiled_llm.runtime.step.batch_inputs import (
     RECENT,
     TRASH_PAGE,
@@ -31,7 +30,8 @@ from compiled_llm.runtime.step.batch_inputs import (
     Int64,
     PrefillBatch,
 )
-from compiled_llm.runtime.step.sampler import RowParams
+from compiled_llm.runtime.step.sampler import SamplingTensors
+from compiled_llm.system.device_memory import free_bytes
 
 _CACHED_TOKENS = 2048  # of all sequences of a trial together, or a page for each where that is more
 _BYSTANDERS = 4
@@ -40,7 +40,7 @@ _LONG_ROWS = 2  # of a long decode trial, so that others stand by
 _LONG_CHUNK = 32  # tokens that a long prefill trial brings
 _REGIONS = 4
 
-Extent = Literal["full", "random", "long"]
+BatchShape = Literal["full", "random", "long"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class RandomBatch:
     """
 
     rows: Int64
-    bystanders: Int64
+    idle_rows: Int64
     starts: Int64
     counts: Int64
     tables: NDArray[np.int32]
@@ -81,8 +81,8 @@ class RandomBatch:
         return slots if new else np.unique(slots)
 
 
-def make_trial(
-    bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: Extent
+def make_random_batch(
+    bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, extent: BatchShape
 ) -> RandomBatch:
     """A batch that the bucket serves: as large as it can be, of a random size, or small, with a sequence as long as one can be."""
     rng, block_size, vocab_size = (
@@ -113,7 +113,7 @@ def make_trial(
         starts[0] = max(shortest[0], _longest(memory, limits) - counts[0])
     if alone and (counts[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket):
         starts[:] = 0  # where a model has states, only the beginning of a sequence is padded
-    rows, bystanders = np.split(
+    rows, idle_rows = np.split(
         rng.permutation(limits.max_num_seqs)[: len(counts) + _BYSTANDERS], [len(counts)]
     )
     tables, pages, regions = _tables(rng, memory, starts, counts, spare)
@@ -132,7 +132,7 @@ def make_trial(
         vocab_size=vocab_size,
     )
     return RandomBatch(
-        rows=rows, bystanders=bystanders, starts=starts, counts=counts, tables=tables, pages=pages, regions=regions,
+        rows=rows, idle_rows=idle_rows, starts=starts, counts=counts, tables=tables, pages=pages, regions=regions,
         params=params, tokens=tokens, batch=batch, seed=seed,
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def stage(trial: RandomBatch, memory: Memory, size: int) -> None:
 def _stage_rows(trial: RandomBatch, memory: Memory) -> None:
     state = memory.state
     for name, buffer in state.named_buffers():
-        if name != "ordinals":
+        if name != "decode_query_start":
             buffer.zero_()
     device, rng = state.tokens.device, np.random.default_rng(trial.seed)
     rows = torch.from_numpy(trial.rows).to(device)
@@ -204,7 +204,7 @@ def _stage_pages(
 def _stage_states(trial: RandomBatch, slots: Tensor, *, seed: int) -> None:
     """Random where a row is of the trial, NaN where it is not, nor is a row that padding stands for."""
     generator = torch.Generator(slots.device).manual_seed(seed)
-    slots[torch.from_numpy(trial.bystanders).to(slots.device)] = float("nan")
+    slots[torch.from_numpy(trial.idle_rows).to(slots.device)] = float("nan")
     slots[-1] = float("nan")
     content = torch.randn(
         len(trial.rows), *slots.shape[1:], generator=generator, device=slots.device
@@ -320,7 +320,7 @@ def _params(sampler: Sampler, number: int, rng: np.random.Generator) -> Int64:
             }
         )
         turns.append({"temperature": 1.0, "seed": seed, "top_k": 20, "min_p": 0.01})
-    return RowParams.pack(**turns[number % len(turns)])
+    return SamplingTensors.pack(**turns[number % len(turns)])
 
 
 def _decode_batch(
@@ -353,15 +353,17 @@ def _prefill_batch(
     scoring = bucket.sampler == "scoring"
     return PrefillBatch(
         ids=ids,
-        targets=rng.integers(0, values["vocab_size"], total) if scoring else np.full(total, -1),
-        scores=np.full(total, _TOP_LOGPROBS if scoring else -1),
+        logprob_targets=rng.integers(0, values["vocab_size"], total)
+        if scoring
+        else np.full(total, -1),
+        num_logprobs=np.full(total, _TOP_LOGPROBS if scoring else -1),
         seq_rows=values["rows"],
         starts=starts,
         lengths=counts,
-        tables=values["tables"],
+        block_tables=values["tables"],
         params=values["params"],
         recent=np.full((seqs, RECENT), -1),
-        fresh=(~decoding).astype(np.int64),
-        samples=np.ones(seqs, np.int64),
+        is_prompt=(~decoding).astype(np.int64),
+        sample_mask=np.ones(seqs, np.int64),
         sampler=bucket.sampler,
     )

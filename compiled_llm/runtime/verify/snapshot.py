@@ -12,7 +12,7 @@ from compiled_llm.models.attention import LayerCache
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
-from compiled_llm.runtime.step.buffers import RING
+from compiled_llm.runtime.step.buffers import RING_SIZE
 from compiled_llm.runtime.verify.random_batches import RandomBatch
 
 
@@ -37,16 +37,16 @@ class Snapshot:
 
 
 @contextmanager
-def preserved(memory: Memory, trial: RandomBatch) -> Iterator[None]:
+def preserve(memory: Memory, trial: RandomBatch) -> Iterator[None]:
     """Afterwards all that a trial touches is as before: state, pages, states of its rows, trash. Copies wait on the host."""
     state = {name: buffer.to("cpu", copy=True) for name, buffer in memory.state.named_buffers()}
     pages = [
         (cache, pages, cache[pages].cpu()) for cache, pages in _caches(memory, trial, trash=True)
     ]
     for slots in _states(memory):
-        rows = torch.from_numpy(
-            np.concatenate([trial.rows, trial.bystanders, [len(slots) - 1]])
-        ).to(slots.device)
+        rows = torch.from_numpy(np.concatenate([trial.rows, trial.idle_rows, [len(slots) - 1]])).to(
+            slots.device
+        )
         pages.append((slots, rows, slots[rows].cpu()))
     try:
         yield
@@ -57,7 +57,7 @@ def preserved(memory: Memory, trial: RandomBatch) -> Iterator[None]:
             cache[numbers] = content.to(cache.device)
 
 
-def outcome_of(trial: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
+def take_snapshot(trial: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
     """Read it after a step of this bucket; what the step wrote to the pages becomes zeros."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
     logits = state.logits[rows].float() if bucket.sampler in ("full", "scoring") else None
@@ -73,12 +73,11 @@ def outcome_of(trial: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
         flat[slots] = 0
         kept.append(cache[pages].cpu())
     kept += [
-        slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu()
-        for slots in _states(memory)
+        slots[torch.from_numpy(trial.idle_rows).to(slots.device)].cpu() for slots in _states(memory)
     ]
     return Snapshot(
         tokens=state.tokens[rows],
-        sampled=state.ring_tokens[(state.step - 1) % RING, rows],
+        sampled=state.ring_tokens[(state.step - 1) % RING_SIZE, rows],
         positions=state.positions[rows],
         logits=logits,
         scored=scored.clone(),

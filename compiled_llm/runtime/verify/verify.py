@@ -25,23 +25,32 @@ from torch import Tensor
 from compiled_llm.config.schema import Sampler
 from compiled_llm.errors import StrictError
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.report.report import Verification
+from compiled_llm.report.report import BucketState, Verification
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import release
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.step.batch_inputs import RECENT
-from compiled_llm.runtime.step.sampler import History, RowParams, scores_full
-from compiled_llm.runtime.verify.random_batches import Extent, RandomBatch, make_trial, stage
-from compiled_llm.runtime.verify.snapshot import Snapshot, outcome_of, preserved
+from compiled_llm.runtime.step.sampler import (
+    LogitsProcessorState,
+    SamplingTensors,
+    perturbed_logits,
+)
+from compiled_llm.runtime.verify.random_batches import (
+    BatchShape,
+    RandomBatch,
+    make_random_batch,
+    stage,
+)
+from compiled_llm.runtime.verify.snapshot import Snapshot, preserve, take_snapshot
 from compiled_llm.system.compiler_lock import run_eagerly
 from passes.ops.library import use_references
 
 # The largest difference that rounding may make, in standard deviations.
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 1.0}
 ROUTED_OTHERWISE = 0.25  # the share of tokens that may differ by more, with experts and in 16 bits
-_FIRST: tuple[Extent, ...] = ("full", "long")  # batches; those that follow are of random sizes
+_FIRST: tuple[BatchShape, ...] = ("full", "long")  # batches; those that follow are of random sizes
 _BATCHES, _TOKENS = 4, 16  # at least
 
 
@@ -63,7 +72,7 @@ class _Findings:
         return _largest(torch.cat([*self.token_errors, *self.row_errors]))
 
 
-def check_entry(
+def verify_bucket(
     entry: CapturedBucket, model: ServedModel, memory: Memory, limits: Limits, *, strict: bool
 ) -> None:
     """Verify a compiled bucket; one that fails is not used. With `strict` that is an error, StrictError."""
@@ -74,7 +83,11 @@ def check_entry(
     failure = report.verification.failure
     if failure is not None:
         release(entry.compiled, model.device)
-        entry.compiled, report.mode, report.failure = None, "eager", f"verification: {failure}"
+        entry.compiled, report.state, report.failure = (
+            None,
+            BucketState.FAILED,
+            f"verification: {failure}",
+        )
         if strict:
             raise StrictError(f"bucket {entry.bucket} is not what eager is: {failure}")
 
@@ -89,7 +102,7 @@ def verify(
         batch = len(found.token_errors)
         extent = _FIRST[batch] if batch < len(_FIRST) else "random"
         _try(
-            make_trial(bucket, memory, limits, seed=batch, extent=extent),
+            make_random_batch(bucket, memory, limits, seed=batch, extent=extent),
             found,
             bucket,
             launch,
@@ -125,10 +138,10 @@ def _try(
     """One batch, by the bucket and by eager."""
     sampler: Sampler = "scoring" if bucket.sampler == "scoring" else "full"
     reference = memory.eager_bucket(Bucket(bucket.kind, int(trial.counts.sum()), sampler), limits)
-    with preserved(memory, trial):
+    with preserve(memory, trial):
         stage(trial, memory, bucket.size)
         launch()
-        got = outcome_of(trial, memory, bucket)
+        got = take_snapshot(trial, memory, bucket)
         stage(trial, memory, reference.size)
         history = _history(trial, memory)
         with use_references():
@@ -136,7 +149,7 @@ def _try(
             _compare(
                 found,
                 got,
-                outcome_of(trial, memory, reference),
+                take_snapshot(trial, memory, reference),
                 trial,
                 history,
                 ALLOWED[model.dtype],
@@ -160,11 +173,11 @@ def _failure(found: _Findings, allowed: float, share: float) -> str | None:
     return None
 
 
-def _history(trial: RandomBatch, memory: Memory) -> History:
+def _history(trial: RandomBatch, memory: Memory) -> LogitsProcessorState:
     """What the sampler knows of the trial's rows before the step."""
     state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
     recent = torch.full((len(trial.rows), RECENT), -1, device=rows.device)
-    return History(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
+    return LogitsProcessorState(state.bias[rows], state.counts[rows], state.bad_words[rows], recent)
 
 
 def _compare(
@@ -172,7 +185,7 @@ def _compare(
     got: Snapshot,
     want: Snapshot,
     trial: RandomBatch,
-    history: History,
+    history: LogitsProcessorState,
     allowed: float,
 ) -> None:
     assert want.logits is not None
@@ -221,13 +234,17 @@ def _compare(
 
 
 def _gaps(
-    chosen_S: Tensor, want: Snapshot, trial: RandomBatch, history: History, slack_S: Tensor
+    chosen_S: Tensor,
+    want: Snapshot,
+    trial: RandomBatch,
+    history: LogitsProcessorState,
+    slack_S: Tensor,
 ) -> Tensor:
     """How far the chosen tokens lie below the right ones, by eager's logits, [S]; a little below a cutoff is still above it."""
     assert want.logits is not None
     packed = torch.from_numpy(trial.params).to(chosen_S.device)
-    scores_SV = scores_full(
-        want.logits, RowParams.of(packed), history, want.positions, slack_S=slack_S
+    scores_SV = perturbed_logits(
+        want.logits, SamplingTensors.unpack(packed), history, want.positions, slack_S=slack_S
     )
     chosen_S = chosen_S.clamp(0, scores_SV.shape[1] - 1)
     right_S, got_S = (

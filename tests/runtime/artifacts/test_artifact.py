@@ -31,7 +31,7 @@ from compiled_llm.runtime.artifacts.artifact import (
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.compilation.compiler import DISPATCHES, CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system import atomic_file
 from passes import Pipeline
@@ -49,13 +49,13 @@ def kept(content: bytes) -> SavedBucket:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     artifact = Artifact(tmp_path / "a", KEY)
     assert artifact.load("decode-1-greedy") is None
-    assert artifact.misfit() is None
+    assert artifact.incompatibility() is None
     artifact.save("decode-1-greedy", kept(b"one"))
     artifact.save("decode-2-greedy", kept(b"two"))
     artifact.save("decode-1-greedy", kept(b"three"))
     assert artifact.load("decode-1-greedy") == kept(b"three")
     assert artifact.load("decode-2-greedy") == kept(b"two")
-    assert artifact.misfit() is None
+    assert artifact.incompatibility() is None
     moved = Artifact(Path(shutil.move(artifact.directory, tmp_path / "b")), KEY)
     assert moved.load("decode-2-greedy") == kept(b"two")
 
@@ -64,16 +64,16 @@ def test_of_another_key_nothing_is_loaded_and_the_parts_are_named(tmp_path: Path
     Artifact(tmp_path, KEY).save("decode-1-greedy", kept(b"one"))
     other = Artifact(tmp_path, OTHER)
     assert other.load("decode-1-greedy") is None
-    misfit = other.misfit()
-    assert misfit is not None
-    assert "model: a; here: b, dtype: nothing; here: float32" in misfit
-    assert "torch" not in misfit
+    incompatibility = other.incompatibility()
+    assert incompatibility is not None
+    assert "model: a; here: b, dtype: nothing; here: float32" in incompatibility
+    assert "torch" not in incompatibility
     other.save("decode-2-greedy", kept(b"two"))
     assert other.load("decode-1-greedy") is None, "what was compiled for another key is gone"
     assert Artifact(tmp_path, KEY).load("decode-1-greedy") is None
     discard(tmp_path)
     assert read_key(tmp_path) is None
-    assert other.misfit() is None
+    assert other.incompatibility() is None
 
 
 def test_what_is_not_the_artifacts_own_stays(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_damaged_manifest_is_replaced_and_anothers_is_not(tmp_path: Path) -> N
     artifact.save("decode-1-greedy", kept(b"one"))
     manifest = tmp_path / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-20])
-    assert artifact.misfit() is None
+    assert artifact.incompatibility() is None
     assert artifact.load("decode-1-greedy") is None
     assert len(noticed) == 1
     assert noticed[0].startswith(f"{manifest} is damaged")
@@ -146,7 +146,7 @@ def test_a_damaged_manifest_is_replaced_and_anothers_is_not(tmp_path: Path) -> N
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"name": "a web app"}')
-    assert "no manifest of an artifact" in str(Artifact(tmp_path / "other", KEY).misfit())
+    assert "no manifest of an artifact" in str(Artifact(tmp_path / "other", KEY).incompatibility())
 
 
 def test_a_damaged_bucket_is_noticed(tmp_path: Path) -> None:
@@ -199,19 +199,19 @@ def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.Monkey
         _cached(name, size=100_000, age=n)
         for n, name in enumerate(["used", "old", "older", "oldest"])
     )
-    assert cache.make_room(410_000, used=used) == []
+    assert cache.remove_lru(410_000, used=used) == []
     cache.mark_used(oldest)
     with atomic_file.locked(older):
-        assert cache.make_room(210_000, used=used) == ["old", "oldest"], (
+        assert cache.remove_lru(210_000, used=used) == ["old", "oldest"], (
             "another process writes to older"
         )
     assert [path.name for path in sorted(cache.cached_artifacts().iterdir())] == [
         "older",
         "used",
     ]
-    assert cache.make_room(1, used=used) == ["older"]
+    assert cache.remove_lru(1, used=used) == ["older"]
     assert Artifact(used, KEY).load("decode-1-greedy") is not None
-    assert cache.make_room(1, used=tmp_path / "named") == [], "the engine is on another directory"
+    assert cache.remove_lru(1, used=tmp_path / "named") == [], "the engine is on another directory"
     assert not old.exists()
 
 
@@ -226,7 +226,7 @@ def test_tidying_leaves_alone_what_a_link_leads_to(
     link.symlink_to(elsewhere.directory)
     before = {path: path.read_bytes() for path in elsewhere.directory.iterdir()}
     os.utime(elsewhere.directory / "manifest.json", (0, 0))
-    assert cache.make_room(1, used=used) == []
+    assert cache.remove_lru(1, used=used) == []
     assert link.is_symlink()
     assert {path: path.read_bytes() for path in elsewhere.directory.iterdir()} == before
 
@@ -259,12 +259,12 @@ def test_what_others_may_write_is_not_loaded(tmp_path: Path, place: str) -> None
     artifact = Artifact(tmp_path / "a", KEY, noticed.append)
     artifact.save("decode-1-greedy", kept(b"one"))
     os.chmod(artifact.directory / place, 0o770)
-    found = [str(artifact.misfit()), *noticed]
+    found = [str(artifact.incompatibility()), *noticed]
     assert artifact.load("decode-1-greedy") is None or place != "decode-1-greedy.bucket"
     (said,) = [line for line in [*found, *noticed] if "others may write to" in line][:1]
     assert f"others may write to {(artifact.directory / place).resolve()} (mode 770)" in said
     os.chmod(artifact.directory / place, 0o700)
-    assert artifact.misfit() is None
+    assert artifact.incompatibility() is None
     assert artifact.load("decode-1-greedy") == kept(b"one")
 
 
@@ -319,7 +319,7 @@ def test_libraries_that_the_process_has_loaded_come_along(
     assert not list(there.rglob("*.so")), "a damaged library is left to the compiler"
     assert noticed == [f"{kept_library} is damaged: the library is compiled anew"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))  # where it has been made again
-    artifact.mend()
+    artifact.repair()
     assert kept_library.read_bytes() == whole
 
 
@@ -600,7 +600,7 @@ def test_a_loaded_model_that_is_changed_is_not_kept(
     """The artifact is of what the checkpoint's source says."""
 
     def uncompiled(step: Step, pipeline: Pipeline, options: dict[str, object]) -> CompiledStep:
-        now = Moment.now()
+        now = Timestamp.now()
         return CompiledStep(
             launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
         )
@@ -615,11 +615,11 @@ def test_a_loaded_model_that_is_changed_is_not_kept(
     with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         if changed:
             _gelu(llm.model)
-            with pytest.raises(RuntimeError, match="was replaced while an engine works on it"):
+            with pytest.raises(RuntimeError, match="was replaced while an engine uses it"):
                 greedy(llm, PROMPTS, 2)
         else:
             greedy(llm, PROMPTS, 2)
-        assert [bucket.mode for bucket in llm.report().buckets] == [
+        assert [bucket.state for bucket in llm.report().buckets] == [
             "pending" if changed else "compiled"
         ]
     assert len(list((tmp_path / "a").glob("*.bucket"))) == (0 if changed else 1)
@@ -638,7 +638,7 @@ def test_a_full_disk_costs_the_artifact_alone(
         report = _run(
             tmp_path / "full", expected, checkpoint, buckets={"decode": [], "prefill": [48]}
         )
-    assert [bucket.unkept for bucket in report.buckets] == report.warnings
+    assert [bucket.save_failure for bucket in report.buckets] == report.warnings
     (warning,) = report.warnings
     assert "could not be kept" in warning
     assert "No space left" in warning

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime.artifacts.model_source import identify, library_source, snapshot
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.compilation.compiler import trace
+from compiled_llm.runtime.compilation.compiler import trace_digest
 from compiled_llm.runtime.compilation.graph_digest import UndeterminedGraphError
 from tests.helpers.tiny_models import small_config, tiny_model
 
@@ -27,7 +27,7 @@ def digest(model: PreTrainedModel, bucket: Bucket = STEP) -> str:
     with CompiledLLM(
         model, None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        return trace(llm.model_runner.memory.step(llm.model_runner.model, bucket))
+        return trace_digest(llm.model_runner.memory.step(llm.model_runner.model, bucket))
 
 
 @pytest.fixture(scope="module")

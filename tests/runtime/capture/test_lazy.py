@@ -11,10 +11,10 @@ from compiled_llm.config.loader import parse_config
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture import warmup
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.capture.lazy import LazyBuckets, pending
-from compiled_llm.runtime.capture.warmup import CapturedBucket
 from compiled_llm.runtime.compilation.compiler import CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 from tests.model_sweep.tiny_configs import tiny_config
@@ -39,27 +39,27 @@ def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
         return pending([bucket])[0]
 
     lazy = LazyBuckets(make, clock=clock)
-    assert not lazy.wanted
-    assert not lazy.due
+    assert not lazy.has_demand
+    assert not lazy.is_due
     for size, times in ((2, 3), (4, 5), (8, 3)):
         for _ in range(times):
-            lazy.ask(Bucket("decode", size))
-    assert lazy.due
-    assert not lazy.overdue
+            lazy.record_demand(Bucket("decode", size))
+    assert lazy.is_due
+    assert not lazy.is_overdue
     clock.now += 5.1
-    assert lazy.overdue
+    assert lazy.is_overdue
     lazy.capture_next()
-    assert lazy.wanted
+    assert lazy.has_demand
     clock.now += 4.9
-    assert not lazy.due
+    assert not lazy.is_due
     clock.now += 0.2
-    assert lazy.due
+    assert lazy.is_due
     lazy.capture_next()
     lazy.capture_next()
     assert made == ["decode-4-greedy", "decode-8-greedy", "decode-2-greedy"]
-    assert not lazy.wanted
+    assert not lazy.has_demand
     clock.now += 10
-    assert not lazy.due
+    assert not lazy.is_due
 
 
 def test_strict_and_lazy_are_refused() -> None:
@@ -92,7 +92,7 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         report = llm.report()
-        assert {bucket.mode for bucket in report.buckets} == {"pending"}
+        assert {bucket.state for bucket in report.buckets} == {"pending"}
         assert made == []
         got = llm.generate([prompt_of(9)], full)[0].outputs[0]
         assert (got.token_ids, len(made) > 0) == (expected.token_ids, True)
@@ -102,20 +102,20 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
             f"{bucket} is not captured yet: compile.capture is lazy"
             for bucket in ("prefill-48-full", "decode-2-full")
         }
-        while llm.model_runner.capture_wanted:
+        while llm.model_runner.capture_pending:
             llm.model_runner.capture_next()
         assert sorted(made) == [2, 48]
         eager = report.fallbacks.total()
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         assert report.fallbacks.total() == eager
         buckets = {bucket.bucket: bucket for bucket in report.buckets}
-        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == (
+        assert (buckets["decode-4-full"].state, buckets["decode-4-full"].failure) == (
             "pending",
             "compile.capture is lazy",
         )
         for name in ("decode-2-full", "prefill-48-full"):
             assert (
-                buckets[name].mode == "pending",
+                buckets[name].state == "pending",
                 buckets[name].failure,
                 buckets[name].replays > 0,
             ) == (False, None, True)
@@ -132,12 +132,12 @@ def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
-        captured = [bucket for bucket in llm.report().buckets if bucket.mode != "pending"]
+        captured = [bucket for bucket in llm.report().buckets if bucket.state != "pending"]
         assert captured
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
-    now = Moment.now()
+    now = Timestamp.now()
     for _ in range(2):
         step()
     return CompiledStep(
@@ -147,7 +147,9 @@ def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledSt
 
 def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
-    monkeypatch.setattr(LazyBuckets, "due", property(lambda lazy: False))  # not while requests run
+    monkeypatch.setattr(
+        LazyBuckets, "is_due", property(lambda lazy: False)
+    )  # not while requests run
     config = small_config(buckets={"decode": [], "prefill": [16]}, **LAZY)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -159,10 +161,10 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             stream = await llm.add(prompt_of(9), params, streaming=False)
             async for output in stream:
                 assert len(output.outputs[0].token_ids) == 4
-            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
+            while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
             return await llm.call(
-                lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets}
+                lambda engine: {bucket.bucket: bucket.state for bucket in engine.report().buckets}
             )
         finally:
             llm.close()
@@ -185,7 +187,7 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     with CompiledLLM(model, None, small_config(**LAZY), progress=False) as llm:
         for _ in range(3):
             assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
-        while llm.model_runner.capture_wanted:
+        while llm.model_runner.capture_pending:
             llm.model_runner.capture_next()
         assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
         report = llm.report()
@@ -194,8 +196,8 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"]
         >= 9
     )
-    assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
-        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
+    assert {bucket.bucket: bucket.state for bucket in report.buckets} == {
+        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "failed", "decode-4-greedy": "compiled",
     }  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def test_nobody_waits_for_a_capture_with_a_token_that_is_there(
         return _uncompiled(step)
 
     monkeypatch.setitem(warmup.DISPATCHES, "direct", counting)
-    monkeypatch.setattr(LazyBuckets, "due", LazyBuckets.wanted)  # whatever the last one took
+    monkeypatch.setattr(LazyBuckets, "is_due", LazyBuckets.has_demand)  # whatever the last one took
     config = small_config(buckets={"decode": [2], "prefill": [16], "samplers": ["full"]}, **LAZY)
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
         for count, then_made in ((1, []), (6, [48, 16, 2])):
@@ -233,7 +235,7 @@ def test_an_artifact_in_use_is_marked_so(tmp_path: Path, monkeypatch: pytest.Mon
         with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
             manifest = Path(str(llm.report().facts["artifact"])) / "manifest.json"
             if start == 0:
-                Artifact(manifest.parent, llm.model_runner.key()).save(
+                Artifact(manifest.parent, llm.model_runner.fingerprint()).save(
                     "decode-9-greedy", SavedBucket(step=b"", passes=[])
                 )
                 os.utime(manifest, (0, 0))

@@ -172,7 +172,7 @@ def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPat
         "decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18
     }
     assert not report.fallbacks
-    modes = {bucket.bucket: (bucket.mode == "eager", bucket.replays) for bucket in report.buckets}
+    modes = {bucket.bucket: (bucket.state == "failed", bucket.replays) for bucket in report.buckets}
     assert modes == {
         "decode-2-greedy": (True, 0),
         "decode-4-greedy": (False, 27),

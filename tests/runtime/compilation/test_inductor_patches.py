@@ -8,7 +8,11 @@ from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.utils import run_and_get_cpp_code
 
 from compiled_llm import CompiledLLM
-from compiled_llm.runtime.compilation.inductor_patches import TAG, remembered, sums_stay_in_bounds
+from compiled_llm.runtime.compilation.inductor_patches import (
+    TAG,
+    cached_vec_isa_checks,
+    safe_reduction_tiling,
+)
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
@@ -24,7 +28,7 @@ def _sums(heads: Tensor, features: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_heads", [3, 16, 24])
 def test_sums_of_any_number_of_heads_are_right(num_heads: int, bits: int) -> None:
     """With each size of vectors that Inductor can use here: whole vectors of heads are vectorized, and no others."""
-    with remembered():
+    with cached_vec_isa_checks():
         if bits not in {isa.bit_width() for isa in valid_vec_isa_list()}:
             pytest.skip(f"no vectors of {bits} bits")
         torch.manual_seed(0)
@@ -33,7 +37,7 @@ def test_sums_of_any_number_of_heads_are_right(num_heads: int, bits: int) -> Non
             torch.randn(16, 16, num_heads).transpose(1, 2),
         )
         with (
-            sums_stay_in_bounds(),
+            safe_reduction_tiling(),
             inductor_config.patch({"cpp.simdlen": bits, "fx_graph_cache": False}),
         ):
             torch._dynamo.reset()

@@ -26,9 +26,9 @@ from compiled_llm.engine.sampling_rows import bias_of, extras_of, pack_params
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
-    History,
-    RowParams,
-    adjust,
+    LogitsProcessorState,
+    SamplingTensors,
+    process_logits,
     sample_full,
     sample_greedy,
     sample_random,
@@ -81,7 +81,7 @@ def request(
     return Request(params=wanted, seed=wanted.seed or 0, **ids)
 
 
-def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
+def rows_of(requests: Sequence[Request]) -> tuple[SamplingTensors, LogitsProcessorState]:
     """The rows' parameters and state, with the leavings of others wherever a request brings nothing."""
     count = len(requests)
     bias, counts = (
@@ -103,14 +103,14 @@ def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
                 bad_words[row, number, -len(word) :] = torch.tensor(word)
         last = [*wanted.prompt_token_ids, *wanted.token_ids][-recent.shape[1] :]
         recent[row, recent.shape[1] - len(last) :] = torch.tensor(last)
-    params = RowParams.of(
+    params = SamplingTensors.unpack(
         torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE)
     )
-    return params, History(bias, counts, bad_words, recent)
+    return params, LogitsProcessorState(bias, counts, bad_words, recent)
 
 
 def take(rows: Any, index: Any) -> Any:
-    """Some of the rows of a `RowParams` or a `History`."""
+    """Some of the rows of a `SamplingTensors` or a `LogitsProcessorState`."""
     return type(rows)(*(value[index] for value in rows))
 
 
@@ -191,7 +191,7 @@ def test_adjusted_logits_are_those_of_transformers(name: str) -> None:
     ids = torch.tensor([[*wanted.prompt_token_ids, *wanted.token_ids]])
     expected = LogitsProcessorList(processors)(ids, LOGITS[row : row + 1].clone())[0]
     params, history = rows_of(REQUESTS)
-    actual = adjust(LOGITS, params, history)[row]
+    actual = process_logits(LOGITS, params, history)[row]
     assert torch.equal(actual.isinf(), expected.isinf())
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     changes = bool(processors) and name != "min_tokens reached"
@@ -204,16 +204,16 @@ def test_adjusted_logits_are_those_of_transformers(name: str) -> None:
 
 def test_rows_do_not_influence_each_other() -> None:
     params, history = rows_of(REQUESTS)
-    together = adjust(LOGITS, params, history)
+    together = process_logits(LOGITS, params, history)
     for row in range(len(CASES)):
-        alone = adjust(LOGITS[row : row + 1], take(params, [row]), take(history, [row]))
+        alone = process_logits(LOGITS[row : row + 1], take(params, [row]), take(history, [row]))
         assert torch.equal(alone[0], together[row])
 
 
 def test_a_bad_word_that_would_be_the_whole_text_is_banned() -> None:
     """transformers lets a text that consists of nothing but the word's beginning complete it."""
     params, history = rows_of([request([3, 4], bad_words=[[3, 4, 5], [2, 3, 4, 6]])])
-    assert adjust(LOGITS[:1], params, history)[0].isinf().nonzero().tolist() == [[5]]
+    assert process_logits(LOGITS[:1], params, history)[0].isinf().nonzero().tolist() == [[5]]
 
 
 def test_stopping_tokens_return_after_min_tokens() -> None:
@@ -373,7 +373,7 @@ def test_rows_of_temperature_zero_among_others() -> None:
     )
     logits, position = rand(100, VOCAB), torch.arange(100)
     best, ids = (
-        adjust(logits, params, history).argmax(-1),
+        process_logits(logits, params, history).argmax(-1),
         sample_full(logits, params, history, position),
     )
     assert torch.equal(ids[::2], best[::2])

@@ -15,7 +15,7 @@ from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.runtime.verify import verify as verifying
-from compiled_llm.runtime.verify.random_batches import make_trial
+from compiled_llm.runtime.verify.random_batches import make_random_batch
 from compiled_llm.runtime.verify.verify import ALLOWED, _failure, _Findings, verify
 from passes.ops import cpu, paged_attention
 from tests.conftest import DEVICE
@@ -50,7 +50,7 @@ def llm_with_states() -> Iterator[CompiledLLM]:
 
 
 def _launch(llm: CompiledLLM, bucket: Bucket) -> Callable[[], object]:
-    compiled = llm.model_runner.entries[bucket].compiled
+    compiled = llm.model_runner.captured_buckets[bucket].compiled
     assert compiled is not None
     return compiled.launch
 
@@ -182,7 +182,7 @@ def _wrong_length(llm: CompiledLLM, launch: Callable[[], object]) -> None:
     """Of what a decode step attends to; a prefill step attends to another prompt."""
     state = llm.model_runner.memory.state
     state.positions.sub_(1).clamp_(min=0)
-    state.prefill[:1].add_(1)
+    state.prefill_inputs[:1].add_(1)
     launch()
 
 
@@ -304,7 +304,7 @@ def test_a_kernel_that_is_right_is_right_in_long_sequences() -> None:
     ) as llm:
         memory, bounds = llm.model_runner.memory, llm.model_runner.limits
         for bucket in (Bucket("decode", 4, "greedy"), Bucket("prefill", 48, "greedy")):
-            trial = make_trial(bucket, memory, bounds, seed=1, extent="long")
+            trial = make_random_batch(bucket, memory, bounds, seed=1, extent="long")
             assert trial.starts[0] + trial.counts[0] == 4090
             for group, members in enumerate(memory.groups):
                 written = trial.slots(group, memory.block_size, new=True)
@@ -382,7 +382,7 @@ def test_a_wrong_bucket_is_not_used(tmp_path: Path) -> None:
         assert greedy(llm, prompts, 10) == expected
         report = llm.report()
     (wrong,) = [bucket for bucket in report.buckets if bucket.failure is not None]
-    assert (wrong.bucket, wrong.mode, wrong.replays) == ("decode-2-greedy", "eager", 0)
+    assert (wrong.bucket, wrong.state, wrong.replays) == ("decode-2-greedy", "failed", 0)
     assert str(wrong.failure).startswith("verification: ")
     assert wrong.verification is not None
     assert wrong.verification.agreement == 0
