@@ -41,8 +41,10 @@ class BucketSelector:
             return entry
         wanted = match(self._buckets[kind], size, sampler) if self._compiles else None
         if wanted is None:
-            nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
-            self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
+            if self._compiles:
+                self._count_eager(f"no {kind} bucket holds {size} with the {sampler} sampler")
+            else:
+                self._count_eager("compile.dispatch is eager", expected=True)
             return None
         best = match([b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler)
         if best is not None and self.entries[best].compiled is None:
@@ -51,12 +53,13 @@ class BucketSelector:
             [b for b in self._buckets[kind] if self.entries[b].compiled is not None], size, sampler
         )
         if served is None:
-            self._count_eager(self._why_not(wanted))
+            pending = self.entries[wanted].report.state is BucketState.PENDING
+            self._count_eager(self._why_not(wanted), expected=pending)
             return None
         if served == wanted:
             self._found[kind, size, sampler] = self.entries[served]
         else:
-            self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
+            self._report.counters.count_stand_in(f"{self._why_not(wanted)}; {served} served")
         return self.entries[served]
 
     def check(self, kind: Kind, sampler: Sampler) -> None:
@@ -91,8 +94,8 @@ class BucketSelector:
         entry = self.entries[bucket]
         return entry.compiled is not None or entry.report.state is BucketState.PENDING
 
-    def _count_eager(self, reason: str) -> None:
-        self._report.fallbacks[reason] += 1
+    def _count_eager(self, reason: str, *, expected: bool = False) -> None:
+        self._report.counters.count_fallback(reason, expected=expected)
         if self._strict:
             raise StrictError(f"a step would run eagerly: {reason}")
 
