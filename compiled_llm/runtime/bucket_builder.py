@@ -1,6 +1,6 @@
 """An engine's buckets, made: compiled or loaded, captured, and verified where the config says so."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 
 from compiled_llm.config.schema import Config
@@ -19,6 +19,8 @@ from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.verify.verify import verify_bucket
+
+_log = logging.getLogger(__name__)
 
 
 class BucketBuilder:
@@ -76,7 +78,7 @@ class BucketBuilder:
                 self._verify(entries)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-            warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
+            _log.warning("bucket %s is not used: %s", bucket, failure)
             return CapturedBucket(
                 bucket=bucket,
                 report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure),

@@ -85,10 +85,10 @@ class ModelRunner:
         prepare_thread()
         self.limits = Limits.resolve(config.limits, model.config, model.device)
         if self.limits.warning:
-            report.warnings.append(self.limits.warning)
+            report.warn(self.limits.warning)
         prefill = config.buckets.prefill
         if not supports_state_continuation(model):
-            report.warnings.append(
+            report.warn(
                 f"{model.config.model_type} does not go on from its states with several tokens at once, so prompts are prefilled "
                 f"one token a step, and limits.max_num_batched_tokens={self.limits.max_num_batched_tokens} is not used"
             )
@@ -109,7 +109,7 @@ class ModelRunner:
         with torch.no_grad():
             self.memory = allocate(model, layers, config, self.limits, report)
             if self.has_states and config.cache.prefix_caching:
-                report.warnings.append(
+                report.warn(
                     f"{model.config.model_type} keeps states of its sequences, so prompts share no pages"
                 )
             self._artifact = self._open_artifact() if saves_compilations(config) else None
@@ -127,9 +127,9 @@ class ModelRunner:
             self._buckets, entries, report, strict=config.strict, on_demand=self._lazy.record_demand
         )
         self._readback = Readback(self.memory.state)
-        report.graphs, report.pool_bytes = graph_pool(model.device)
+        report.counters.graphs, report.counters.pool_bytes = graph_pool(model.device)
         report.buckets = [entry.report for entry in entries or ()]
-        report.graph_events = dict.fromkeys(graph_events(model.device), 0)
+        report.counters.graph_events = dict.fromkeys(graph_events(model.device), 0)
 
     @property
     def captured_buckets(self) -> dict[Bucket, CapturedBucket]:
@@ -237,7 +237,8 @@ class ModelRunner:
                 return
             with torch.no_grad(), preserve_step_inputs(self.memory.state):
                 self._selector.replace(self._lazy.capture_next())
-        self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
+        counters = self.report.counters
+        counters.graphs, counters.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> StepHandle:
         """Cache the tokens, and sample for each sequence the one that follows; at most `max_num_batched_tokens` tokens."""

@@ -74,7 +74,7 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
     now = Timestamp.now()
     return CompiledStep(
-        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+        launch=step, graph=False, recording=None, function=None, seconds=durations(now, now, now)
     )
 
 
@@ -221,7 +221,7 @@ def test_another_engines_compilations_are_not_an_engines_own(
             graph=False,
             guarded=guarded,
             recording=None,
-            owner=None,
+            function=None,
             seconds=durations(now, now, now),
         )
 

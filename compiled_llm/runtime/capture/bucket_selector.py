@@ -46,8 +46,10 @@ class BucketSelector:
             return entry
         wanted = smallest_bucket(self._buckets[kind], size, sampler) if self._compiles else None
         if wanted is None:
-            nothing = f"no {kind} bucket holds {size} with the {sampler} sampler"
-            self._count_eager(nothing if self._compiles else "compile.dispatch is eager")
+            if self._compiles:
+                self._count_eager(f"no {kind} bucket holds {size} with the {sampler} sampler")
+            else:
+                self._count_eager("compile.dispatch is eager", expected=True)
             return None
         best = smallest_bucket(
             [b for b in self._buckets[kind] if self._is_for_use(b)], size, sampler
@@ -60,12 +62,13 @@ class BucketSelector:
             sampler,
         )
         if served is None:
-            self._count_eager(self._why_not(wanted))
+            pending = self.captured_buckets[wanted].report.state is BucketState.PENDING
+            self._count_eager(self._why_not(wanted), expected=pending)
             return None
         if served == wanted:
             self._exact[kind, size, sampler] = self.captured_buckets[served]
         else:
-            self._report.stand_ins[f"{self._why_not(wanted)}; {served} served"] += 1
+            self._report.counters.count_stand_in(f"{self._why_not(wanted)}; {served} served")
         return self.captured_buckets[served]
 
     def check_sampler(self, kind: BucketKind, sampler: Sampler) -> None:
@@ -100,8 +103,8 @@ class BucketSelector:
         entry = self.captured_buckets[bucket]
         return entry.compiled is not None or entry.report.state is BucketState.PENDING
 
-    def _count_eager(self, reason: str) -> None:
-        self._report.fallbacks[reason] += 1
+    def _count_eager(self, reason: str, *, expected: bool = False) -> None:
+        self._report.counters.count_fallback(reason, expected=expected)
         if self._strict:
             raise StrictError(f"a step would run eagerly: {reason}")
 

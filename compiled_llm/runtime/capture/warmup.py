@@ -3,8 +3,8 @@ first (see `allocation`), and each bucket, large to small, is compiled and recor
 """
 
 import gc
+import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -39,6 +39,8 @@ from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.device_memory import free_bytes
 from passes import PassError, PassReport, Pipeline
 from passes.ops.precompile import compile_kernels
+
+_log = logging.getLogger(__name__)
 
 
 def compile_buckets(
@@ -103,7 +105,7 @@ def compile_buckets(
         str(entry.bucket) for entry in entries if entry.report.state is BucketState.LEFT_OUT
     ]
     if left_out:
-        report.warnings.append(
+        report.warn(
             f"memory.graphs has no room for {', '.join(left_out)}: larger buckets, or eager, serve instead"
         )
     _warn_of_unkept(entries)
@@ -115,9 +117,11 @@ def _warn_of_unkept(entries: list[CapturedBucket]) -> None:
         entry.report.save_failure for entry in entries if entry.report.save_failure is not None
     ]
     if reasons:
-        warnings.warn(
-            f"{len(reasons)} of {len(entries)} buckets were compiled and not kept: {reasons[0]}",
-            stacklevel=2,
+        _log.warning(
+            "%d of %d buckets were compiled and not saved: %s",
+            len(reasons),
+            len(entries),
+            reasons[0],
         )
 
 
@@ -277,14 +281,17 @@ def _progress(
 
         def show(entry: CapturedBucket, device: torch.device) -> None:
             report = entry.report
-            outcome = (
-                report.failure
-                or f"compiled in {report.compile_seconds:.1f} s, captured in {report.capture_seconds:.1f} s"
-            )
-            bar.console.print(
-                f"{entry.bucket}: {outcome}, {free_bytes(device) / 2**30:.1f} GiB free",
-                highlight=False,
-            )
+            if report.state is BucketState.FAILED:
+                _log.warning("bucket %s is not used: %s", entry.bucket, report.failure)
+            else:
+                outcome = report.failure or (
+                    f"compiled in {report.compile_seconds:.1f} s, "
+                    f"captured in {report.capture_seconds:.1f} s"
+                )
+                free = free_bytes(device) / 2**30
+                bar.console.print(
+                    f"{entry.bucket}: {outcome}, {free:.1f} GiB free", highlight=False
+                )
             bar.advance(task)
 
         yield show

@@ -65,7 +65,7 @@ def test_honest_buckets_pass(llm: CompiledLLM) -> None:
         assert found.error < 0.1 * found.allowed
         assert found.cache_difference > 0, "two ways to compute something differ in some bit"
         assert (found.logit_difference is None) == bucket.bucket.endswith(("greedy", "random"))
-    assert "scoring" in llm.report().verification()
+    assert "scoring" in llm.report().render_verification()
 
 
 def test_honest_buckets_pass_where_layers_see_chunks() -> None:
