@@ -16,10 +16,9 @@ from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
-from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING_SIZE
-from compiled_llm.runtime.step.readback import StepHandle
+from compiled_llm.runtime.step.readback import Logprobs, StepHandle
 from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
 

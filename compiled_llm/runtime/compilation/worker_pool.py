@@ -22,10 +22,10 @@ import torch
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import has_likely_artifact, saves_compilations
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.build_context import BuildContext
 from compiled_llm.runtime.compilation import weightless_pickle
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.system.device_memory import free_bytes
@@ -167,24 +167,23 @@ def start_pool_early(config: Config, device: torch.device) -> CompilePool | None
 def compile_in_pool(
     pool: CompilePool | None,
     buckets: Sequence[Bucket],
-    engine: Engine,
-    config: Config,
-    artifact: Artifact | None,
-    report: Report,
+    context: BuildContext,
 ) -> Iterator[CompilePool | None]:
     """The pool, or one of its own, compiling what the artifact lacks of the buckets; None where the engine had better do it."""
+    artifact, report = context.artifact, context.report
     missing = (
         [bucket for bucket in buckets if not artifact.has(str(bucket))]
         if artifact is not None
         else []
     )
-    count = num_processes(config, engine[0].device, len(missing))
+    count = num_processes(context.config, context.device, len(missing))
     if artifact is None or not count:
         yield None
         return
     with CompilePool() if pool is None else nullcontext(pool) as pool:
         try:
-            pool.submit(_make_work(missing, engine, config, artifact, count))
+            engine = context.model, context.layers, context.memory
+            pool.submit(_make_work(missing, engine, context.config, artifact, count))
         except Exception as error:  # whatever pickling raises
             report.warnings.append(
                 f"buckets were compiled one after another, because they could not be handed on: {error}"

@@ -12,7 +12,7 @@ from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
-from compiled_llm.runtime.capture.lazy import LazyBuckets, pending
+from compiled_llm.runtime.capture.lazy import LazyBuckets, pending_buckets
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
@@ -36,7 +36,7 @@ def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
     def make(bucket: Bucket) -> CapturedBucket:
         clock.now += 5
         made.append(str(bucket))
-        return pending([bucket])[0]
+        return pending_buckets([bucket])[0]
 
     lazy = LazyBuckets(make, clock=clock)
     assert not lazy.has_demand
@@ -48,14 +48,14 @@ def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
     assert not lazy.is_overdue
     clock.now += 5.1
     assert lazy.is_overdue
-    lazy.capture_next()
+    lazy.build_next()
     assert lazy.has_demand
     clock.now += 4.9
     assert not lazy.is_due
     clock.now += 0.2
     assert lazy.is_due
-    lazy.capture_next()
-    lazy.capture_next()
+    lazy.build_next()
+    lazy.build_next()
     assert made == ["decode-4-greedy", "decode-8-greedy", "decode-2-greedy"]
     assert not lazy.has_demand
     clock.now += 10
