@@ -292,7 +292,7 @@ class Engine:
         prompts = self.num_waiting or self._rows.prefilling
         outputs = self._launched or self._news
         if self._model_runner.maybe_capture(
-            prompts_pending=bool(prompts), outputs_pending=bool(outputs)
+            prompts_pending=bool(prompts), steps_in_flight=bool(outputs)
         ):
             self._learn_all()
             return self._take_news()

@@ -142,19 +142,19 @@ class ModelRunner:
         self.memory.state.split_counters.zero_()
         self._readback.resynchronize()
 
-    def maybe_capture(self, *, prompts_pending: bool, outputs_pending: bool) -> bool:
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
         """Build the bucket in most demand if it is due. Call this between two steps.
 
         Args:
             prompts_pending: prompts wait or are prefilled; they defer a capture until overdue.
-            outputs_pending: outputs are not delivered yet; they come before a capture.
+            steps_in_flight: outputs are not read or delivered yet; they come before a capture.
 
         Returns:
-            True if a capture is due and waits for the outputs: deliver them, then call again.
+            True if a due capture waits for `steps_in_flight`: read and deliver, then call again.
         """
         if not self._lazy.is_due or (prompts_pending and not self._lazy.is_overdue):
             return False
-        if outputs_pending:
+        if steps_in_flight:
             return True
         self.capture_next()
         return False

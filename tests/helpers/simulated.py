@@ -113,7 +113,7 @@ class SimulatedRuntime:
     def recover(self) -> None:
         """Steps are counted once they have run."""
 
-    def maybe_capture(self, *, prompts_pending: bool, outputs_pending: bool) -> bool:
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
         return False
 
     def check_model(self) -> None:

@@ -185,7 +185,7 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
                     lambda engine: (
                         engine.model_runner.capture_pending
                         and not engine.model_runner.maybe_capture(
-                            prompts_pending=False, outputs_pending=True
+                            prompts_pending=False, steps_in_flight=True
                         )
                     )
                 )

@@ -142,7 +142,7 @@ def test_when_a_bucket_is_captured(
     runner, captured = ModelRunner.__new__(ModelRunner), list[bool]()
     runner._lazy = SimpleNamespace(is_due=due, is_overdue=overdue)  # type: ignore[assignment]
     runner.capture_next = lambda: captured.append(True)  # type: ignore[method-assign]
-    assert runner.maybe_capture(prompts_pending=prompts, outputs_pending=outputs) == result
+    assert runner.maybe_capture(prompts_pending=prompts, steps_in_flight=outputs) == result
     assert bool(captured) == captures
 
 
