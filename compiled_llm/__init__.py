@@ -1,6 +1,7 @@
 """LLM inference by compilation: any Hugging Face causal LM, unmodified, as a paged, CUDA-graphed inference engine.
 
-The first use of a name imports the library, and torch with it, which takes seconds; importing the package alone takes none.
+Public names are imported when first used: importing torch takes seconds, and only the engine's classes
+need it.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compiled_llm.imported import importing
 
 if TYPE_CHECKING:
+    __version__: str
     from compiled_llm.async_llm import AsyncCompiledLLM
     from compiled_llm.config.loader import load_config
     from compiled_llm.config.schema import Config
@@ -61,16 +63,25 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with importing():
-        found = {
-            each: getattr(import_module(f"{__name__}.{module}"), each)
-            for each, module in _MODULES.items()
-        }
-    globals().update(found)
-    return found[name]
+        found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULES]
+    return sorted({*globals(), *_MODULES, "__version__"})
+
+
+def _version() -> str:
+    """Return the version of the installed package, or "unknown" where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("compiled-llm")
+    except PackageNotFoundError:
+        return "unknown"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from compiled_llm.config.schema import excerpt
+from compiled_llm.config.messages import excerpt
 from compiled_llm.sampling_params import SamplingParams
 
 Id = str | int

@@ -15,7 +15,7 @@ from compiled_llm.config.schema import Config
 from compiled_llm.report.report import Report
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import check_matches
-from tests.model_sweep.check import CASES, engine_config, generate, prompt_of
+from tests.model_sweep.check import CASES, engine_config, generate, random_prompt
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model
 
@@ -61,7 +61,7 @@ def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
     errors: list[tuple[Tensor, Tensor]] = []
     with CompiledLLM(model, None, config, progress=False) as llm:
         for lengths in CASES.values():
-            prompts = [prompt_of(length) for length in lengths]
+            prompts = [random_prompt(length) for length in lengths]
             for prompt, (tokens, logits) in zip(prompts, generate(llm, prompts), strict=True):
                 right = _logits(exact, prompt, tokens)
                 errors.append(

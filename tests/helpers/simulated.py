@@ -19,8 +19,9 @@ from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING_SIZE
 from compiled_llm.runtime.step.readback import Logprobs, StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, SamplingTensors
+from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8

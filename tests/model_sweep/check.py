@@ -66,7 +66,7 @@ def check(model: PreTrainedModel, dispatch: str) -> Found:
     check_sensitive(reference)
     with CompiledLLM(model, None, engine_config(dispatch), progress=False) as llm:
         for case, lengths in CASES.items():
-            prompts = [prompt_of(length) for length in lengths]
+            prompts = [random_prompt(length) for length in lengths]
             outputs = generate(llm, prompts)
             for prompt, (tokens, logits) in zip(prompts, outputs, strict=True):
                 _compare(case, reference(prompt), tokens, logits, found)
@@ -81,7 +81,7 @@ def _exercised(model: PreTrainedModel) -> str:
     return ", ".join([f"{len(layers)} calls", *list_features(served, layers)])
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
+def random_prompt(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return torch.randint(FIRST_TOKEN, VOCAB_SIZE, (length,), generator=generator).tolist()
 
@@ -131,16 +131,16 @@ def generate(llm: CompiledLLM, prompts: list[list[int]]) -> list[tuple[list[int]
     ]
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference over the largest value, row by row."""
     return float(((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max())
 
 
 def check_sensitive(reference: Reference) -> None:
     """Two early tokens swapped show in the logits well above the tolerance: attention and positions have a say."""
-    prompt = prompt_of(12)
+    prompt = random_prompt(12)
     swapped = [prompt[1], prompt[0], *prompt[2:]]
-    difference = relative(reference(swapped, 1)[1], reference(prompt, 1)[1])
+    difference = relative_difference(reference(swapped, 1)[1], reference(prompt, 1)[1])
     if not difference > 10 * TOLERANCE:
         raise MismatchError(
             f"the tiny model tells nothing: swapped tokens change its logits by {difference:.1e} only"
@@ -156,9 +156,9 @@ def _compare(
         len(tokens),
     )
     shown = max(same, 1)  # after a token that differs, nothing can be compared
-    difference = relative(logits[:shown], expected_logits[:shown])
+    difference = relative_difference(logits[:shown], expected_logits[:shown])
     if same < len(tokens):
-        at = relative(logits[: same + 1], expected_logits[: same + 1])
+        at = relative_difference(logits[: same + 1], expected_logits[: same + 1])
         found.wrong.append(f"{case}: token {same} differs, logits by {at:.1e}")
     elif not difference <= TOLERANCE:
         found.wrong.append(f"{case}: logits differ by {difference:.1e}")

@@ -108,15 +108,15 @@ def _found(llm: CompiledLLM) -> dict[str, int]:
 def test_the_pass_changes_no_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the reference stands for the kernel."""
     labels: dict[int, list[str]] = {}
-    rewrite = fuse_skinny_linear._rewrite
+    rewrite = fuse_skinny_linear._fuse
 
     def noting(graph, product):  # type: ignore[no-untyped-def]
         num_tokens = product.meta["val"].shape[0]
         labels.setdefault(num_tokens, []).append(rewrite(graph, product))
         return labels[num_tokens][-1]
 
-    monkeypatch.setattr(fuse_skinny_linear, "_is_served", lambda product: True)
-    monkeypatch.setattr(fuse_skinny_linear, "_rewrite", noting)
+    monkeypatch.setattr(fuse_skinny_linear, "_is_supported", lambda product: True)
+    monkeypatch.setattr(fuse_skinny_linear, "_fuse", noting)
     model = tiny_model(family)
     reference = Reference(model)
     config = small_config(
@@ -197,7 +197,7 @@ def test_only_weights_that_nothing_computes_are_taken(
             insert_call(graph, aten.permute.default, prepare(graph, weight), [1, 0]),
         )
         graph.output(product)
-    context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=2)
+    context = PassContext(num_tokens=2)
     labels = fuse_skinny_linear.FUSE_SKINNY_LINEAR.run(graph, context)
     assert labels == (["linear"] if prepare in (_itself, _read_as_one, _half) else [])
     assert len(graph.find_nodes(op="call_function", target=op.skinny_linear)) == len(labels)
@@ -216,7 +216,7 @@ def test_several_tokens_in_float16_are_normed_before() -> None:
                     num_tokens, 64, dtype=dtype, device="cuda"
                 )
                 weight.meta["val"] = torch.empty(64, 64, dtype=dtype, device="cuda")
-                taken[dtype, num_tokens] = fuse_skinny_linear._takes_norm(product)
+                taken[dtype, num_tokens] = fuse_skinny_linear._can_fuse_norm(product)
     assert [key for key, value in taken.items() if not value] == [(torch.float16, 8)]
 
 
@@ -241,7 +241,7 @@ def test_a_norm_of_groups_of_features_stays(num_groups: int) -> None:
             [3, 64],
         )
         x = insert_call(graph, aten.mul.Tensor, weight, normed)
-    found = fuse_skinny_linear._norm(x)
+    found = fuse_skinny_linear._match_norm(x)
     assert (found is not None) == (num_groups == 1)
 
 
@@ -249,14 +249,14 @@ def test_several_tokens_are_served_where_that_pays() -> None:
     """Of an 8B and a 0.6B model: q, k and v; o; gate and up; down; lm_head."""
     large = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)]
     small = [(1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024), (1024, 151936)]
-    assert [fuse_skinny_linear._pays(8, *shape) for shape in large] == [
+    assert [fuse_skinny_linear._is_faster_than_cublas(8, *shape) for shape in large] == [
         False,
         True,
         False,
         True,
         False,
     ]
-    assert [fuse_skinny_linear._pays(8, *shape) for shape in small] == [
+    assert [fuse_skinny_linear._is_faster_than_cublas(8, *shape) for shape in small] == [
         True,
         True,
         True,
@@ -264,7 +264,8 @@ def test_several_tokens_are_served_where_that_pays() -> None:
         False,
     ]
     assert all(
-        fuse_skinny_linear._pays(1, *shape) and not fuse_skinny_linear._pays(17, *shape)
+        fuse_skinny_linear._is_faster_than_cublas(1, *shape)
+        and not fuse_skinny_linear._is_faster_than_cublas(17, *shape)
         for shape in large + small
     )
 

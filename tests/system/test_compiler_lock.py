@@ -147,10 +147,7 @@ def test_a_failed_step_excludes_nothing() -> None:
 
 
 def test_who_compiles_holds_the_lock() -> None:
-    pipeline = Pipeline(
-        passes=[],
-        context=PassContext(layers=(), rotary_embeddings=0, merged_projections=0, num_tokens=1),
-    )
+    pipeline = Pipeline(passes=[], context=PassContext(num_tokens=1))
     with _settings(torch.device("cpu"), pipeline, {}):
         assert compiler_is_free()  # for this thread
         assert not _elsewhere(compiler_is_free).result(30)

@@ -28,9 +28,9 @@ from compiled_llm.runtime.step.batch_inputs import (
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
-    MAX_LOGPROBS,
     SamplingTensors,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 RING_SIZE = 4
 

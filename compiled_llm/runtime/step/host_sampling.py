@@ -11,8 +11,9 @@ from torch import Tensor
 
 from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.runtime.step.readback import Logprobs
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, SamplingTensors
+from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.step import sample_and_update
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compiled_llm.models.attention import PagedAttention
 from compiled_llm.runtime.step.batch_inputs import PrefillInputs
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS
 from compiled_llm.runtime.step.step import Step
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 

@@ -28,7 +28,6 @@ from passes.ops.gumbel_argmax import (
 )
 from passes.ops.sampling_cutoff import sampling_cutoff
 
-MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_LEN = 8
 

@@ -17,13 +17,13 @@ from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.step.batch_inputs import DecodeInputs, PrefillInputs
 from compiled_llm.runtime.step.buffers import RING_SIZE, StepBuffers
 from compiled_llm.runtime.step.sampler import (
-    MAX_LOGPROBS,
     LogitsProcessorState,
     SamplingTensors,
     sample_full,
     sample_greedy,
     sample_random,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 from passes.ops.top_logprobs import top_logprobs
 
 
