@@ -175,10 +175,10 @@ def compile_buckets(
     kept_in = report.facts.get("artifact")
     if kept_in is None:
         expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
-        raise ValueError(f"nothing was kept: {report.artifact_refusal or expected}")
+        raise ValueError(f"nothing was kept: {report.startup.artifact_refusal or expected}")
     if out is not None and kept_in != str(out):
         raise ValueError(
-            f"{report.artifact_refusal}; choose another directory, or add --force to replace what it holds"
+            f"{report.startup.artifact_refusal}; choose another directory, or add --force to replace what it holds"
         )
     missing = [
         bucket.save_failure or bucket.bucket

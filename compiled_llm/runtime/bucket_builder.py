@@ -1,6 +1,6 @@
 """Builds the buckets of an engine: compiles or loads, captures, and verifies them."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +16,8 @@ from compiled_llm.runtime.capture.warmup import compile_buckets, make_graph_budg
 from compiled_llm.runtime.compilation.timing import split_phase
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.verify.verify import verify_bucket
+
+_log = logging.getLogger(__name__)
 
 
 class BucketBuilder:
@@ -61,7 +63,7 @@ class BucketBuilder:
                 self._verify(built)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-            warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
+            _log.warning("bucket %s is not used: %s", bucket, failure)
             report = BucketReport(bucket=str(bucket), size=bucket.size, failure=failure)
             return CapturedBucket(bucket=bucket, report=report)
         return built[0]

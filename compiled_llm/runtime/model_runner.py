@@ -171,7 +171,8 @@ class ModelRunner:
                 return
             with torch.no_grad(), preserve_step_inputs(self.memory.state):
                 self._selector.replace(self._lazy.build_next())
-        self.report.graphs, self.report.pool_bytes = graph_pool(self.model.device)
+        counters = self.report.counters
+        counters.graphs, counters.pool_bytes = graph_pool(self.model.device)
 
     def prefill(self, batch: PrefillBatch) -> StepHandle:
         """Launch a step that caches the batch's tokens and samples the next token of each row."""
@@ -248,7 +249,7 @@ def _launch_guarded(launch: Launch, context: BuildContext) -> None:
         before = graph_events(context.device)
         launch()
         after = graph_events(context.device)
-    events = context.report.graph_events
+    events = context.report.counters.graph_events
     for name, count in after.items():
         events[name] += count - before[name]
     if context.config.strict and after != before:

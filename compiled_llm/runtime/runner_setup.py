@@ -64,9 +64,7 @@ def set_up_runner(
     )
     memory = allocate(model, layers, config, limits, report)
     if memory.states is not None and config.cache.prefix_caching:
-        report.warnings.append(
-            f"{model.config.model_type} has recurrent states, so prompts share no pages"
-        )
+        report.warn(f"{model.config.model_type} has recurrent states, so prompts share no pages")
     context = BuildContext(
         model=model,
         layers=layers,
@@ -99,10 +97,10 @@ def set_up_runner(
 
 
 def _report_buckets(captured: list[CapturedBucket], context: BuildContext) -> None:
-    report, device = context.report, context.device
-    report.graphs, report.pool_bytes = graph_pool(device)
-    report.buckets = [entry.report for entry in captured]
-    report.graph_events = dict.fromkeys(graph_events(device), 0)
+    counters, device = context.report.counters, context.device
+    counters.graphs, counters.pool_bytes = graph_pool(device)
+    context.report.buckets = [entry.report for entry in captured]
+    counters.graph_events = dict.fromkeys(graph_events(device), 0)
 
 
 def _empty_traffic(
@@ -121,10 +119,10 @@ def _empty_traffic(
 def _resolve_limits(model: ServedModel, config: Config, report: Report) -> Limits:
     limits = Limits.resolve(config.limits, model.config, model.device)
     if limits.warning:
-        report.warnings.append(limits.warning)
+        report.warn(limits.warning)
     if supports_state_continuation(model):
         return limits
-    report.warnings.append(
+    report.warn(
         f"{model.config.model_type} cannot continue from its recurrent states with several tokens "
         "at once, so prompts are prefilled one token a step, and "
         f"limits.max_num_batched_tokens={limits.max_num_batched_tokens} is not used"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from passes.ops.library import define_op
+from passes.torch_internals import REGISTER_LOWERING
 
 
 def materialize_reference(value: Tensor) -> Tensor:
@@ -16,11 +17,8 @@ def materialize_reference(value: Tensor) -> Tensor:
 @cache
 def register_materialize_lowering() -> None:
     """Have Inductor write the value to a buffer where it stands; without this, the op is a launch of its own."""
-    from torch._inductor.lowering import (
-        register_lowering,  # with the compiler, which takes seconds to import
-    )
 
-    @register_lowering(materialize, type_promotion_kind=None)
+    @REGISTER_LOWERING.get()(materialize, type_promotion_kind=None)
     def _(value):  # type: ignore[no-untyped-def]
         value.realize()
         return value

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
+
+from passes.torch_internals import PDL_WAIT, TRITON_KERNEL
 
 MAX_TOKENS = 64
 
@@ -41,9 +42,6 @@ def inductor_pdl_waits() -> Iterator[None]:
     By itself, Inductor lets a kernel go ahead that touches nothing of the kernel just before it, and one that reads nothing never
     waits. The kernel after that would wait for it alone, while an earlier one might still run.
     """
-    from torch._inductor.codegen.triton import (
-        TritonKernel,  # with the compiler, which takes seconds to import
-    )
 
     def wait(kernel: Any, buffer: Any, *accessed: str, consider_reads: bool = False) -> None:
         if kernel._enable_pdl_codegen():
@@ -52,5 +50,6 @@ def inductor_pdl_waits() -> Iterator[None]:
                 kernel.GDC_WAIT
             )  # all but the first are dropped later
 
-    with patch.object(TritonKernel, "_handle_pdl_before_access", wait):
+    TRITON_KERNEL.get()
+    with PDL_WAIT.patch(wait):
         yield

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.ops.library import KERNELS
+from passes.torch_internals import JIT_RUN, LAUNCHER_CACHE
 
 # By the name of its folder in Triton's cache, what a kernel's files hold.
 KernelFiles = dict[str, dict[str, bytes]]
@@ -101,11 +101,11 @@ def _tensor_spec(node: Node) -> _TensorSpec:
 @contextmanager
 def compile_without_launching(files: KernelFiles) -> Iterator[None]:
     """While this is open, this thread's launches compile the kernel and what launches it, and note the files of both."""
-    from triton.runtime import build, driver
+    from triton.runtime import driver
     from triton.runtime.cache import FileCacheManager, get_cache_manager
-    from triton.runtime.jit import JITFunction, MockTensor
+    from triton.runtime.jit import MockTensor
 
-    run, folders, thread = JITFunction.run, list[str](), threading.get_ident()
+    run, folders, thread = JIT_RUN.get(), list[str](), threading.get_ident()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:  # another engine's launch
@@ -114,7 +114,7 @@ def compile_without_launching(files: KernelFiles) -> Iterator[None]:
             Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs)
         )
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        with patch.object(build, "get_cache_manager", noting):
+        with LAUNCHER_CACHE.patch(noting):
             driver.active.launcher_cls(kernel.src, kernel.metadata)
         folders.append(kernel.hash)
         return kernel
@@ -124,7 +124,7 @@ def compile_without_launching(files: KernelFiles) -> Iterator[None]:
             folders.append(folder)
         return get_cache_manager(folder)
 
-    with patch.object(JITFunction, "run", compile_only):
+    with JIT_RUN.patch(compile_only):
         yield
     for folder in dict.fromkeys(folders):
         files[folder] = _read(Path(FileCacheManager(folder).cache_dir))

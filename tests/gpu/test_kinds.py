@@ -44,7 +44,7 @@ def test_a_kind_in_bfloat16(model_type: str) -> None:
     report = check_in_bfloat16(exact, engine_config("direct"))
     assert {bucket.state for bucket in report.buckets} == {"graph"}
     assert all(bucket.replays for bucket in report.buckets)
-    assert report.graphs == len(report.buckets)
+    assert report.counters.graphs == len(report.buckets)
     assert not report.fallbacks
     assert not any(report.graph_events.values()), "skips, recompiles and re-records"
     check_matches(report)

@@ -62,7 +62,7 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
         assert copies == Counter({1: 20 - copies[2], 2: copies[2]})
         assert 3 <= copies[2] <= 4, "each of three rows reaches a new page once or twice"
         report = llm.report()
-        assert report.graphs == len(report.buckets) == 4
+        assert report.counters.graphs == len(report.buckets) == 4
         assert {bucket.state for bucket in report.buckets} == {"graph"}
         assert not any(report.graph_events.values())
 

@@ -77,7 +77,7 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
     now = Timestamp.now()
     return CompiledStep(
-        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+        launch=step, graph=False, recording=None, function=None, seconds=durations(now, now, now)
     )
 
 
@@ -227,7 +227,7 @@ def test_compilations_of_another_engine_are_not_counted(
             graph=False,
             guarded=guarded,
             recording=None,
-            owner=None,
+            function=None,
             seconds=durations(now, now, now),
         )
 

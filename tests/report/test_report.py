@@ -9,8 +9,9 @@ import pytest
 
 from compiled_llm.report.export import write_report
 from compiled_llm.report.html import render_html
-from compiled_llm.report.report import BucketReport, BucketState, PhaseReport, Report
+from compiled_llm.report.report import BucketReport, BucketState, PhaseReport, Report, StartupReport
 from compiled_llm.report.svg import Bar, bar_plot
+from compiled_llm.report.tables import report_tables, summary_lines
 from passes import PassReport
 
 
@@ -33,7 +34,7 @@ def report() -> Report:
     )
     waiting = BucketReport(bucket="decode-1-greedy", size=1, state=BucketState.PENDING)
     made = Report(
-        facts={"model": "tiny"},
+        startup=StartupReport(facts={"model": "tiny"}),
         warnings=["<script>alert(1)</script>"],
         buckets=[served, failed, waiting],
     )
@@ -79,10 +80,10 @@ def test_the_page_stands_alone_and_says_all(report: Report) -> None:
     assert not parsed.pointers
     assert not parsed.seen & {"script", "link", "img", "iframe", "object"}
     assert not any(word in page for word in ("http:", "https:", "url(", "@import"))
-    for table in report.tables():
+    for table in report_tables(report):
         assert table.title in parsed.text
         assert all(cell in parsed.text for row in table.rows for cell in row)
-    assert all(line in parsed.text for line in report.summary_lines()), (
+    assert all(line in parsed.text for line in summary_lines(report)), (
         "what is in a warning is text"
     )
     plots = page.split("<svg")[1:]

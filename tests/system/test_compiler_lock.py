@@ -17,7 +17,7 @@ from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
 from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import _examined
 from compiled_llm.models.loading import load
-from compiled_llm.runtime.compilation.compiler import _settings
+from compiled_llm.runtime.compilation.compiler import _compiler_settings
 from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
 from compiled_llm.system.compiler_lock import (
     COMPILER_LOCK,
@@ -148,7 +148,7 @@ def test_a_failed_step_excludes_nothing() -> None:
 
 def test_who_compiles_holds_the_lock() -> None:
     pipeline = Pipeline(passes=[], context=PassContext(num_tokens=1))
-    with _settings(torch.device("cpu"), pipeline, {}):
+    with _compiler_settings(torch.device("cpu"), pipeline, {}):
         assert compiler_is_free()  # for this thread
         assert not _elsewhere(compiler_is_free).result(30)
 

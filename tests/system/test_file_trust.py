@@ -36,10 +36,7 @@ def test_what_others_may_write_is_refused(path: Path, levels: int, mode: int) ->
     why = untrusted_reason(path)
     assert why is not None
     assert "\n" not in why
-    assert (
-        why
-        == f"others may write to {place} (mode {0o700 | mode:o}): take that away with `chmod go-w {place}`"
-    )
+    assert why == f"others may write to {place} (mode {0o700 | mode:o}): run `chmod go-w {place}`"
     with pytest.raises(UntrustedFileError, match="others may write"):
         read_trusted(path)
 

@@ -57,8 +57,10 @@ class BucketSelector:
     def _search(self, kind: BucketKind, size: int, sampler: Sampler) -> CapturedBucket | None:
         smallest = smallest_bucket(self._buckets[kind], size, sampler) if self._compiles else None
         if smallest is None:
-            reason = f"no {kind} bucket holds {size} with the {sampler} sampler"
-            self._count_eager(reason if self._compiles else "compile.dispatch is eager")
+            if self._compiles:
+                self._count_eager(f"no {kind} bucket holds {size} with the {sampler} sampler")
+            else:
+                self._count_eager("compile.dispatch is eager", expected=True)
             return None
         wanted = smallest_bucket(self._usable_or_pending(kind), size, sampler)
         if wanted is not None and self.captured_buckets[wanted].compiled is None:
@@ -66,13 +68,15 @@ class BucketSelector:
         usable = [b for b in self._buckets[kind] if self.captured_buckets[b].compiled is not None]
         selected = smallest_bucket(usable, size, sampler)
         if selected is None:
-            self._count_eager(self._why_unusable(smallest))
+            pending = self.captured_buckets[smallest].report.state is BucketState.PENDING
+            self._count_eager(self._why_unusable(smallest), expected=pending)
             return None
         entry = self.captured_buckets[selected]
         if selected == smallest:
             self._exact[kind, size, sampler] = entry
         else:
-            self._report.stand_ins[f"{self._why_unusable(smallest)}; {selected} served"] += 1
+            reason = f"{self._why_unusable(smallest)}; {selected} served"
+            self._report.counters.count_stand_in(reason)
         return entry
 
     def check_sampler(self, kind: BucketKind, sampler: Sampler) -> None:
@@ -108,8 +112,8 @@ class BucketSelector:
         entry = self.captured_buckets[bucket]
         return entry.compiled is not None or entry.report.state is BucketState.PENDING
 
-    def _count_eager(self, reason: str) -> None:
-        self._report.fallbacks[reason] += 1
+    def _count_eager(self, reason: str, *, expected: bool = False) -> None:
+        self._report.counters.count_fallback(reason, expected=expected)
         if self._strict:
             raise StrictError(f"a step would run eagerly: {reason}")
 

@@ -6,8 +6,8 @@ the first.
 """
 
 import gc
+import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -39,6 +39,8 @@ from compiled_llm.runtime.memory.allocation import stage_padding
 from compiled_llm.runtime.step.step import Step
 from passes import PassError, PassReport, Pipeline
 from passes.ops.precompile import compile_kernels
+
+_log = logging.getLogger(__name__)
 
 
 def compile_buckets(
@@ -229,7 +231,7 @@ def _save(
         )
         artifact.save(str(bucket), saved)
     except Exception as error:  # such as a full disk; pickling may raise anything
-        notices.append(f"{bucket} could not be kept in {artifact.directory}: {error}")
+        notices.append(f"{bucket} could not be saved in {artifact.directory}: {error}")
         return notices[-1]
     return None
 
@@ -265,7 +267,7 @@ def _free_memory(device: torch.device) -> None:
 def _warn_of_left_out(built: list[CapturedBucket], context: BuildContext) -> None:
     names = [str(entry.bucket) for entry in built if entry.report.state is BucketState.LEFT_OUT]
     if names:
-        context.report.warnings.append(
+        context.report.warn(
             f"memory.graphs has no space for {', '.join(names)}: "
             "their steps run in larger buckets, or eagerly"
         )
@@ -274,7 +276,9 @@ def _warn_of_left_out(built: list[CapturedBucket], context: BuildContext) -> Non
 def _warn_of_unsaved(built: list[CapturedBucket]) -> None:
     reasons = [entry.report.save_failure for entry in built if entry.report.save_failure]
     if reasons:
-        warnings.warn(
-            f"{len(reasons)} of {len(built)} buckets were compiled and not kept: {reasons[0]}",
-            stacklevel=2,
+        _log.warning(
+            "%d of %d buckets were compiled and not saved: %s",
+            len(reasons),
+            len(built),
+            reasons[0],
         )

@@ -102,11 +102,11 @@ def test_code_that_a_graph_does_not_show_is_not_told() -> None:
     torch._dynamo.allow_in_graph(hidden)
     model = tiny_model("llama")
     model.model.norm.register_forward_hook(lambda module, inputs, output: hidden(output))
-    with pytest.raises(UndeterminedGraphError, match="hidden, which it does not show"):
+    with pytest.raises(UndeterminedGraphError, match="hidden, whose code it does not contain"):
         digest(model)
     with pytest.raises(
         ValueError,
-        match=r"it is not known which code the model runs: .*hidden, which it does not show",
+        match=r"the code that the model runs cannot be identified: .*hidden, whose code",
     ):
         identify(model, lambda: digest(model), just_loaded=False)
 

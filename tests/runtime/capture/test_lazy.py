@@ -141,7 +141,7 @@ def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledSt
     for _ in range(2):
         step()
     return CompiledStep(
-        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+        launch=step, graph=False, recording=None, function=None, seconds=durations(now, now, now)
     )
 
 

@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_cpp_code
 
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime.compilation.inductor_patches import (
-    TAG,
+    CACHE_TAG,
     cached_vec_isa_checks,
     safe_reduction_tiling,
 )
@@ -48,7 +48,7 @@ def test_sums_of_any_number_of_heads_are_right(num_heads: int, bits: int) -> Non
 
 def test_generated_code_is_cached_by_the_size_of_vectors() -> None:
     """Its key leaves the size out: what was generated for AVX-512 would be compiled for AVX2, and the other way round."""
-    assert TAG.endswith(torch.backends.cpu.get_cpu_capability())
+    assert CACHE_TAG.endswith(torch.backends.cpu.get_cpu_capability())
 
 
 def test_tokens_are_right_with_vectors_of_another_size() -> None:

@@ -129,7 +129,7 @@ def test_what_does_not_pickle_is_compiled_here(
     assert tokens == expected
     assert traced == 1 + len(report.buckets)
     (warning,) = report.warnings
-    assert "could not be handed on" in warning
+    assert "cannot be passed to other processes" in warning
 
 
 def test_how_many_processes() -> None:
