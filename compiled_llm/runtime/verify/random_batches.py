@@ -80,53 +80,40 @@ class RandomBatch:
         return slots
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sequences:
+    """The fields of a `RandomBatch` that its inputs are made from."""
+
+    rows: Int64
+    num_cached: Int64
+    num_new: Int64
+    tables: NDArray[np.int32]
+    params: Int64
+
+
 def make_random_batch(
     bucket: Bucket, memory: Memory, limits: Limits, *, seed: int, shape: BatchShape
 ) -> RandomBatch:
     """Return a batch that the bucket holds."""
     rng = np.random.default_rng(seed)
-    capacity = min(
-        (group.num_pages - 1 for group in memory.groups),
-        default=limits.max_num_seqs * limits.max_model_len,
-    )
-    # A prefill step of a model with recurrent states serves one sequence.
-    one_sequence = bucket.kind == "prefill" and memory.states is not None
+    capacity = _capacity(memory, limits)
     if shape == "long":
-        num_new = _long_counts(bucket, limits, capacity, one_sequence=one_sequence)
+        num_new = _long_counts(bucket, memory, limits, capacity)
     else:
-        max_seqs = min(bucket.size, 1 if one_sequence else limits.max_num_seqs, capacity)
-        num_new = _random_counts(
-            rng,
-            bucket,
-            limits,
-            capacity * memory.block_size,
-            memory.block_size,
-            max_seqs,
-            full=shape == "full",
-        )
+        num_new = _random_counts(rng, bucket, memory, limits, capacity, full=shape == "full")
     blocks = -(-num_new // memory.block_size)
     max_cached_blocks = _MAX_CACHED_TOKENS // memory.block_size
     spare = min(capacity - int(blocks.sum()), max_cached_blocks) // len(num_new)
     num_cached = _random_cached(rng, bucket, memory, limits, num_new, blocks + spare, shape)
-    if one_sequence and (num_new[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket):
-        num_cached[:] = 0  # with recurrent states, only the beginning of a sequence is padded
     permuted = rng.permutation(limits.max_num_seqs)
     rows, idle_rows = np.split(permuted[: len(num_new) + NUM_SPARE], [len(num_new)])
     pages = assign_pages(rng, memory, num_cached, num_new, spare)
     params = np.stack([_params(bucket.sampler, number, rng) for number in range(len(rows))])
-    vocab_size = memory.state.logits.shape[1]
-    tokens = rng.integers(0, vocab_size, len(rows))
-    make_batch = _decode_batch if bucket.kind == "decode" else _prefill_batch
-    batch = make_batch(
-        rng,
-        bucket,
-        memory,
-        rows=rows,
-        num_cached=num_cached,
-        num_new=num_new,
-        tables=pages.tables,
-        params=params,
+    tokens = rng.integers(0, memory.state.logits.shape[1], len(rows))
+    sequences = _Sequences(
+        rows=rows, num_cached=num_cached, num_new=num_new, tables=pages.tables, params=params
     )
+    make_batch = _decode_batch if bucket.kind == "decode" else _prefill_batch
     return RandomBatch(
         rows=rows,
         idle_rows=idle_rows,
@@ -135,9 +122,20 @@ def make_random_batch(
         pages=pages,
         params=params,
         tokens=tokens,
-        batch=batch,
+        batch=make_batch(rng, bucket, memory, sequences),
         seed=seed,
     )
+
+
+def _capacity(memory: Memory, limits: Limits) -> int:
+    """Return how many pages the sequences may have together."""
+    pages = [group.num_pages - 1 for group in memory.groups]
+    return min(pages, default=limits.max_num_seqs * limits.max_model_len)
+
+
+def _serves_one_sequence(bucket: Bucket, memory: Memory) -> bool:
+    """Return whether the step is a prefill of a model with recurrent states."""
+    return bucket.kind == "prefill" and memory.states is not None
 
 
 def _random_cached(
@@ -157,36 +155,42 @@ def _random_cached(
         num_cached[rng.random(len(num_new)) < 0.5] = 0
     if shape == "long":
         num_cached[0] = max(shortest[0], _longest_sequence(memory, limits) - num_new[0])
+    is_padded = num_new[0] < bucket.size or memory.eager_bucket(bucket, limits) != bucket
+    if _serves_one_sequence(bucket, memory) and is_padded:
+        num_cached[:] = 0  # with recurrent states, only the beginning of a sequence is padded
     return num_cached
 
 
 def _random_counts(
     rng: np.random.Generator,
     bucket: Bucket,
+    memory: Memory,
     limits: Limits,
-    max_tokens: int,
-    block_size: int,
-    max_seqs: int,
+    capacity: int,
     *,
     full: bool,
 ) -> Int64:
-    """Return how many new tokens each sequence has, [S]; `max_tokens` fill all pages."""
+    """Return how many new tokens each sequence has, [S]."""
+    one_sequence, block_size = _serves_one_sequence(bucket, memory), memory.block_size
+    max_seqs = min(bucket.size, 1 if one_sequence else limits.max_num_seqs, capacity)
     if bucket.kind == "decode":
         return np.ones(max_seqs if full else rng.integers(1, max_seqs + 1), np.int64)
     seqs = int(rng.integers(1, max_seqs + 1))
-    total = min(bucket.size, seqs * limits.max_model_len, max_tokens - seqs * (block_size - 1))
+    max_tokens = capacity * block_size - seqs * (block_size - 1)
+    total = min(bucket.size, seqs * limits.max_model_len, max_tokens)
     total = total if full else int(rng.integers(seqs, total + 1))
     cuts = np.sort(rng.permutation(total - 1)[: seqs - 1]) + 1
     counts: Int64 = np.minimum(np.diff([0, *cuts, total]), limits.max_model_len)
     return counts
 
 
-def _long_counts(bucket: Bucket, limits: Limits, capacity: int, *, one_sequence: bool) -> Int64:
+def _long_counts(bucket: Bucket, memory: Memory, limits: Limits, capacity: int) -> Int64:
     """Return how many new tokens each sequence of a long batch has, [S]; the first is long."""
     if bucket.kind == "decode":
         rows = min(_LONG_ROWS, bucket.size, limits.max_num_seqs, capacity // 4)
         return np.ones(max(1, rows), np.int64)
     most = min(bucket.size, limits.max_model_len)
+    one_sequence = _serves_one_sequence(bucket, memory)
     return np.array([most if one_sequence else min(most, _LONG_CHUNK)], np.int64)
 
 
@@ -218,22 +222,14 @@ def _params(sampler: Sampler, number: int, rng: np.random.Generator) -> Int64:
 
 
 def _decode_batch(
-    rng: np.random.Generator,
-    bucket: Bucket,
-    memory: Memory,
-    *,
-    rows: Int64,
-    num_cached: Int64,
-    num_new: Int64,
-    tables: NDArray[np.int32],
-    params: Int64,
+    rng: np.random.Generator, bucket: Bucket, memory: Memory, sequences: _Sequences
 ) -> DecodeBatch:
     """About half of the rows have just grown into their last page."""
-    state = memory.state
+    state, rows, tables = memory.state, sequences.rows, sequences.tables
     grown = np.flatnonzero(rng.random(len(rows)) < 0.5)
     grid = np.meshgrid(np.arange(len(tables)), grown, indexing="ij")
     groups, seqs = (axis.reshape(-1) for axis in grid)
-    blocks = num_cached[seqs] // memory.block_size
+    blocks = sequences.num_cached[seqs] // memory.block_size
     return DecodeBatch(
         rows=rows,
         patch_index=(groups * (state.max_num_seqs + 1) + rows[seqs]) * state.max_blocks + blocks,
@@ -243,18 +239,11 @@ def _decode_batch(
 
 
 def _prefill_batch(
-    rng: np.random.Generator,
-    bucket: Bucket,
-    memory: Memory,
-    *,
-    rows: Int64,
-    num_cached: Int64,
-    num_new: Int64,
-    tables: NDArray[np.int32],
-    params: Int64,
+    rng: np.random.Generator, bucket: Bucket, memory: Memory, sequences: _Sequences
 ) -> PrefillBatch:
     """About half of the rows with cached tokens and one new token decode."""
-    total, seqs, vocab_size = int(num_new.sum()), len(rows), memory.state.logits.shape[1]
+    num_cached, num_new = sequences.num_cached, sequences.num_new
+    total, seqs, vocab_size = int(num_new.sum()), len(num_new), memory.state.logits.shape[1]
     may_decode = (num_cached > 0) & (num_new == 1) & (memory.states is None)
     decoding = (rng.random(seqs) < 0.5) & may_decode
     ids = rng.integers(0, vocab_size, total)
@@ -264,11 +253,11 @@ def _prefill_batch(
         ids=ids,
         logprob_targets=rng.integers(0, vocab_size, total) if scoring else np.full(total, -1),
         num_logprobs=np.full(total, _TOP_LOGPROBS if scoring else -1),
-        seq_rows=rows,
+        seq_rows=sequences.rows,
         starts=num_cached,
         lengths=num_new,
-        block_tables=tables,
-        params=params,
+        block_tables=sequences.tables,
+        params=sequences.params,
         recent=np.full((seqs, RECENT), -1),
         is_prompt=(~decoding).astype(np.int64),
         sample_mask=np.ones(seqs, np.int64),
