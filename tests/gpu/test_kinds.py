@@ -1,4 +1,4 @@
-"""A dozen kinds of models in bfloat16 through graphs: nothing falls back or is recorded twice, and logits are as good as eager's.
+"""Kinds of models in bfloat16 with CUDA graphs: no fallbacks, and logits as good as eager.
 
 `pytest tests/gpu/test_kinds.py -n 8` takes a few minutes, nearly all of it compiling.
 """
@@ -51,7 +51,10 @@ def test_a_kind_in_bfloat16(model_type: str) -> None:
 
 
 def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
-    """Greedy tokens of all cases: at each, our logits are about as far from float32's as those of transformers in bfloat16 are."""
+    """Compare the logits of all cases' greedy tokens with those of float32.
+
+    They must be about as close as those of transformers in bfloat16.
+    """
     model = copy.deepcopy(exact).to(torch.bfloat16)
     theirs = copy.deepcopy(model)
     theirs.set_attn_implementation("eager")
@@ -74,7 +77,7 @@ def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
 
 
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
-    """What a model would choose each of these tokens from: [len(tokens), V], float32."""
+    """Return the logits [len(tokens), V] float32 that these tokens are chosen from."""
     ids = torch.tensor([prompt + tokens], device=model.device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -82,5 +85,5 @@ def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Ten
 
 
 def _relative(logits: Tensor, right: Tensor) -> Tensor:
-    """[L] the largest difference over the largest value, row by row."""
+    """Return the largest difference of each row, relative to its largest value, [L]."""
     return (logits.to(right.device).float() - right).abs().amax(-1) / right.abs().amax(-1)

@@ -81,5 +81,5 @@ def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -
         assert (report.scheduling.preemptions > 0) == bool(llm.model_runner.memory.groups), (
             "without pages, nobody lacks one"
         )
-    assert any("keeps states" in warning for warning in report.warnings)
+    assert any("has recurrent states" in warning for warning in report.warnings)
     assert report.scheduling.cached_tokens == 0

@@ -22,10 +22,10 @@ import torch
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
 from compiled_llm.runtime.artifacts.cache import has_likely_artifact, saves_compilations
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.build_context import BuildContext
 from compiled_llm.runtime.compilation import weightless_pickle
 from compiled_llm.runtime.compilation.compile_task import CompileTask
 from compiled_llm.runtime.memory.allocation import Memory
@@ -149,36 +149,33 @@ def start_pool_early(config: Config, device: torch.device) -> CompilePool | None
 def compile_in_pool(
     pool: CompilePool | None,
     buckets: Sequence[Bucket],
-    engine: EngineParts,
-    config: Config,
-    artifact: Artifact | None,
-    report: Report,
+    context: BuildContext,
 ) -> Iterator[CompilePool | None]:
     """Let a pool compile the buckets that the artifact does not hold.
 
     Args:
         pool: a pool from `start_pool_early`; None for a new one.
         buckets: of the engine.
-        engine: the model, its attention layers and its memory.
-        config: of the engine.
-        artifact: where buckets are saved; without one, nothing can be handed to a process.
-        report: gets warnings for the buckets that failed.
+        context: of the engine; its report gets warnings for the buckets that failed. Without an
+            artifact, nothing can be handed to a process.
 
     Yields:
         The pool, or None if the engine compiles all buckets itself.
     """
+    artifact, report = context.artifact, context.report
     missing = (
         [bucket for bucket in buckets if not artifact.has(str(bucket))]
         if artifact is not None
         else []
     )
-    count = num_processes(config, engine[0].device, len(missing))
+    count = num_processes(context.config, context.device, len(missing))
     if artifact is None or not count:
         yield None
         return
     with CompilePool() if pool is None else nullcontext(pool) as pool:
         try:
-            pool.submit(_make_task(missing, engine, config, artifact, count))
+            engine = context.model, context.layers, context.memory
+            pool.submit(_make_task(missing, engine, context.config, artifact, count))
         except Exception as error:  # pickling may raise anything
             report.warn(
                 "buckets are compiled one after another, because the model cannot be passed to "

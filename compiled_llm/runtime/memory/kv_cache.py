@@ -108,7 +108,7 @@ def _round_down(pages: int) -> int:
 def max_pages_per_seq(reach: AttentionReach, block_size: int, limits: Limits) -> int:
     """Return the most pages that one sequence holds at a time.
 
-    They hold all its tokens; with a window, those in the window and those of one step.
+    They hold all its tokens; with a limited reach, those in reach and those of one step.
     """
     length = limits.max_model_len
     if not reach.is_full:

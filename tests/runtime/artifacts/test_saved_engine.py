@@ -91,7 +91,9 @@ def test_the_reports_of_passes_are_saved(
     assert counters["stats"]["unique_graphs"] == graphs
     for bucket in report.buckets:
         assert bucket.loaded
-        assert [each.matches for each in bucket.passes if each.name == "paged_attention"] == [2]
+        assert [
+            each.matches for each in bucket.passes if each.name == "lower_attention_marker"
+        ] == [2]
 
 
 def test_a_damaged_or_new_bucket_is_compiled(

@@ -25,7 +25,7 @@ def test_a_step_that_cannot_be_serialized_is_not_saved_and_runs(
     assert "1 of 1 buckets were compiled and not saved" in caplog.text
     assert "cannot pickle this" in caplog.text
     (warning,) = report.warnings
-    assert "could not be kept" in warning
+    assert "could not be saved" in warning
     assert "cannot pickle this" in warning
     assert [bucket.failure for bucket in report.buckets] == [None]
 
@@ -46,6 +46,6 @@ def test_a_full_disk_leaves_the_engine_usable(
     assert "No space left on device" in caplog.text
     assert [bucket.save_failure for bucket in report.buckets] == report.warnings
     (warning,) = report.warnings
-    assert "could not be kept" in warning
+    assert "could not be saved" in warning
     assert "No space left" in warning
     assert not [path for path in (tmp_path / "full").iterdir() if path.name != ".lock"]
