@@ -73,7 +73,10 @@ class OursStepped(Ours):
     def _profiled(self, steps: int) -> tuple[dict[str, int], list[Span]]:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        activities = [ProfilerActivity.CPU]
+        if self.llm.model.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiled:
             self._run(steps)
         assert profiled.profiler is not None
         events = profiled.profiler.kineto_results.events()
