@@ -180,8 +180,8 @@ def _draw_panel(axes: Any, chart: Chart, record: Mapping[str, Any], theme: Theme
 
 def _values(rows: Iterable[Mapping[str, Any]], system: str, key: str) -> dict[int, float]:
     """Return the values of one system by batch size, failed batches left out."""
-    found = {row["batch"]: row.get(key) for row in rows if row["system"] == system}
-    return {batch: value for batch, value in found.items() if value is not None}
+    values = {row["batch"]: row.get(key) for row in rows if row["system"] == system}
+    return {batch: value for batch, value in values.items() if value is not None}
 
 
 def _three_digits(value: float) -> str:

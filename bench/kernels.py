@@ -98,7 +98,7 @@ class Inputs:
         block_table: int32 [S, N], pages of each sequence.
         query_start: int32 [S + 1], first query of each sequence.
         seq_lens: int32 [S], tokens of each sequence.
-        arrivals: int32 [S * G] zeros, workspace of the decode kernel.
+        split_counters: int32 [S * G] zeros, workspace of the decode kernel.
     """
 
     shape: Shape

@@ -41,7 +41,7 @@ def make_record(
 
 
 def roofline_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the roofline's fields in a record; records before 2026-11-24 name it `card`."""
+    """Return the roofline's fields in a record; older records name it `card`."""
     fields: dict[str, Any] = record["roofline"] if "roofline" in record else record["card"]
     return fields
 
@@ -71,17 +71,17 @@ def model_name(config: "Config") -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of everything that a result depends on; None for what is missing."""
-    found: dict[str, str | None] = {
+    installed: dict[str, str | None] = {
         "python": platform.python_version(),
         "commit": _commit(),
         "driver": _driver(),
     }
     for package in ("torch", "triton", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def _commit() -> str | None:

@@ -224,10 +224,10 @@ def _model_config(config: ModelConfig) -> PretrainedConfig:
     if path.suffix == ".gguf":
         directory, options = path.parent, {"gguf_file": path.name}
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(directory, **options)
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(directory, **options)
     except OSError as error:
         raise ValueError(f"the config of model {config.name!r} cannot be read: {error}") from None
-    return found
+    return loaded
 
 
 def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -219,5 +219,5 @@ def _idle_shares(
     """Return the GPU's idle share between launches, for systems of ours."""
     if not name.startswith("ours") or name not in workers.clients:
         return {}
-    spans = workers.call(name, "profile_workload", steps=steps, **asdict(workload)) or {}
-    return {f"idle_{kind}": idle_between_launches(found) for kind, found in spans.items()}
+    profiles = workers.call(name, "profile_workload", steps=steps, **asdict(workload)) or {}
+    return {f"idle_{kind}": idle_between_launches(spans) for kind, spans in profiles.items()}

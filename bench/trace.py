@@ -20,13 +20,13 @@ def device_spans(events: Iterable[Any]) -> list[Span]:
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
     cuda = DeviceType.CUDA
-    found = sorted(
+    spans = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns(), event.correlation_id())
         for event in events
         if event.device_type() == cuda and event.duration_ns()
     )
-    origin = found[0][0] if found else 0
-    return [((begin - origin) / 1e3, (end - origin) / 1e3, launch) for begin, end, launch in found]
+    origin = spans[0][0] if spans else 0
+    return [((begin - origin) / 1e3, (end - origin) / 1e3, launch) for begin, end, launch in spans]
 
 
 def busy_us(spans: Sequence[Span]) -> float:

@@ -58,22 +58,25 @@ class OursStepped(Ours):
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float, steps: int
     ) -> dict[str, list[Span]]:
         """Profile a workload; return the device spans of steps with prefill and of decode steps."""
-        found = {}
+        spans = {}
         with self._requests(prompts, output_lengths, temperature):
             engine = self.llm.engine
             for _ in range(min(10, len(prompts))):
                 engine.step()
-            found["prefill"] = self._profiled(min(steps, _MAX_PREFILL_STEPS))[1]
+            spans["prefill"] = self._profiled(min(steps, _MAX_PREFILL_STEPS))[1]
             while engine.num_waiting:
                 engine.step()
             self._run(20)
-            found["decode"] = self._profiled(steps)[1]
-        return found
+            spans["decode"] = self._profiled(steps)[1]
+        return spans
 
     def _profiled(self, steps: int) -> tuple[dict[str, int], list[Span]]:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        activities = [ProfilerActivity.CPU]
+        if self.llm.model.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiled:
             self._run(steps)
         assert profiled.profiler is not None
         events = profiled.profiler.kineto_results.events()
@@ -106,14 +109,14 @@ class OursStepped(Ours):
         """Enter with `batch` sequences in decode, each with at least `num_tokens` to generate."""
         engine = self.llm.engine
         # Sequences decode while later ones prefill, and none may finish before all have started.
-        wanted = num_tokens + -(-batch * context // self.setup.max_num_batched_tokens)
+        num_output_tokens = num_tokens + -(-batch * context // self.setup.max_num_batched_tokens)
         available = self.setup.max_model_len - context
-        assert wanted <= available, (
-            f"{wanted} tokens after {context} of context exceed limits.max_model_len, "
+        assert num_output_tokens <= available, (
+            f"{num_output_tokens} tokens after {context} of context exceed limits.max_model_len, "
             f"which leaves {available}"
         )
         prompts = random_prompts(batch, context, vocab_size=vocab_size, seed=batch)
-        with self._requests(prompts, [wanted] * batch, 0.0):
+        with self._requests(prompts, [num_output_tokens] * batch, 0.0):
             stats = self.llm.report().scheduling
             before = stats.decode_steps
             while engine.num_waiting or stats.decode_steps == before:

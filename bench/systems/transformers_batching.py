@@ -88,9 +88,9 @@ class TransformersBatching(TransformersEager):
         import torch
 
         setup: Setup = self.setup
-        wanted = setup.max_num_seqs * -(-setup.max_model_len // _BLOCK)
+        needed = setup.max_num_seqs * -(-setup.max_model_len // _BLOCK)
         if setup.device != "cuda":
-            return wanted
+            return needed
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -98,4 +98,4 @@ class TransformersBatching(TransformersEager):
         free, total = torch.cuda.mem_get_info()
         share = setup.memory_share or 0.9
         budget = min(0.8 * free, share * total - torch.cuda.memory_allocated())
-        return max(1, min(wanted, int(0.8 * budget / block)))
+        return max(1, min(needed, int(0.8 * budget / block)))

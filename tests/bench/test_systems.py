@@ -105,7 +105,7 @@ def test_stream_on_a_cpu_measures_host_time_only(tmp_path: Path) -> None:
     (row,) = stream.measure(workers, ["ours"], _ROOFLINE, settings, batch=2)
     assert row["launches"] is None
     assert row["host_us"] > 0
-    found = workers.call(
+    profiles = workers.call(
         "ours",
         "profile_workload",
         prompts=[[5] * 9] * 2,
@@ -113,7 +113,7 @@ def test_stream_on_a_cpu_measures_host_time_only(tmp_path: Path) -> None:
         temperature=0.0,
         steps=2,
     )
-    assert found == {"prefill": [], "decode": []}
+    assert profiles == {"prefill": [], "decode": []}
     workers.close()
 
 

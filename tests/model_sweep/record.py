@@ -15,6 +15,7 @@ ROOT = HERE.parents[1]
 DATA = HERE / "models.yaml"
 PAGE = ROOT / "docs" / "models.md"
 _KNOWN_UNSUPPORTED = HERE / "known_unsupported.yaml"
+_WIDTH = 85  # columns after which a line of the data is folded at the next space
 _HEADER = (
     "# Written by `python -m tests.model_sweep --update`: the result of each model type, compiled\n"
     "# on a CPU. docs/models.md shows the same.\n"
@@ -73,7 +74,7 @@ def write_record(data: Mapping[str, dict[str, str]], versions: Mapping[str, str]
     for group, of_variants in (("models", False), ("variants", True)):
         entries = sorted(data.items())
         values[group] = {name: each for name, each in entries if is_variant(name) == of_variants}
-    DATA.write_text(_HEADER + yaml.safe_dump(values, sort_keys=False, width=200))
+    DATA.write_text(_HEADER + yaml.safe_dump(values, sort_keys=False, width=_WIDTH))
     write_page()
 
 

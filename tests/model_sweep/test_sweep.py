@@ -87,7 +87,7 @@ def test_wrong_positions_are_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         ModelCall,
         "__call__",
-        lambda self, ids, positions, *wanted: original(self, ids, positions // 2, *wanted),
+        lambda self, ids, positions, *rest: original(self, ids, positions // 2, *rest),
     )
     with pytest.raises(MismatchError, match="differ"):
         check(tiny_model(tiny_config("bart")), "eager")
