@@ -141,7 +141,9 @@ def test_more_than_twenty_buckets_all_replay(dispatch: str) -> None:
     assert [b.replays for b in report.buckets if b.bucket.startswith("decode")] == [1] * 21
 
 
-def test_the_next_bucket_replaces_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_bucket_replaces_one_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     direct = warmup.DISPATCHES["direct"]
 
     def failing(step, *arguments):  # type: ignore[no-untyped-def]
@@ -158,6 +160,8 @@ def test_the_next_bucket_replaces_one_that_fails(monkeypatch: pytest.MonkeyPatch
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
+    failure = "bucket decode-2-greedy is not used: RuntimeError: injected failure"
+    assert [record.getMessage() for record in caplog.records] == [failure]
     assert report.stand_ins == {
         "decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18
     }
