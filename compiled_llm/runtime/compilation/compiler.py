@@ -139,7 +139,7 @@ def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> tup
 
 @torch.no_grad()
 def trace_digest(step: Step) -> str:
-    """Return the digest of the graph that `direct` would compile; raises as `graph_digest.trace`."""
+    """Return the digest of the graph that `direct` compiles; see `graph_digest.trace`."""
     with COMPILER_LOCK, thread_local_fx_patches(), dynamo_config.patch(_DYNAMO):
         return graph_digest.trace(lambda: _compile(step))
 
@@ -227,7 +227,8 @@ def _compiler_settings(
         settings.enter_context(inductor_patches.avx2_without_avx512())
         settings.enter_context(inductor_patches.safe_reduction_tiling())
         settings.enter_context(thread_local_fx_patches())
-        settings.enter_context(compiler_config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]  # torch adds it
+        patch_config: Any = compiler_config.patch  # type: ignore[attr-defined]  # added by torch
+        settings.enter_context(patch_config(cache_key_tag=tag))
         settings.enter_context(recover_failed_capture(device))
         yield
 

@@ -1,4 +1,4 @@
-"""Fixtures of a tiny checkpoint, and of engines on it."""
+"""Fixtures of a tiny checkpoint and its reference tokens."""
 
 from pathlib import Path
 
@@ -16,6 +16,6 @@ def expected() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny llama, as `from_pretrained` loads it: without tracing, it is known by its source."""
+    """Save tiny llama: `from_pretrained` identifies it by its source, without tracing."""
     tiny_model("llama").save_pretrained(directory := tmp_path_factory.mktemp("checkpoint"))
     return directory

@@ -41,7 +41,7 @@ def test_another_key_loads_nothing_and_names_the_differences(tmp_path: Path) -> 
 
 
 def test_other_files_in_the_directory_stay(tmp_path: Path) -> None:
-    """Whatever directory is named."""
+    """The configured directory may hold other files."""
     others = [
         tmp_path / name
         for name in ("a.so", "venv/b.so", "venv/c.bucket", "libraries/d.so", "e.bucket")
@@ -89,7 +89,7 @@ def test_a_damaged_manifest_is_replaced_and_a_foreign_one_is_not(tmp_path: Path)
     assert noticed[0].startswith(f"{manifest} is damaged")
     artifact.save("decode-2-greedy", saved(b"two"))
     assert artifact.load("decode-2-greedy") == saved(b"two")
-    assert artifact.load("decode-1-greedy") is None, "of whatever key it was"
+    assert artifact.load("decode-1-greedy") is None, "its key is unknown"
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"name": "a web app"}')

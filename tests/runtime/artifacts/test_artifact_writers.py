@@ -64,7 +64,7 @@ def _writer(directory: Path, letter: str, times: int) -> subprocess.Popen[bytes]
 def test_two_writers_and_a_killed_one_leave_a_complete_file(tmp_path: Path) -> None:
     artifact = Artifact(tmp_path, KEY)
     one, other = _writer(tmp_path, "x", 100_000), _writer(tmp_path, "y", 3)
-    assert other.wait(120) == 0, "a lock that nobody lets go of"
+    assert other.wait(120) == 0, "the lock was not released"
     for _ in range(3):
         found = artifact.load("decode-1-greedy")
         assert found is not None

@@ -23,7 +23,7 @@ from tests.runtime.artifacts.engines import PROMPTS
 def _start(
     artifact: Path, change: Callable[[PreTrainedModel], None] | None, **buckets: object
 ) -> tuple[Report, bool]:
-    """Start on a model that the caller made, and changed; whether its tokens are right."""
+    """Start on a changed model of the caller; return the report and whether tokens are right."""
     model = tiny_model("llama")
     if change is not None:
         change(model)
@@ -36,7 +36,7 @@ def _start(
 
 
 def _negate_steps_of_48(model: PreTrainedModel) -> None:
-    """Which is not done in the step that the key tells of."""
+    """Change steps of 48 tokens, but not the step that the key identifies."""
     model.model.norm.register_forward_hook(
         lambda module, inputs, output: -output if output.shape[1] == 48 else output
     )
@@ -50,7 +50,7 @@ def _use_gelu(model: PreTrainedModel) -> None:
 def test_an_artifact_of_another_model_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the same config, classes and weights, but another function."""
+    """The models have the same config, classes and weights, but another activation."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     report, right = _start(tmp_path / "a", None)
     assert (right, report.warnings) == (True, [])
@@ -66,7 +66,7 @@ def test_an_artifact_of_another_model_is_not_used(
 
     report, right = _start(tmp_path / "a", _negate_steps_of_48)
     assert [bucket.loaded for bucket in report.buckets] == [False]
-    assert not right, "the hook ran, which transformers' own steps, of other sizes, do not meet"
+    assert not right, "the hook ran in the engine, and not in the reference's steps of other sizes"
     (warning,) = report.warnings
     assert "prefill-48-greedy" in warning
     assert "was compiled from another graph" in warning
@@ -76,7 +76,7 @@ def test_an_artifact_of_another_model_is_not_used(
 def test_a_loaded_model_that_is_changed_is_not_saved(
     changed: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The artifact is of what the checkpoint's source says."""
+    """The artifact is that of the checkpoint's source."""
 
     def uncompiled(step: Step, pipeline: Pipeline, options: dict[str, object]) -> CompiledStep:
         now = Timestamp.now()
@@ -90,10 +90,8 @@ def test_a_loaded_model_that_is_changed_is_not_saved(
 
     monkeypatch.setitem(DISPATCHES, "direct", uncompiled)
     monkeypatch.setattr(warmup, "serialize", lambda compiled: b"compiled")
-    model, lazy = (
-        {"name": str(checkpoint), "dtype": "float32"},
-        {"artifact": str(tmp_path / "a"), "capture": "lazy"},
-    )
+    model = {"name": str(checkpoint), "dtype": "float32"}
+    lazy = {"artifact": str(tmp_path / "a"), "capture": "lazy"}
     config = small_config(compile=lazy, model=model, buckets={"decode": [], "prefill": [48]})
     with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         if changed:

@@ -20,15 +20,19 @@ from tests.helpers.artifacts import saved
 from tests.helpers.tiny_models import greedy, small_config
 from tests.runtime.artifacts.engines import PROMPTS, run
 
-_WARM = """
+_START = """
 import sys
 from torch._dynamo.utils import counters
 from compiled_llm import CompiledLLM
 from tests.helpers.tiny_models import greedy, small_config
-config = small_config(compile={"artifact": sys.argv[1]}, model={"name": sys.argv[3], "dtype": "float32"})
+model = {"name": sys.argv[3], "dtype": "float32"}
+config = small_config(compile={"artifact": sys.argv[1]}, model=model)
 with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
-    print(greedy(llm, eval(sys.argv[2]), 10), all(b.loaded for b in llm.report().buckets), llm.report().warnings)
-print(dict(counters["stats"]), dict(counters["aot_autograd"]), counters["inductor"]["fxgraph_cache_miss"])
+    report = llm.report()
+    loaded = all(bucket.loaded for bucket in report.buckets)
+    print(greedy(llm, eval(sys.argv[2]), 10), loaded, report.warnings)
+stats, autograd = dict(counters["stats"]), dict(counters["aot_autograd"])
+print(stats, autograd, counters["inductor"]["fxgraph_cache_miss"])
 """
 
 
@@ -36,7 +40,7 @@ print(dict(counters["stats"]), dict(counters["aot_autograd"]), counters["inducto
 def compiled(
     tmp_path_factory: pytest.TempPathFactory, expected: list[list[int]], checkpoint: Path
 ) -> Path:
-    """An artifact of tiny llama, from a start with nothing cached."""
+    """Return an artifact of tiny llama, from a start with empty caches."""
     directory = tmp_path_factory.mktemp("artifact")
     report = run(directory, expected, checkpoint)
     assert not any(bucket.loaded for bucket in report.buckets)
@@ -48,15 +52,18 @@ def compiled(
 def test_a_new_process_compiles_nothing(
     compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """From a copy elsewhere, as another user, with another number of cores and the checkpoint in another place."""
+    """The artifact and the checkpoint are copied; the user and the number of threads differ."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     shutil.copytree(checkpoint, tmp_path / "checkpoint")
     environment = {
-        **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-        "LOGNAME": "someone", "TMPDIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "3",
-    }  # fmt: skip
-    command = [sys.executable, "-c", _WARM, str(copy), repr(PROMPTS), str(tmp_path / "checkpoint")]
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "LOGNAME": "someone",
+        "TMPDIR": str(tmp_path),
+        "TORCHINDUCTOR_COMPILE_THREADS": "3",
+    }
+    command = [sys.executable, "-c", _START, str(copy), repr(PROMPTS), str(tmp_path / "checkpoint")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [f"{expected} True []", "{} {} 0"]
@@ -73,7 +80,7 @@ def test_traffic_is_saved_and_added_up(
     once = read_traffic(copy)
     assert {kind: traffic.limit for kind, traffic in once.items()} == {"decode": 4, "prefill": 48}
     assert once["prefill"].seen == Counter({16: 1, 10: 1}), (
-        "25 tokens of prompts, and the row that decodes meanwhile"
+        "25 tokens of prompts and one decoding row"
     )
     assert once["decode"].buckets == [2, 4]
     assert once["decode"].seen[2] >= 8
@@ -111,14 +118,14 @@ def test_a_damaged_or_new_bucket_is_compiled(
     }  # fmt: skip
     assert [damaged.name in warning for warning in report.warnings] == [True]
     again = run(copy, expected, checkpoint, buckets={"decode": [1, 2]})
-    assert all(bucket.loaded for bucket in again.buckets), "it was put in order"
+    assert all(bucket.loaded for bucket in again.buckets), "it was saved again"
     assert not again.warnings
 
 
 def test_a_bucket_that_cannot_be_loaded_is_compiled_and_reported(
     compiled: Path, expected: list[list[int]], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Whole, and for this key, and yet not what torch can read."""
+    """The file is undamaged and of this key, but torch cannot read it."""
     copy = tmp_path / "copy"
     shutil.copytree(compiled, copy)
     key = read_key(copy)
@@ -155,7 +162,7 @@ def test_another_config_does_not_change_a_named_artifact(
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
     before = {path: path.read_bytes() for path in compiled.rglob("*") if path.is_file()}
     assert before
-    small = {"decode": [], "prefill": []}  # nothing to compile: it is about the choice alone
+    small = {"decode": [], "prefill": []}  # nothing is compiled
     model = {"name": str(checkpoint), "dtype": "float32"}
     config = small_config(
         compile={"artifact": str(compiled)}, buckets=small, model=model, **changes
