@@ -19,7 +19,7 @@ Systems = Annotated[
     str,
     typer.Option(
         help="Systems to run, separated by commas; ratios refer to the first. "
-        f"One of {', '.join(SYSTEMS)}."
+        f"Some of {', '.join(SYSTEMS)}."
     ),
 ]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]

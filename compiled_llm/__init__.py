@@ -1,7 +1,7 @@
-"""LLM inference by compilation: any Hugging Face causal LM, unmodified, as a paged, CUDA-graphed inference engine.
+"""LLM inference by compilation: an unmodified Hugging Face causal LM as a compiled, paged engine.
 
-Public names are imported when first used: importing torch takes seconds, and only the engine's classes
-need it.
+Public names are imported when first used: importing torch takes seconds, and only the engine's
+classes need it.
 """
 
 import time

@@ -10,7 +10,7 @@ class UnsupportedModelError(CompiledLLMError, ValueError):
 
 
 class NeedsWeightsError(CompiledLLMError, ValueError):
-    """The model cannot be examined on the meta device: its forward depends on the weights."""
+    """The model cannot be examined without weights: its forward depends on their values."""
 
 
 class QueueFullError(CompiledLLMError, RuntimeError):
@@ -22,7 +22,7 @@ class RequestFailedError(CompiledLLMError, RuntimeError):
 
 
 class EngineBrokenError(CompiledLLMError, RuntimeError):
-    """The engine met an error after which its state cannot be trusted; it refuses further calls."""
+    """An error left the engine in an unknown state, so that it refuses further calls."""
 
 
 class StrictError(CompiledLLMError, RuntimeError):

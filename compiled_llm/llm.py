@@ -26,6 +26,7 @@ from compiled_llm.engine.prompts import (
 from compiled_llm.engine.recovery import count_on_stack
 from compiled_llm.engine.request import Request
 from compiled_llm.models.loading import load, resolve_device
+from compiled_llm.models.vocabulary import num_embeddings, vocab_size
 from compiled_llm.outputs import RequestOutput
 from compiled_llm.progress import feeder, progress_bar
 from compiled_llm.report.report import Report
@@ -36,10 +37,8 @@ from compiled_llm.sampling_params import SamplingParams
 from compiled_llm.startup import (
     ConfigLike,
     new_report,
-    num_embeddings,
     resolve_config,
     start,
-    vocab_size,
 )
 from compiled_llm.system.compiler_lock import try_compiler_lock
 

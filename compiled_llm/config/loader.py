@@ -14,7 +14,7 @@ from compiled_llm.config.schema import Config
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys and, as YAML 1.2 and JSON, reads 1e3 as a number."""
+    """A YAML loader that refuses duplicate keys and reads 1e3 as a number, as YAML 1.2 does."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -142,7 +142,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         nested = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if nested else value
+        merged[key] = _merge(old or {}, value) if nested else value
     return merged
 
 

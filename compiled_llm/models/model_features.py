@@ -1,4 +1,4 @@
-"""What a model's attention has, in words."""
+"""Describe the features of a model's attention in words."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from compiled_llm.models.exported_model import ExportedModel, ServedModel
 
 
 def list_features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[str]:
-    """What is to be served of the model besides plain causal attention of equal heads."""
+    """Return the features of the model beyond causal attention with equally many heads."""
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
     reaches = {layer.reach for layer in layers}
     kinds = {reach.kind for reach in reaches}
@@ -30,4 +30,4 @@ def list_features(model: ServedModel, layers: Sequence[AttentionLayer]) -> list[
         "several calls a layer": len(layers) > num_layers,
         "experts": any(name.endswith("experts") for name, _ in model.named_modules()),
     }
-    return [name for name, has in found.items() if has]
+    return [name for name, is_present in found.items() if is_present]

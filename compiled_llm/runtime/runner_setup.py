@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.discovery import AttentionLayer, supports_state_continuation
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
+from compiled_llm.models.state_discovery import supports_state_continuation
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifact_setup import with_artifact
 from compiled_llm.runtime.bucket_builder import BucketBuilder

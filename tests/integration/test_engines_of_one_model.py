@@ -103,10 +103,10 @@ def _training(model: PreTrainedModel) -> None:
 CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
     _moved: "the model's weight model.layers.0.self_attn.k_proj.weight was moved",
     _new_parameter: "the model's weight lm_head.weight was moved",
-    _converted: "was moved while an engine works on it: close this engine and make a new one",
+    _converted: "was moved while an engine uses it: close this engine and create a new one",
     _replaced: "the model's module model.layers.1.mlp.up_proj was replaced",
-    _other_attention: "the model's attention was changed",
-    _training: "the model was put into training mode",
+    _other_attention: "the model's attention implementation was changed",
+    _training: "expected the model in eval mode",
 }
 
 

@@ -114,7 +114,7 @@ def test_a_hold_may_be_released_in_the_middle_of_another() -> None:
     shared = _Plain()
     first = AttributeOverrides([(shared, "value")])
     shared.value = 1
-    first.note_changes()
+    first.record()
 
     def attributes() -> Iterator[tuple[object, str]]:
         yield shared, "value"
@@ -124,7 +124,7 @@ def test_a_hold_may_be_released_in_the_middle_of_another() -> None:
     second = AttributeOverrides(attributes())
     assert shared.value == 1, "the second holds it"
     shared.other = 2  # type: ignore[attr-defined]
-    second.note_changes()
+    second.record()
     second.release()
     second.release()
     assert shared.value == 0
@@ -142,7 +142,7 @@ def test_an_interrupted_hold_holds_nothing() -> None:
         AttributeOverrides(attributes())
     hold = AttributeOverrides([(shared, "value")])
     shared.value = 1
-    hold.note_changes()
+    hold.record()
     hold.release()
     assert shared.value == 0
 

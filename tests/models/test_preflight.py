@@ -16,10 +16,10 @@ from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import (
     count_rotary_embeddings,
     discover_attention_layers,
-    discover_states,
 )
 from compiled_llm.models.loading import load
 from compiled_llm.models.preflight import check_supported, examine_config
+from compiled_llm.models.state_discovery import discover_states
 from compiled_llm.models.weight_packing import linears_by_input
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
@@ -48,7 +48,7 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
 
 REFUSED = {
     "deepseek_v32": "layers of type deepseek_sparse_attention are not supported",
-    "rwkv": "its attention does not go through transformers' attention interface, and its forward is another one for each",
+    "rwkv": "its attention does not go through transformers' attention interface, and its graph depends on the number",
     "inkling_text": "attention argument 'position_bias' is not supported",
 }
 
@@ -61,13 +61,13 @@ def test_what_is_not_served_is_refused_by_its_config(model_type: str) -> None:
 
 def test_what_depends_on_values_is_left_to_the_start() -> None:
     """dbrx loops over the experts that tokens chose."""
-    with pytest.raises(NeedsWeightsError, match="dbrx: what its forward does depends on values"):
+    with pytest.raises(
+        NeedsWeightsError, match="dbrx: its forward depends on the values of tensors"
+    ):
         examine_config(tiny_config("dbrx"), torch.float32)
     check_supported(tiny_config("dbrx"), torch.float32)
     for model_type in ("bloom", "falcon", "gpt_neo"):
-        with pytest.raises(
-            NeedsWeightsError, match=f"{model_type}: it computes attention by itself"
-        ):
+        with pytest.raises(NeedsWeightsError, match=f"{model_type}: it computes attention itself"):
             examine_config(tiny_config(model_type), torch.float32)
 
 
@@ -101,8 +101,11 @@ def test_no_weight_is_read_of_a_model_that_is_refused(
     for name, message in [
         ("rwkv", "rwkv: its attention does not go through"),
         ("quantised", "llama: weights quantised by awq are not supported"),
-        ("t5", "t5: transformers knows no causal LM of this type"),
-        ("own", "needs code of its own, which is run only where model.trust_remote_code=true"),
+        ("t5", "t5: transformers has no causal LM of this type"),
+        (
+            "own",
+            "needs code from its checkpoint, which runs only with model.trust_remote_code=true",
+        ),
     ]:
         with pytest.raises(UnsupportedModelError, match=message):
             load(ModelConfig(name=str(tmp_path / name)))

@@ -6,12 +6,14 @@ import torch
 from compiled_llm import CompiledLLM
 from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import (
-    allocate_states,
-    check_token_independence,
     discover_attention_layers,
+)
+from compiled_llm.models.state_discovery import (
+    allocate_states,
     discover_states,
     supports_state_continuation,
 )
+from compiled_llm.models.token_independence import check_token_independence
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config
 from tests.helpers.tiny_models import tiny_model as llama_like

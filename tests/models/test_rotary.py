@@ -15,8 +15,8 @@ from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import LimitsConfig
 from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.discovery import check_token_independence
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit
+from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.runtime.limits import Limits
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import (

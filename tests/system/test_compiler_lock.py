@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.discovery import _examined
 from compiled_llm.models.loading import load
+from compiled_llm.models.probe import probing
 from compiled_llm.runtime.compilation.compiler import _compiler_settings
 from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
 from compiled_llm.system.compiler_lock import (
@@ -127,7 +127,7 @@ def test_a_model_is_examined_while_no_eager_step_runs() -> None:
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
     with attention_routed(model):
-        with _examined(model, attend):
+        with probing(model, attend):
             model(torch.tensor([[1, 2]], device=model.device), use_cache=False)
         assert steps[0].result(30) == ATTENTION_NAME
 

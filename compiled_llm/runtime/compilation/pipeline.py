@@ -5,14 +5,7 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.weight_packing import find_packed_groups
 from compiled_llm.runtime.buckets import Bucket
-from passes import (
-    PASSES,
-    AttentionLayers,
-    PackedWeights,
-    PassContext,
-    Pipeline,
-    RotaryEmbeddings,
-)
+from passes import PASSES, AttentionLayers, PackedWeights, PassContext, Pipeline, RotaryEmbeddings
 
 
 def make_pipeline(

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.discovery import AttentionLayer, allocate_states
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.recurrent_state import RecurrentStates
+from compiled_llm.models.state_discovery import allocate_states
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import Bucket, BucketKind
 from compiled_llm.runtime.limits import Limits

@@ -20,7 +20,7 @@ class KVCacheGroup:
     """Layers that attend equally far back and so allocate and free pages together.
 
     Attributes:
-        reach: the tokens that the layers see.
+        reach: the tokens to which the layers attend.
         layers: their numbers, in call order.
         num_pages: number of pages of each layer's cache, including the trash page.
     """

@@ -365,5 +365,5 @@ def test_the_attention_reference_is_the_same_in_pieces(
         max_query_len,
     )
     whole = paged_attention_reference(*arguments)
-    monkeypatch.setattr(paged_attention_module, "_AT_ONCE", 70 * 4 * 3)
+    monkeypatch.setattr(paged_attention_module, "_MAX_ELEMENTS", 70 * 4 * 3)
     torch.testing.assert_close(paged_attention_reference(*arguments), whole)
