@@ -69,7 +69,7 @@ class BucketBuilder:
         return built[0]
 
     def _check_model_source(self) -> None:
-        """Save nothing more if the model no longer is what its source says."""
+        """Stop saving buckets if the model was changed since it was loaded."""
         model = underlying_model(self._context.model)
         if self._model_snapshot is None or self._model_snapshot == snapshot(model):
             return

@@ -45,7 +45,7 @@ class ModelRunner:
     """Runs the steps of one model, in the thread that creates it.
 
     Args:
-        model: whose attention is routed to the paged cache.
+        model: the traced model; its attention is routed to the paged cache.
         layers: its attention layers.
         config: of the engine.
         report: receives phases, buckets, counts and warnings.

@@ -62,9 +62,9 @@ class BucketSelector:
             else:
                 self._count_eager("compile.dispatch is eager", expected=True)
             return None
-        wanted = smallest_bucket(self._usable_or_pending(kind), size, sampler)
-        if wanted is not None and self.captured_buckets[wanted].compiled is None:
-            self._record_demand(wanted)
+        preferred = smallest_bucket(self._usable_or_pending(kind), size, sampler)
+        if preferred is not None and self.captured_buckets[preferred].compiled is None:
+            self._record_demand(preferred)
         usable = [b for b in self._buckets[kind] if self.captured_buckets[b].compiled is not None]
         selected = smallest_bucket(usable, size, sampler)
         if selected is None:

@@ -191,7 +191,7 @@ def _load(
         if step is not None and not _has_same_graph(step, saved, report):
             notices.append(
                 f"{report.bucket} in {artifact.directory} was compiled from another graph: "
-                "it is compiled anew"
+                "it is compiled again"
             )
             return None
         loaded = compile_step(saved=saved.step), saved.passes
@@ -200,7 +200,7 @@ def _load(
         return loaded
     except Exception as error:  # unpickling and capturing may raise anything
         notices.append(
-            f"{report.bucket} in {artifact.directory} could not be used, and is compiled anew: "
+            f"{report.bucket} in {artifact.directory} could not be used and is compiled again: "
             f"{error}"
         )
         return None

@@ -46,7 +46,7 @@ class Comparison:
         cache_difference: the largest among keys and values.
         token_errors: of each batch, by token, in standard deviations: keys and values.
         row_errors: of each batch, by row, in standard deviations: everything else.
-        mistakes: what is wrong besides these differences.
+        mistakes: errors of other kinds, described.
     """
 
     allowed: float

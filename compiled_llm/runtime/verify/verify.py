@@ -89,7 +89,7 @@ def _run_batch(
 ) -> None:
     """Run one batch in the bucket and eagerly, and compare the two."""
     memory = context.memory
-    # The samplers that keep their logits, so that there is something to compare with.
+    # These samplers store their logits, with which the bucket is compared.
     sampler: Sampler = "scoring" if bucket.sampler == "scoring" else "full"
     exact = Bucket(bucket.kind, int(batch.num_new.sum()), sampler)
     reference = memory.eager_bucket(exact, context.limits)

@@ -135,7 +135,7 @@ def test_a_bucket_that_cannot_be_loaded_is_compiled_and_reported(
     assert [bucket.bucket for bucket in report.buckets if not bucket.loaded] == ["decode-2-greedy"]
     (warning,) = report.warnings
     assert "decode-2-greedy" in warning
-    assert "is compiled anew" in warning
+    assert "is compiled again" in warning
 
 
 @pytest.mark.parametrize(

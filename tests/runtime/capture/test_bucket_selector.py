@@ -22,7 +22,7 @@ def _step() -> CompiledStep:
         launch=lambda: None,
         graph=False,
         recording=None,
-        owner=None,
+        function=None,
         seconds=durations(now, now, now),
     )
 

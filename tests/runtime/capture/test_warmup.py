@@ -36,7 +36,11 @@ class _Compiler:
             raise self.errors[step.size]
         now = Timestamp.now()
         return CompiledStep(
-            launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+            launch=step,
+            graph=False,
+            recording=None,
+            function=None,
+            seconds=durations(now, now, now),
         )
 
 
