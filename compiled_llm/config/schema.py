@@ -46,7 +46,8 @@ class ModelConfig(Section):
     revision: branch, tag or commit of a hub id. Only a commit always names the same files.
     weights: `auto` reads the checkpoint. `random` reads the model's config alone and initialises
         the weights directly on the device, seeded with `seed`.
-    dtype: of weights, activations and KV cache. `auto` is float32 on a CPU and bfloat16 on a GPU.
+    dtype: dtype of weights, activations and KV cache. `auto` is float32 on a CPU and bfloat16 on a
+        GPU.
     device: where the model runs. `auto` is the current GPU if torch sees one, else the CPU.
     seed: seed of the weights with `weights: random`. Sampling does not use it.
     trust_remote_code: run the code that comes with a checkpoint where transformers does not
@@ -137,13 +138,13 @@ class MemoryConfig(Section):
 class BucketsConfig(Section):
     """The static shapes to compile. A batch runs in the smallest bucket that holds it.
 
-    decode: sequences per decode step, a list of sizes. `auto` derives them from `max_num_seqs`, 1
-        being the smallest. `max_num_seqs` is always added, except to an empty list; without decode
+    decode: sequences per decode step, a list of sizes. `auto` derives them from `max_num_seqs`,
+        e.g. 1, 4, 16, 64. `max_num_seqs` is always added, except to an empty list; without decode
         buckets, decoding runs in the prefill buckets, and with a single one of those a request
         gives the same bits whatever runs beside it.
     prefill: tokens per prefill step, a list of sizes. `auto` derives them from
-        `max_num_batched_tokens`, 64 being the smallest. `max_num_batched_tokens` is always added,
-        except to an empty list; without prefill buckets, prefill runs eagerly.
+        `max_num_batched_tokens`, e.g. 64, 256, 1024, 2048. `max_num_batched_tokens` is always
+        added, except to an empty list; without prefill buckets, prefill runs eagerly.
     growth: ratio of each `auto` size to the one before, at least 1.05. A smaller ratio pads less
         and compiles more buckets.
     samplers: which samplers to compile for each size. `greedy`; `random`, with temperature and

@@ -116,7 +116,7 @@ def attention_forward(
         [1, T, H, E], and None in place of the attention weights.
 
     Raises:
-        UnsupportedModelError: an argument asks for something else.
+        UnsupportedModelError: an argument requests another kind of attention.
         RuntimeError: no engine runs a step of the model.
     """
     reach = probed_reach(attention_mask)
@@ -137,13 +137,13 @@ def attention_forward(
             "this model's attention belongs to a CompiledLLM: call the model through that, or "
             "select another implementation with set_attn_implementation"
         )
-    says_causal = is_causal is not False and getattr(module, "is_causal", True) is not False
+    is_declared_causal = is_causal is not False and getattr(module, "is_causal", True) is not False
     call = AttentionCall(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         reach=AttentionReach.decode(sliding_window or 0) if reach is None else reach,
         softcap=softcap or 0.0,
         sinks=s_aux,
-        is_causal=reach is not None or says_causal,
+        is_causal=reach is not None or is_declared_causal,
     )
     return CURRENT.attention(module, query, key, value, call), None
 

@@ -1,7 +1,7 @@
 """Temporary changes to attributes of objects that several engines share, such as a model's config.
 
 The first holder of an attribute records its value, and the last one to release it restores that
-value, in whatever order holders come and go. An attribute that someone else has set meanwhile keeps
+value, independent of the order of releases. An attribute that someone else has set in between keeps
 its new value.
 
 The garbage collector may release a holder at any time, in any thread, even while another holder is

@@ -25,7 +25,7 @@ Lines = list[dict[str, Any]]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and three special ones."""
+    """Return a tokenizer with a token for each byte and three special ones."""
     tokens = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
@@ -36,7 +36,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     tokenizer.chat_template = (
-        "{% for message in messages %}{% if message.role == 'fool' %}{{ raise_exception('no fools') }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'fool' %}{{ raise_exception('no fools') }}{% endif %}"
         "<s>{{ message.content }}</s>{% endfor %}"
     )
     return tokenizer
@@ -60,7 +61,7 @@ def read_lines(path: str | Path) -> Lines:
 
 
 def token_ids_by_id(lines: Lines) -> dict[Any, list[list[int]]]:
-    """Each line's tokens, by id; each id stands once."""
+    """Return the tokens of each line by its id; check that ids are unique."""
     found = {line["id"]: [output["token_ids"] for output in line["outputs"]] for line in lines}
     assert len(found) == len(lines)
     return found

@@ -32,7 +32,7 @@ def llm(model: Path) -> Iterator[CompiledLLM]:
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Answers in.jsonl into out.jsonl, in the test's directory."""
+    """Return a function that completes in.jsonl into out.jsonl in the test's directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(*options: str, model: Path | str = model) -> int:
@@ -50,7 +50,7 @@ def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a tiny model in safetensors, and a single bucket."""
+    """Return a config of a tiny model in safetensors, with a single bucket."""
     directory = tmp_path_factory.mktemp("config")
     tiny_model("llama").save_pretrained(directory / "model")
     values = {

@@ -37,16 +37,16 @@ def test_compile_then_explain(
     done = run.invoke(app, ["explain", str(out), str(config), *other])
     assert done.exit_code == 1
     different = done.stdout.split("different:")[1].strip().splitlines()
-    assert (
-        different[0]
-        == "limits: 2 sequences, 16 tokens a step, 64 each; here: 2 sequences, 16 tokens a step, 32 each"
-    )
+    limits = "2 sequences, 16 tokens a step, {} each"
+    assert different[0] == f"limits: {limits.format(64)}; here: {limits.format(32)}"
     assert [line.partition(":")[0] for line in different] == ["limits", "KV cache"]
 
     done = run.invoke(app, ["compile", str(config), "-o", str(out), *other])
     assert "limits: 2 sequences" in str(done.exception)
     assert "--force" in str(done.exception)
-    assert run.invoke(app, ["explain", str(out), str(config)]).exit_code == 0, "it was left alone"
+    assert run.invoke(app, ["explain", str(out), str(config)]).exit_code == 0, (
+        "the artifact is unchanged"
+    )
 
     done = run.invoke(app, ["compile", str(config), "-o", str(out), "--force", *other])
     assert done.exit_code == 0, done.output
@@ -57,7 +57,7 @@ def test_compile_then_explain(
 def test_compile_says_why_a_directory_was_not_used(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever else there was to warn of before."""
+    """The message gives this reason alone, whatever other warnings there are."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(api, "new_report", lambda: Report(warnings=["prompts share no pages"]))
     Artifact(tmp_path / "a", Fingerprint({"model": "b"})).save(
@@ -94,7 +94,7 @@ def test_verify(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(verify.ALLOWED, torch.float32, 0.0)
     done = run.invoke(app, ["verify", str(config), "--set", "strict=true"])
-    assert done.exit_code == 1, "two ways to compute something differ in some bit"
+    assert done.exit_code == 1, "compiled and eager results differ in some bit"
     assert "tokens" in done.stdout
 
 
@@ -115,7 +115,7 @@ def test_suggest(tmp_path: Path) -> None:
     assert "at least one bucket" in str(done.exception)
 
 
-def test_explain_wants_an_artifact(config: Path, tmp_path: Path) -> None:
+def test_explain_refuses_a_directory_without_an_artifact(config: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["explain", str(tmp_path), str(config)])
     assert isinstance(done.exception, ValueError)
     assert "no complete manifest" in str(done.exception)

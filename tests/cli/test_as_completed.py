@@ -7,7 +7,7 @@ import pytest
 from compiled_llm import CompiledLLM, SamplingParams
 
 
-def test_outputs_come_as_they_are_completed_and_prompts_are_read_as_there_is_room(
+def test_outputs_are_yielded_on_completion_and_prompts_are_read_lazily(
     llm: CompiledLLM,
 ) -> None:
     read: list[int] = []
@@ -37,7 +37,7 @@ def test_outputs_come_as_they_are_completed_and_prompts_are_read_as_there_is_roo
     llm.engine.cache.check()
 
 
-def test_another_iterators_steps_lose_nothing(llm: CompiledLLM) -> None:
+def test_steps_of_other_iterators_lose_no_output(llm: CompiledLLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = "".join(llm.stream("abc", params))
     stream = llm.stream("abc", params)

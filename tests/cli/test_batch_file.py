@@ -17,7 +17,7 @@ from compiled_llm.cli.prompt_file import merge_sampling_params
 from tests.cli.batch_helpers import Run, generate_command, read_lines, token_ids_by_id, write_lines
 
 
-def test_each_kind_of_line_is_answered_as_the_api_would(
+def test_each_kind_of_line_matches_the_api(
     run: Run, llm: CompiledLLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = [{"role": "user", "content": "é\u2028?"}]
@@ -97,7 +97,7 @@ def test_raw_and_the_sampling_options_reach_the_model(run: Run, llm: CompiledLLM
     assert line["usage"]["prompt_tokens"] == 3
 
 
-def test_a_seed_is_made_of_the_command_lines_and_the_id(run: Run) -> None:
+def test_a_seed_is_derived_from_the_command_line_and_the_id(run: Run) -> None:
     names = ["a", "b", 1, "1"]
     write_lines("in.jsonl", *({"prompt": "same", "id": name} for name in names))
     assert run("--temperature", "1", "--seed", "3") == 0
@@ -112,7 +112,7 @@ def test_a_seed_is_made_of_the_command_lines_and_the_id(run: Run) -> None:
     assert token_ids_by_id(read_lines("out.jsonl")) != first
 
 
-def test_a_run_goes_on_where_it_was(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_resumed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     write_lines("in.jsonl", *(f'"prompt {number}"\n' for number in range(9)))
     assert run() == 0
     whole = Path("out.jsonl").read_bytes()
@@ -129,12 +129,12 @@ def test_a_run_goes_on_where_it_was(run: Run, capsys: pytest.CaptureFixture[str]
             [json.loads(line) for line in lines]
         )
     complete = Path("out.jsonl").read_bytes()
-    assert run(model="/no/such/model") == 0  # nothing is left: no engine is started
+    assert run(model="/no/such/model") == 0  # no prompt remains, so no engine is started
     assert "resuming: 9 of 9 done" in capsys.readouterr().err
     assert Path("out.jsonl").read_bytes() == complete
 
 
-def test_a_failed_prompt_is_written_and_the_run_goes_on(
+def test_a_failed_prompt_is_written_and_the_run_continues(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines("in.jsonl", *(f'"prompt {number}"\n' for number in range(12)))
@@ -155,7 +155,7 @@ def test_a_failed_prompt_is_written_and_the_run_goes_on(
 
 
 def _kill_after(num_lines: int, command: list[str], out: Path) -> None:
-    """Start a run, and kill it once the file has so many lines."""
+    """Start a run and kill it when the file has `num_lines` lines."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -176,10 +176,10 @@ def _kill_after(num_lines: int, command: list[str], out: Path) -> None:
     assert process.returncode == -signal.SIGKILL, err
 
 
-def test_a_run_that_is_killed_twice_loses_and_repeats_nothing(
+def test_a_run_that_is_killed_twice_loses_and_repeats_no_prompt(
     model: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the prompts greedy, half seeded; each run batches them in another way."""
+    """Half of the prompts are greedy, half seeded; each run batches them differently."""
     total, options = 300, ("--temperature", "1", "--seed", "11", "--set", "limits.max_num_seqs=2")
     changes: tuple[dict[str, Any], ...] = ({"temperature": 0, "max_tokens": 24}, {"max_tokens": 8})
     write_lines(

@@ -42,7 +42,7 @@ from compiled_llm.errors import QueueFullError, RequestFailedError, StrictError
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_the_exit_code_of_each_error(
+def test_the_exit_status_of_each_error(
     error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(_raising(error), [], prog_name="program") == status
@@ -55,7 +55,7 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 
 def _raising(error: BaseException) -> typer.Typer:
-    """A command line of one command, which raises."""
+    """Return a command line with one command, which raises `error`."""
     raising = typer.Typer()
 
     @raising.command()
@@ -77,7 +77,7 @@ sys.exit(run_command(app, [], prog_name="program"))
 """
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     program = [sys.executable, "-c", _PRINTS]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -91,7 +91,7 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
-def test_output_that_cannot_be_written_is_one_line() -> None:
+def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", _PRINTS],

@@ -29,7 +29,7 @@ from compiled_llm.cli import main as cli
         (("hi", "--top-p", "0"), "top_p must be a number above 0 and at most 1, got 0.0"),
     ],
 )
-def test_the_command_line_refuses_what_does_not_go_together(
+def test_options_that_cannot_be_combined_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],

@@ -1,9 +1,12 @@
-"""What importing the package, and running its command line, leaves behind."""
+"""Tests of importing the package: without torch, and without side effects."""
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
+
+import compiled_llm
 
 # Raises KeyboardInterrupt, as Ctrl-C does, where torch is first imported.
 _INTERRUPTED = """
@@ -35,12 +38,37 @@ def test_the_garbage_collector_is_left_alone() -> None:
     assert _run(code).stdout.split("\n")[-2] == "True 0"
 
 
-def test_the_package_alone_is_imported_without_torch() -> None:
-    code = (
-        "import compiled_llm, compiled_llm.cli.main, bench.cli, sys\n"
-        "print('torch' in sys.modules, 'CompiledLLM' in dir(compiled_llm))"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import compiled_llm, compiled_llm.cli.main, bench.cli; dir(compiled_llm)",
+        "import compiled_llm; compiled_llm.__version__",
+        "from compiled_llm import SamplingParams; SamplingParams(temperature=0.5)",
+        "from compiled_llm import load_config; load_config(None, ['limits.max_num_seqs=8'])",
+        "from compiled_llm import CompletionOutput, Config, QueueFullError, RequestOutput",
+    ],
+)
+def test_torch_is_imported_only_when_needed(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    assert _run(code).stdout == "False True\n"
+    assert done.stdout == "False\n"
+
+
+def test_all_public_names_are_found() -> None:
+    assert set(compiled_llm.__all__) | {"__version__"} <= set(dir(compiled_llm))
+    for name in compiled_llm.__all__:
+        assert getattr(compiled_llm, name).__name__ == name
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert compiled_llm.__version__ == metadata.version("compiled-llm")
+    with pytest.raises(AttributeError, match="no attribute 'CompiledLM'"):
+        compiled_llm.CompiledLM  # noqa: B018
 
 
 def test_the_time_of_the_import_is_known() -> None:
@@ -55,7 +83,7 @@ def test_the_time_of_the_import_is_known() -> None:
 
 
 @pytest.mark.parametrize("module", ["compiled_llm.__main__", "compiled_llm.cli.main", "bench.cli"])
-def test_an_interrupt_during_the_import_ends_the_command_quietly(module: str) -> None:
+def test_an_interrupt_during_the_import_prints_nothing(module: str) -> None:
     command = "['latency']" if module == "bench.cli" else "['inspect']"
     code = f"{_INTERRUPTED}\nsys.argv[1:] = {command}\nfrom {module} import main\nmain()"
     done = _run(code, check=False)

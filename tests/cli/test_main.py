@@ -61,7 +61,7 @@ from compiled_llm.cli import main as cli
         ("bench latency --config {dir}", "config file {dir} cannot be read: Is a directory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
+def test_bad_input_is_one_line_and_exit_status_2(
     arguments: str,
     message: str,
     tmp_path: Path,
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def _status(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the `main` of a command line, and return the code that it exits with."""
+    """Run the `main` of a command line and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as leaving:
         module.main()
@@ -90,7 +90,7 @@ def _status(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     return leaving.value.code
 
 
-def test_an_interrupt_closes_the_engine_and_ends_with_130(
+def test_an_interrupt_closes_the_engine_and_has_status_130(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engines: list[CompiledLLM] = []

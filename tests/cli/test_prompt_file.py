@@ -93,7 +93,7 @@ def test_bytes_that_are_not_utf8_and_files_without_prompts_are_refused(
         ),
     ],
 )
-def test_a_prompt_that_cannot_be_served_is_refused_before_any_is_run(
+def test_an_invalid_prompt_is_refused_before_any_is_run(
     run: Run, capsys: pytest.CaptureFixture[str], line: object, message: str
 ) -> None:
     write_lines("in.jsonl", '"fine"\n', line)

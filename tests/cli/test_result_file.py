@@ -15,7 +15,8 @@ RESULT = '{"id": 0, "prompt": "fine", "outputs": [{"token_ids": [1]}]}\n'
     [
         (
             RESULT.replace("0", "5"),
-            "out.jsonl:1: id 5 is not in in.jsonl: expected results of its prompts alone; choose another --out",
+            "out.jsonl:1: id 5 is not in in.jsonl: expected results of its prompts alone; "
+            "choose another --out",
         ),
         (
             RESULT.replace("fine", "good"),
@@ -35,7 +36,7 @@ RESULT = '{"id": 0, "prompt": "fine", "outputs": [{"token_ids": [1]}]}\n'
         ('{"my": "settings"}', "out.jsonl:1: the line must be a result that an earlier run wrote"),
     ],
 )
-def test_a_file_of_other_answers_is_refused_and_left_alone(
+def test_a_file_of_other_results_is_refused_and_unchanged(
     run: Run, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     write_lines("in.jsonl", '"fine"\n', '"more"\n')
@@ -46,7 +47,7 @@ def test_a_file_of_other_answers_is_refused_and_left_alone(
     assert Path("out.jsonl").read_text() == text
 
 
-def test_places_that_cannot_be_written_are_refused(
+def test_paths_that_cannot_be_written_are_refused(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines("in.jsonl", '"fine"\n')

@@ -1,7 +1,6 @@
-"""What engines change on a model is restored by the last of them, however they come and go, and nothing else is."""
+"""Tests of attention routing: the last engine of a model restores what engines have changed."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import permutations
 from typing import Any
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME
 from compiled_llm.models.attention_routing import attention_routed
-from compiled_llm.models.attribute_overrides import AttributeOverrides
 from tests.helpers.tiny_models import tiny_model
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model as random_model
@@ -29,7 +27,7 @@ def _state(model: PreTrainedModel) -> list[object]:
 
 
 @pytest.mark.parametrize("order", permutations(range(3)), ids=str)
-def test_the_last_to_go_restores_what_the_first_found(order: tuple[int, ...]) -> None:
+def test_the_last_engine_restores_the_original_values(order: tuple[int, ...]) -> None:
     model = tiny_model("gpt_oss").train()
     model.model.layers[0].eval()
     model.model.embed_tokens.requires_grad_(False)
@@ -60,7 +58,7 @@ def test_models_that_share_a_config_and_modules() -> None:
     assert _state(one) == before
 
 
-def test_sub_configs_return_to_their_own_choices() -> None:
+def test_sub_configs_keep_their_own_implementations() -> None:
     model = random_model(tiny_config("gemma3"))
     model.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
     parts = [model.config, model.config.text_config, model.config.vision_config]
@@ -71,7 +69,7 @@ def test_sub_configs_return_to_their_own_choices() -> None:
     assert [part._attn_implementation for part in parts] == before
 
 
-def test_what_the_user_changes_meanwhile_stays() -> None:
+def test_changes_by_the_user_are_kept() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0]
     with attention_routed(model):
@@ -88,7 +86,7 @@ def test_what_the_user_changes_meanwhile_stays() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_model_that_cannot_be_attached_is_left_as_it_was(
+def test_a_failure_leaves_the_model_unchanged(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama").train()
@@ -105,49 +103,7 @@ def test_a_model_that_cannot_be_attached_is_left_as_it_was(
         assert _state(model) == before
 
 
-class _Plain:
-    value = 0
-
-
-def test_a_hold_may_be_released_in_the_middle_of_another() -> None:
-    """As a garbage collection does, which may come at any allocation."""
-    shared = _Plain()
-    first = AttributeOverrides([(shared, "value")])
-    shared.value = 1
-    first.record()
-
-    def attributes() -> Iterator[tuple[object, str]]:
-        yield shared, "value"
-        first.release()
-        yield shared, "other"
-
-    second = AttributeOverrides(attributes())
-    assert shared.value == 1, "the second holds it"
-    shared.other = 2  # type: ignore[attr-defined]
-    second.record()
-    second.release()
-    second.release()
-    assert shared.value == 0
-    assert not hasattr(shared, "other")
-
-
-def test_an_interrupted_hold_holds_nothing() -> None:
-    shared = _Plain()
-
-    def attributes() -> Iterator[tuple[object, str]]:
-        yield shared, "value"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        AttributeOverrides(attributes())
-    hold = AttributeOverrides([(shared, "value")])
-    shared.value = 1
-    hold.record()
-    hold.release()
-    assert shared.value == 0
-
-
-def test_a_copy_of_an_attached_model_is_a_model_of_its_own() -> None:
+def test_a_copy_of_a_routed_model_is_independent() -> None:
     model = tiny_model("llama")
     with attention_routed(model):
         copied = copy.deepcopy(model)

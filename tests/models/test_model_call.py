@@ -1,4 +1,4 @@
-"""Any forward, with a position for each token: those that models take, and those that they count from their cache."""
+"""Tests of calls with a position per token, for models that accept or infer positions."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def _bart() -> torch.nn.Module:
 @pytest.mark.parametrize(
     "make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"]
 )
-def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # type: ignore[no-untyped-def]
+def test_logits_depend_on_a_tokens_position_and_not_on_its_index(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
     ids, rows = (
         torch.tensor([11, 12, 13], device=DEVICE),

@@ -1,4 +1,4 @@
-"""What a config alone tells: the same as the model itself, or why it is not served, before any weight is read."""
+"""Tests of examining a model by its config: as with weights, or refused before they are read."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ from tests.model_sweep.tiny_model import tiny_model as random_model
     "model_type",
     ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"],
 )
-def test_a_config_tells_what_the_model_does(model_type: str) -> None:
+def test_a_config_gives_the_same_facts_as_its_model(model_type: str) -> None:
     config = tiny_config(model_type)
     found, model = examine_config(config, torch.float32), random_model(config).to(DEVICE)
     with attention_routed(model), linears_by_input(model) as groups:
@@ -48,19 +48,20 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
 
 REFUSED = {
     "deepseek_v32": "layers of type deepseek_sparse_attention are not supported",
-    "rwkv": "its attention does not go through transformers' attention interface, and its graph depends on the number",
+    "rwkv": "its attention does not go through transformers' attention interface, and its graph "
+    "depends on the number",
     "inkling_text": "attention argument 'position_bias' is not supported",
 }
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_is_not_served_is_refused_by_its_config(model_type: str) -> None:
+def test_an_unsupported_model_is_refused_by_its_config(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
         check_supported(tiny_config(model_type), torch.float32)
 
 
-def test_what_depends_on_values_is_left_to_the_start() -> None:
-    """dbrx loops over the experts that tokens chose."""
+def test_a_model_that_depends_on_values_is_not_refused() -> None:
+    """dbrx loops over the experts that tokens select."""
     with pytest.raises(
         NeedsWeightsError, match="dbrx: its forward depends on the values of tensors"
     ):
@@ -71,7 +72,7 @@ def test_what_depends_on_values_is_left_to_the_start() -> None:
             examine_config(tiny_config(model_type), torch.float32)
 
 
-def test_no_weight_is_read_of_a_model_that_is_refused(
+def test_a_model_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rwkv = AutoModelForCausalLM.from_config(
@@ -111,7 +112,7 @@ def test_no_weight_is_read_of_a_model_that_is_refused(
             load(ModelConfig(name=str(tmp_path / name)))
 
 
-def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
+def test_an_inspection_describes_the_engine(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.config.save_pretrained(tmp_path)
     settings = {

@@ -1,4 +1,4 @@
-"""The states of convolutions and recurrences: found, kept a row each, and zeros again for who comes next."""
+"""Tests of recurrent states: found, stored per row, and zeroed for the next sequence."""
 
 import pytest
 import torch
@@ -41,13 +41,13 @@ def test_states_are_found() -> None:
         assert allocate_states(llama, 4) is None
 
 
-def test_a_model_that_only_begins_with_several_tokens_is_told() -> None:
+def test_a_model_that_cannot_continue_with_a_chunk_is_detected() -> None:
     model = _model("mamba")
     with attention_routed(model):
         assert not supports_state_continuation(model)
 
 
-def test_rows_keep_their_states_and_begin_with_zeros() -> None:
+def test_rows_keep_their_states_and_start_from_zeros() -> None:
     model = _model("lfm2")
     with attention_routed(model), torch.no_grad():
         states = allocate_states(model, 3)
@@ -65,8 +65,8 @@ def test_rows_keep_their_states_and_begin_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "mamba", "falcon_h1"])
-def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -> None:
-    """More requests than rows, and so few pages that some are preempted: rows and states change hands."""
+def test_requests_do_not_affect_each_other(model_type: str) -> None:
+    """With more requests than rows and few blocks, rows and states are reused."""
     model = _model(model_type)
     reference = Reference(model)
     prompts = [prompt_of(length, seed=1) for length in (5, 40, 17, 33, 3, 48, 20)]

@@ -14,8 +14,8 @@ from compiled_llm.models.preflight import code_arguments
 from tests.helpers.tiny_models import tiny_model
 
 
-def test_a_checkpoints_code_is_of_the_commit_of_its_config() -> None:
-    """Transformers takes the newest for a model that is made from a config, and uses that from then on."""
+def test_code_is_loaded_from_the_commit_of_the_config() -> None:
+    """transformers uses the newest code for a model created from a config, and keeps using it."""
 
     class OwnConfig(LlamaConfig):
         model_type = "own"
@@ -44,7 +44,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_checkpoint_runs_where_that_is_asked_for(
+def test_code_runs_only_with_trust_remote_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Weights side by side: which, where, and for how long."""
+"""Tests of weight packing: which weights are packed, in which order, and for how long."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CONFIG = {"buckets": {"decode": [4], "prefill": [48], "samplers": ["greedy"]}}
 
 
 class Block(nn.Module):
-    """Three layers of one input, a fourth with a bias, and one whose weight another shares."""
+    """Three layers with one input, a fourth with a bias, and one with a shared weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         )
 
 
-def test_layers_of_one_input_are_found_and_merged() -> None:
+def test_layers_with_one_input_are_packed() -> None:
     block, x = Block(), torch.randn(3, 8)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     with linears_by_input(block) as groups:
@@ -46,7 +46,7 @@ def test_layers_of_one_input_are_found_and_merged() -> None:
 
 
 def _lay_out(storage: torch.Tensor, *layers: nn.Linear) -> None:
-    """Lay the weights of the layers into a storage, one after another from its beginning."""
+    """Put the weights of the layers into one storage, one after another."""
     begin = 0
     for layer in layers:
         weight = storage[begin : begin + layer.weight.numel()].view_as(layer.weight)
@@ -64,7 +64,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_weights_that_share_a_storage_in_another_way_are_laid_out_anew(layout: str) -> None:
+def test_weights_in_another_layout_are_packed_again(layout: str) -> None:
     block, x = Block(), torch.randn(3, 8)
     LAYOUTS[layout](block)
     with linears_by_input(block) as groups:
@@ -74,12 +74,12 @@ def test_weights_that_share_a_storage_in_another_way_are_laid_out_anew(layout: s
         assert [layer.weight.storage_offset() for layer in (block.a, block.b)] == [0, 32]
         assert torch.equal(block(x), expected)
         block.b.weight.data = block.b.weight.data.clone()
-        assert find_packed_groups(block) == (), "it is looked at anew each time"
+        assert find_packed_groups(block) == (), "weights are examined at each call"
 
 
 @torch.no_grad()
-def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
-    """Inductor's cache does not look at offsets: what it compiled for one order would read the rows of the other."""
+def test_code_depends_on_the_order_of_packed_weights() -> None:
+    """Inductor's cache key ignores offsets; code for one order would misread the other."""
     block, keys = Block(), []
     for order in ((block.a, block.b), (block.b, block.a)):
         _lay_out(torch.empty(80), *order)
@@ -88,7 +88,7 @@ def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
     assert keys[0] != keys[1]
 
 
-def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> None:
+def test_a_parameter_in_use_by_another_models_engine_is_not_moved() -> None:
     one, other = Block(), Block()
     other.a = one.a
     with packed_weights(one, []), packed_weights(other, [[other.a, other.b]]):
@@ -97,7 +97,7 @@ def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> 
         assert find_packed_groups(other) == (("a", "b"),)
 
 
-def test_weights_do_not_move_under_another_engine() -> None:
+def test_weights_in_use_by_another_engine_are_not_moved() -> None:
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
     with CompiledLLM(
@@ -127,7 +127,7 @@ def test_weights_do_not_move_under_another_engine() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_merged_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_packed_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny_model(family)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False):
         assert len(find_packed_groups(model)) == 4
