@@ -137,7 +137,7 @@ class CompiledLLM:
                 loaded = load(resolved.model)
             failure = loaded.tokenizer_failure
             if failure is not None:
-                report.warnings.append(
+                report.warn(
                     f"the tokenizer cannot be loaded, so prompts must be token ids: {failure}"
                 )
             return cls(

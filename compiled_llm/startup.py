@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compiled_llm import imported
+import compiled_llm
 from compiled_llm.config.loader import load_config, parse_config
 from compiled_llm.config.schema import Config
 from compiled_llm.models.attention_routing import attention_routed
@@ -18,7 +18,7 @@ from compiled_llm.models.rotary import fixed_frequencies
 from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.models.vocabulary import check_vocabulary
 from compiled_llm.models.weight_packing import linears_by_input, packed_weights
-from compiled_llm.report.report import PhaseReport, Report
+from compiled_llm.report.report import PhaseReport, Report, StartupReport
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
@@ -47,8 +47,13 @@ def resolve_config(config: ConfigLike) -> Config:
 
 
 def new_report() -> Report:
-    """Return a report whose first phase is the import of the library."""
-    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
+    """Return a report that begins with the time to import the library.
+
+    The time is known where the library is imported through the public names of `compiled_llm`.
+    """
+    seconds = compiled_llm.import_seconds
+    imported = [PhaseReport(name="import", seconds=seconds, bytes=0)] if seconds else []
+    return Report(startup=StartupReport(phases=imported))
 
 
 def start(

@@ -1,13 +1,13 @@
-"""The compiler's library: FX passes and the ops they emit. It needs torch and triton alone."""
+"""Post-grad FX passes and the custom ops that they emit. Requires torch and triton only."""
 
 from passes.fuse_skinny_linear import FUSE_SKINNY_LINEAR
 from passes.hoist_step_invariants import HOIST_STEP_INVARIANTS
-from passes.lower_attention_marker import LOWER_ATTENTION_MARKER
-from passes.merge_projections import MERGE_PROJECTIONS
+from passes.lower_attention_marker import LOWER_ATTENTION_MARKER, AttentionLayers
+from passes.merge_projections import MERGE_PROJECTIONS, PackedWeights
 from passes.pipeline import GraphPass, PassContext, PassError, PassReport, Pipeline
-from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT
+from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT, RotaryEmbeddings
 
-# In the order in which they run unless a config says otherwise.
+# The default order: a config may list some of them in another.
 _ORDER = (
     LOWER_ATTENTION_MARKER,
     ROTARY_OUTER_PRODUCT,
@@ -17,4 +17,14 @@ _ORDER = (
 )
 PASSES: dict[str, GraphPass] = {graph_pass.name: graph_pass for graph_pass in _ORDER}
 
-__all__ = ["PASSES", "GraphPass", "PassContext", "PassError", "PassReport", "Pipeline"]
+__all__ = [
+    "PASSES",
+    "AttentionLayers",
+    "GraphPass",
+    "PackedWeights",
+    "PassContext",
+    "PassError",
+    "PassReport",
+    "Pipeline",
+    "RotaryEmbeddings",
+]

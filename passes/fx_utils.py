@@ -1,4 +1,4 @@
-"""Reading and editing graphs: what a node is, whatever views and casts stand before it; new nodes with their fake values."""
+"""Helpers to match and edit FX graphs of ATen ops whose nodes carry fake tensors."""
 
 import operator
 from collections.abc import Callable
@@ -12,7 +12,10 @@ from torch.fx.node import Argument, Target, map_arg
 
 
 def insert_call(graph: Graph, target: Target, *args: Argument) -> Node:
-    """Insert a call at the graph's insertion point, with `meta["val"]` computed from those of its arguments."""
+    """Insert a call at the graph's insertion point and compute its `meta["val"]`.
+
+    At least one argument must be a node with a fake tensor as its `meta["val"]`.
+    """
     node = graph.call_function(target, args)  # type: ignore[arg-type]  # an OpOverload is callable
     values = map_arg(args, lambda argument: argument.meta["val"])
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
@@ -22,23 +25,27 @@ def insert_call(graph: Graph, target: Target, *args: Argument) -> Node:
 
 
 def is_call_to(node: object, *targets: Target) -> TypeGuard[Node]:
-    """Whether this is a call of one of the targets."""
+    """Return whether `node` is a `call_function` node of one of the targets."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def backward_slice(node: Node, is_end: Callable[[Node], bool]) -> set[Node]:
-    """The node and all that it depends on, back to ends and no further."""
-    found, open_nodes = set[Node](), [node]
-    while open_nodes:
-        node = open_nodes.pop()
+    """Return the node and its transitive inputs; inputs of nodes where `is_end` are not followed.
+
+    End nodes are included.
+    """
+    found = set[Node]()
+    pending = [node]
+    while pending:
+        node = pending.pop()
         if node not in found:
             found.add(node)
-            open_nodes += () if is_end(node) else node.all_input_nodes
+            pending += () if is_end(node) else node.all_input_nodes
     return found
 
 
 def strip_reshapes(node: object) -> Node:
-    """The node whose elements these are, in the same order, by way of reshapes."""
+    """Return the node from which `node` is computed by reshapes alone."""
     assert isinstance(node, Node)
     while is_call_to(node, *_RESHAPES):
         node = node.args[0]
@@ -47,7 +54,7 @@ def strip_reshapes(node: object) -> Node:
 
 
 def strip_reshapes_and_casts(node: object) -> Node:
-    """The same, by way of reshapes and casts."""
+    """Return the node from which `node` is computed by reshapes and dtype conversions alone."""
     assert isinstance(node, Node)
     while is_call_to(node, *_RESHAPES, torch.ops.prims.convert_element_type.default):
         node = node.args[0]
@@ -56,32 +63,33 @@ def strip_reshapes_and_casts(node: object) -> Node:
 
 
 def is_unmutated_input(node: object) -> bool:
-    """Whether this is a graph input, or a view of one, that no node of the graph writes to."""
+    """Return whether `node` is a graph input that the graph does not mutate, or a view of one."""
     assert isinstance(node, Node)
     while node.op != "placeholder":
         source = node.all_input_nodes[0] if is_view(node) else None
+        # A reshape of a tensor that is not contiguous may copy it.
         if source is None or (
             is_call_to(node, _aten.reshape.default) and not source.meta["val"].is_contiguous()
-        ):  # it may copy
+        ):
             return False
         node = source
-    return not _is_written(node)
+    return not _is_mutated(node)
 
 
 def is_view(node: Node) -> bool:
-    """Whether this reads the same memory as its argument, or is a part of what that gives."""
+    """Return whether `node` aliases its argument, or is an element of its argument's results."""
     return is_call_to(node, operator.getitem, *_RESHAPES) or (
         isinstance(node.target, OpOverload) and node.target.is_view
     )
 
 
-def _is_written(node: Node) -> bool:
-    """Whether a node writes to this one, or to a view of it."""
-    return any(_is_written(user) if is_view(user) else _writes(user, node) for user in node.users)
+def _is_mutated(node: Node) -> bool:
+    """Return whether some node writes to `node` or to a view of it."""
+    return any(_is_mutated(user) if is_view(user) else _mutates(user, node) for user in node.users)
 
 
-def _writes(user: Node, node: Node) -> bool:
-    """Whether the schema of the user's op says that it writes to this argument."""
+def _mutates(user: Node, node: Node) -> bool:
+    """Return whether the schema of `user` declares a write to its argument `node`."""
     if not isinstance(user.target, OpOverload):
         return False
     arguments = zip(user.target._schema.arguments, user.args, strict=False)

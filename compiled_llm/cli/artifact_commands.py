@@ -53,10 +53,10 @@ def _check_saved(report: "Report", out: Path | None) -> None:
     saved_in = report.facts.get("artifact")
     if saved_in is None:
         expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
-        raise ValueError(f"nothing was saved: {report.artifact_refusal or expected}")
+        raise ValueError(f"nothing was saved: {report.startup.artifact_refusal or expected}")
     if out is not None and saved_in != str(out):
         raise ValueError(
-            f"{report.artifact_refusal}; choose another directory, or replace its contents with "
+            f"{report.startup.artifact_refusal}; choose another directory, or replace its contents with "
             "--force"
         )
     missing = [

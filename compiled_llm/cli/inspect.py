@@ -10,7 +10,7 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.loading import read_config, resolve_device, resolve_dtype
 from compiled_llm.models.preflight import ModelSummary, examine_config
 from compiled_llm.runtime.limits import Limits
-from passes import PASSES, PassContext
+from passes import PASSES, AttentionLayers, PackedWeights, PassContext, RotaryEmbeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +109,12 @@ def inspect_model(config: Config) -> Inspection:
     summary = examine_config(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
     names = config.pass_order() if config.compile.dispatch != "eager" else []
     context = PassContext(
-        layers=tuple(layer.name for layer in summary.layers),
-        rotary_embeddings=summary.rotary_embeddings,
-        merged_projections=summary.merged_projections if "merge_projections" in names else (),
         num_tokens=2,
+        facts=(
+            AttentionLayers(tuple(layer.name for layer in summary.layers)),
+            RotaryEmbeddings(summary.rotary_embeddings),
+            PackedWeights(summary.merged_projections),
+        ),
     )
     return Inspection(
         summary=summary,

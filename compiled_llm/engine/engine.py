@@ -28,9 +28,9 @@ from compiled_llm.engine.scheduler import OutOfBlocksError, Scheduler, Scheduler
 from compiled_llm.engine.scheduler_output import SchedulerOutput
 from compiled_llm.errors import EngineBrokenError, QueueFullError
 from compiled_llm.outputs import FinishReason, by_token
-from compiled_llm.runtime.model_runner import Logprobs, ModelRunner
+from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
-from compiled_llm.runtime.step.readback import StepHandle
+from compiled_llm.runtime.step.readback import Logprobs, StepHandle
 from compiled_llm.runtime.step.sampler_state import SamplerState
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
@@ -292,7 +292,7 @@ class Engine:
         prompts = self.num_waiting or self._rows.prefilling
         outputs = self._launched or self._news
         if self._model_runner.maybe_capture(
-            prompts_pending=bool(prompts), outputs_pending=bool(outputs)
+            prompts_pending=bool(prompts), steps_in_flight=bool(outputs)
         ):
             self._learn_all()
             return self._take_news()

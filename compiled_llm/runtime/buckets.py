@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from compiled_llm.config.schema import Sampler
+from compiled_llm.config.schema import BucketsConfig, Sampler
+from compiled_llm.runtime.limits import Limits
 
 BucketKind = Literal["decode", "prefill"]
 
@@ -73,6 +74,32 @@ def make_buckets(
         for sampler in supported
     ]
     return sorted(buckets, key=lambda bucket: bucket.cost)
+
+
+def plan_buckets(
+    config: BucketsConfig, limits: Limits, *, prefill_chunks: bool
+) -> dict[BucketKind, list[Bucket]]:
+    """Return the buckets of each kind that the config lists.
+
+    Args:
+        config: sizes, samplers and growth.
+        limits: the largest sizes.
+        prefill_chunks: whether a prefill step may have several tokens; otherwise the only prefill
+            size is 1.
+
+    Raises:
+        ValueError: see `make_buckets`.
+    """
+    samplers, growth = config.listed_samplers(), config.growth
+    prefill = config.prefill if prefill_chunks else config.prefill and [1]
+    return {
+        "decode": make_buckets(
+            "decode", config.decode, samplers, limit=limits.max_num_seqs, growth=growth
+        ),
+        "prefill": make_buckets(
+            "prefill", prefill, samplers, limit=limits.max_num_batched_tokens, growth=growth
+        ),
+    }
 
 
 def smallest_bucket(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:

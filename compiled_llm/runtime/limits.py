@@ -71,7 +71,8 @@ def _automatic_length(config: PretrainedConfig, default: int) -> tuple[int, str 
         return default, None
     return limit.length, (
         f"limits.max_model_len is {limit.length} instead of {default}: beyond {limit.length} "
-        f"tokens, rope_type {limit.rope_type!r} changes its frequencies for all sequences of a batch"
+        f"tokens, rope_type {limit.rope_type!r} changes its frequencies for all sequences of a "
+        "batch"
     )
 
 

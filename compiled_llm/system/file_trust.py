@@ -1,4 +1,4 @@
-"""Which files may be run as code: those that nobody but this user and root can write."""
+"""Check that no other user can change a file before code is loaded from it."""
 
 import os
 import stat
@@ -8,11 +8,11 @@ from compiled_llm.errors import UntrustedFileError
 
 
 def untrusted_reason(path: Path) -> str | None:
-    """Why other users could change what a path holds, in one line; None where they cannot.
+    """Return the reason, in one line, why other users could change a path, or None.
 
-    The path, each directory above it, and those that its symbolic links lead through must belong to this user or root, and have
-    no write permission for group or others; a directory above it may have that with the sticky bit, as /tmp does. What does not
-    exist is not looked at.
+    The path, each directory above it and those that its symbolic links lead through must belong to
+    this user or root, without write permission for group or others. A directory above the path may
+    have that permission with the sticky bit, as /tmp has. Missing paths are not checked.
     """
     absolute, resolved = Path(os.path.abspath(path)), path.resolve()
     for place in dict.fromkeys([absolute, resolved, *absolute.parents, *resolved.parents]):
@@ -23,7 +23,7 @@ def untrusted_reason(path: Path) -> str | None:
 
 
 def make_private_directory(directory: Path) -> None:
-    """Make a directory, and those above it that are missing, for this user alone; raises OSError."""
+    """Create a directory and its missing parents for this user only; raises OSError."""
     if directory.is_dir():
         return
     make_private_directory(directory.parent)
@@ -31,15 +31,15 @@ def make_private_directory(directory: Path) -> None:
 
 
 def read_trusted(path: Path) -> bytes:
-    """What a file holds.
+    """Return the contents of a file.
 
     Raises:
         UntrustedFileError: another user could have written it.
         OSError: it cannot be read.
     """
-    why = untrusted_reason(path)
-    if why is not None:
-        raise UntrustedFileError(why)
+    reason = untrusted_reason(path)
+    if reason is not None:
+        raise UntrustedFileError(reason)
     return path.read_bytes()
 
 
@@ -53,5 +53,6 @@ def _untrusted_reason_of(place: Path, *, may_be_sticky: bool) -> str | None:
     if stat.S_ISLNK(status.st_mode) or (may_be_sticky and status.st_mode & stat.S_ISVTX):
         return None
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to {place} (mode {stat.S_IMODE(status.st_mode):o}): take that away with `chmod go-w {place}`"
+        mode = stat.S_IMODE(status.st_mode)
+        return f"others may write to {place} (mode {mode:o}): run `chmod go-w {place}`"
     return None

@@ -1,7 +1,9 @@
-"""What happens to attention's scores before their softmax, found by asking: the function is evaluated, on a CPU, at a few scores.
+"""Infer the function that a model applies to attention scores before their softmax.
 
-Whatever ops a model uses, a causal mask is one that hides the keys after a query, and a scale is what a score is multiplied by. So
-nothing needs to be known of the ops, and nothing is believed of them.
+The function is evaluated on a CPU for a few constant scores, and its parameters are read from the
+results: a causal mask hides the keys after a query, and the scale is the slope in the score. This
+works for any ops that a model uses, and a function of another form is detected rather than
+misread.
 """
 
 from dataclasses import dataclass
@@ -14,21 +16,26 @@ from torch.fx.node import map_aggregate
 
 from passes.fx_utils import backward_slice
 
-_HIDDEN = -9000.0  # and less: weights of no key that others outdo by as much
-_LARGE = 1024.0  # a score before which rounding of biases vanishes
+# Scores up to this are masked: exp underflows next to any score that is not.
+_MASKED = -9000.0
+# A score next to which the rounding of biases is negligible.
+_LARGE = 1024.0
 
 
 class UnsupportedScoreModError(ValueError):
-    """It is no scaled and causally masked softmax; the message says what it does instead."""
+    """The function is not of the form of `ScoreMod`; the message says how it differs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreMod:
-    """What becomes of the score of head h between a query at position i and a key at j <= i: scale * score - slopes[h] * (i - j).
+    """The function `scale * score - slopes[h] * (i - j)`, and a causal mask.
+
+    It applies to the score of head h, a query at position i and a key at position j <= i.
 
     Attributes:
-        window: how many tokens back a query sees, itself included; 0 for all.
-        slopes: [H] float32, or None where all are 0.
+        scale: factor of the score.
+        window: number of tokens to which a query attends, including its own; 0 for all.
+        slopes: [H] float32 ALiBi slopes, or None if they are all 0.
     """
 
     scale: float
@@ -37,77 +44,91 @@ class ScoreMod:
 
 
 def infer_score_mod(module: GraphModule, scores: Node, result: object, num_tokens: int) -> ScoreMod:
-    """What a graph makes of these scores [1, H, T, T] or [H, T, T] until they are the result.
+    """Return the function by which `result` is computed from `scores`.
+
+    Args:
+        module: the module that holds the graph and its attributes.
+        scores: node [1, H, T, T] or [H, T, T], the products of queries and keys.
+        result: node of the same shape, the argument of the softmax.
+        num_tokens: T of the evaluation. A window of at least that many tokens is not detected.
 
     Raises:
-        UnlikeAttentionError: something else.
-        NotImplementedError: it depends on weights that are on the meta device.
+        UnsupportedScoreModError: the function is of another form.
+        NotImplementedError: it depends on weights on the meta device.
     """
     assert isinstance(result, Node)
     evaluate = _Evaluation(module, scores, result, num_tokens)
-    at_zero, at_one, at_large = (evaluate(value) for value in (0.0, 1.0, _LARGE))
-    seen = at_zero > _HIDDEN
-    window = _window(seen)
-    factors = ((at_large - at_zero) / _LARGE)[seen]
+    at_zero, at_one, at_large = (evaluate(score) for score in (0.0, 1.0, _LARGE))
+    visible = at_zero > _MASKED
+    window = _infer_window(visible)
+    tolerance = torch.finfo(evaluate.dtype).eps * 4
+    factors = ((at_large - at_zero) / _LARGE)[visible]
     scale = float(factors.median())
-    exact = torch.finfo(evaluate.dtype).eps * 4
-    if not torch.allclose(
-        factors, torch.full_like(factors, scale), rtol=exact, atol=0
-    ) or not torch.allclose(
-        (at_one - at_zero)[seen], factors, rtol=1e-3, atol=exact * float(at_zero[seen].abs().max())
-    ):
-        raise UnsupportedScoreModError("its scores are not scaled alike before the softmax")
-    return ScoreMod(scale=scale, window=window, slopes=_slopes(at_zero, seen, window, exact))
+    constant = torch.full_like(factors, scale)
+    bias_error = tolerance * float(at_zero[visible].abs().max())
+    is_constant = torch.allclose(factors, constant, rtol=tolerance, atol=0)
+    factors_at_one = (at_one - at_zero)[visible]
+    if not is_constant or not torch.allclose(factors_at_one, factors, rtol=1e-3, atol=bias_error):
+        raise UnsupportedScoreModError("its scores are not all scaled by one constant")
+    slopes = _infer_slopes(at_zero, visible, window, tolerance)
+    return ScoreMod(scale=scale, window=window, slopes=slopes)
 
 
-def _window(seen_HTT: Tensor) -> int:
-    num_tokens = seen_HTT.shape[-1]
+def _infer_window(visible_HTT: Tensor) -> int:
+    num_tokens = visible_HTT.shape[-1]
     positions = torch.arange(num_tokens)
     distance = positions[:, None] - positions[None, :]
-    count = int(seen_HTT[0, -1].sum())
+    count = int(visible_HTT[0, -1].sum())
     window = 0 if count == num_tokens else count
     expected = (distance >= 0) & (distance < (window or num_tokens))
-    if not torch.equal(seen_HTT, expected.expand_as(seen_HTT)):
+    if not torch.equal(visible_HTT, expected.expand_as(visible_HTT)):
         raise UnsupportedScoreModError("its mask is neither causal nor a causal window")
     return window
 
 
-def _slopes(bias_HTT: Tensor, seen_HTT: Tensor, window: int, exact: float) -> Tensor | None:
-    far = (
-        1 << (bias_HTT.shape[-1] - 1).bit_length() - 1
-    )  # a power of two, so that low precision rounds it least
-    if window and bool(bias_HTT[seen_HTT].any()):
-        raise UnsupportedScoreModError("it adds a bias to scores in a window")
+def _infer_slopes(
+    bias_HTT: Tensor, visible_HTT: Tensor, window: int, tolerance: float
+) -> Tensor | None:
+    """Return ALiBi slopes [H] float32 from the function's values at score 0, or None for zeros."""
+    num_tokens = bias_HTT.shape[-1]
+    bias = bias_HTT[visible_HTT]
     if window:
+        if bool(bias.any()):
+            raise UnsupportedScoreModError("it adds a bias to scores in a window")
         return None
+    # Measure at the largest power of two, whose products low precision rounds least.
+    exponent = (num_tokens - 1).bit_length() - 1
+    far = 1 << exponent
     slopes = (bias_HTT[:, far, far] - bias_HTT[:, far, 0]) / far
-    positions = torch.arange(bias_HTT.shape[-1])
-    expected = bias_HTT[:, :, :1] + slopes[:, None, None] * positions
-    largest = float(bias_HTT[seen_HTT].abs().max())
-    if not torch.allclose(
-        bias_HTT[seen_HTT], expected[seen_HTT], rtol=0, atol=max(exact * largest, 1e-6)
-    ):
+    expected_HTT = bias_HTT[:, :, :1] + slopes[:, None, None] * torch.arange(num_tokens)
+    bound = max(tolerance * float(bias.abs().max()), 1e-6)
+    if not torch.allclose(bias, expected_HTT[visible_HTT], rtol=0, atol=bound):
         raise UnsupportedScoreModError(
-            "it adds a bias to scores that does not grow evenly with a key's position"
+            "it adds a bias to scores that is not linear in a key's position"
         )
     return slopes.float() if slopes.any() else None
 
 
 class _Evaluation:
-    """The result for scores that are all alike, as [H, T, T] float64; H is 1 where heads are treated alike."""
+    """Evaluate the function for constant scores, as [H, T, T] float64.
+
+    H is 1 if the function does not depend on the head. `dtype` is that of the model's scores.
+    """
 
     def __init__(self, module: GraphModule, scores: Node, result: Node, num_tokens: int) -> None:
-        self._module, self._scores, self._result = module, scores, result
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        length = inputs[0].meta["val"].shape[0]
+        sizes = scores.meta["val"].shape
+        self.dtype: torch.dtype = scores.meta["val"].dtype
+        self._module = module
+        self._scores = scores
+        self._result = result
+        # The first input holds token ids, all others positions.
         self._given: dict[Node, object] = {node: torch.arange(num_tokens) for node in inputs}
         self._given[inputs[0]] = torch.zeros(num_tokens, dtype=torch.int64)
-        length = inputs[0].meta["val"].shape[0]
-        self._shape = [
-            num_tokens if size == length else int(size) for size in scores.meta["val"].shape
-        ]
+        self._shape = [num_tokens if size == length else int(size) for size in sizes]
         given = {scores, *inputs}
         self._needed = backward_slice(result, given.__contains__) - given
-        self.dtype: torch.dtype = scores.meta["val"].dtype
 
     def __call__(self, score: float) -> Tensor:
         values = {**self._given, self._scores: torch.full(self._shape, score, dtype=torch.float64)}
@@ -122,7 +143,7 @@ class _Evaluation:
         if node.op == "get_attr":
             return self._attribute(str(node.target)).cpu()
         args, kwargs = map_aggregate(
-            (node.args, dict(node.kwargs)), lambda part: _on_cpu(part, values)
+            (node.args, dict(node.kwargs)), lambda argument: _on_cpu(argument, values)
         )
         assert callable(node.target)
         return node.target(*args, **kwargs)
@@ -135,7 +156,8 @@ class _Evaluation:
         return value
 
 
-def _on_cpu(part: Any, values: dict[Node, object]) -> Any:
-    if isinstance(part, Node):
-        return values[part]
-    return torch.device("cpu") if isinstance(part, torch.device) else part
+def _on_cpu(argument: Any, values: dict[Node, object]) -> Any:
+    """Return a node's value, the CPU in place of another device, and other arguments unchanged."""
+    if isinstance(argument, Node):
+        return values[argument]
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument

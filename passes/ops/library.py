@@ -1,4 +1,4 @@
-"""The one torch library that the project's custom ops live in: `torch.ops.compiled_llm.*`."""
+"""Definition of custom ops in the torch library `compiled_llm` (`torch.ops.compiled_llm.*`)."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,28 +9,29 @@ import torch
 
 NAMESPACE = "compiled_llm"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-# What runs each op on a GPU.
+# The CUDA implementation of each op, by overload.
 KERNELS: dict[object, Callable[..., object]] = {}
 
 
-class _Choice(threading.local):
-    """What the ops that a thread calls run."""
-
+class _ThreadState(threading.local):
     use_references = False
 
 
-_CHOICE = _Choice()
+_STATE = _ThreadState()
 
 
 @contextmanager
 def use_references() -> Iterator[None]:
-    """Have ops called in this thread run their references, on any device; what has been captured stays as it is."""
-    before = _CHOICE.use_references
+    """Run the references of ops that this thread calls, on any device.
+
+    Kernels that a CUDA graph has captured are not affected.
+    """
+    before = _STATE.use_references
     try:
-        _CHOICE.use_references = True
+        _STATE.use_references = True
         yield
     finally:
-        _CHOICE.use_references = before
+        _STATE.use_references = before
 
 
 def define_op(
@@ -41,20 +42,22 @@ def define_op(
     fake: Callable[..., object],
     cpu: Callable[..., object] | None = None,
 ) -> torch._ops.OpOverload:
-    """Define one op.
+    """Define a custom op and register its implementations.
 
     Args:
-        schema: `name(arguments) -> returns`; mutated arguments are annotated, e.g. `Tensor(a!)`.
-        reference: the plain-PyTorch implementation, which runs wherever `kernel` does not, and within `references`.
-        kernel: the CUDA implementation.
-        fake: shapes and dtypes of the result, for tracing.
-        cpu: the CPU implementation, where the reference is not good enough.
+        schema: `name(arguments) -> returns`; mutated arguments are annotated, as in `Tensor(a!)`.
+        reference: implementation in plain PyTorch, for devices without another one and within
+            `use_references`.
+        kernel: CUDA implementation.
+        fake: returns outputs of the right shapes and dtypes, for tracing.
+        cpu: CPU implementation, if the reference is too slow.
 
     Returns:
         The op's default overload.
     """
     name = schema.split("(", 1)[0]
-    # flexible_layout: Inductor hands over whatever strides it chose, so kernels take strides as arguments.
+    # With flexible_layout, Inductor passes tensors of any strides; kernels take strides as
+    # arguments.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     LIBRARY.impl(name, _unless_references(kernel, reference), "CUDA")
@@ -69,8 +72,10 @@ def define_op(
 def _unless_references(
     kernel: Callable[..., object], reference: Callable[..., object]
 ) -> Callable[..., object]:
+    """Return a function that runs the kernel, or the reference within `use_references`."""
+
     @wraps(kernel)
     def run(*args: object) -> object:
-        return (reference if _CHOICE.use_references else kernel)(*args)
+        return (reference if _STATE.use_references else kernel)(*args)
 
     return run

@@ -1,4 +1,7 @@
-"""A value that Inductor is to keep in memory, rather than compute again in each kernel that reads it."""
+"""The identity, as an op that makes Inductor write its argument to a buffer.
+
+Inductor otherwise inlines a pointwise value into each kernel that reads it.
+"""
 
 from functools import cache
 
@@ -6,21 +9,22 @@ import torch
 from torch import Tensor
 
 from passes.ops.library import define_op
+from passes.torch_internals import REGISTER_LOWERING
 
 
 def materialize_reference(value: Tensor) -> Tensor:
-    """The value itself."""
+    """Return a copy of `value`."""
     return value.clone()
 
 
 @cache
 def register_materialize_lowering() -> None:
-    """Have Inductor write the value to a buffer where it stands; without this, the op is a launch of its own."""
-    from torch._inductor.lowering import (
-        register_lowering,  # with the compiler, which takes seconds to import
-    )
+    """Register the op's lowering with Inductor, which realizes the argument's buffer.
 
-    @register_lowering(materialize, type_promotion_kind=None)
+    Without it, the op is a kernel launch of its own.
+    """
+
+    @REGISTER_LOWERING.get()(materialize, type_promotion_kind=None)
     def _(value):  # type: ignore[no-untyped-def]
         value.realize()
         return value

@@ -1,15 +1,36 @@
-"""Causal attention of a ragged batch of queries over a paged key/value cache.
+"""Causal attention of a ragged batch of queries over a paged KV cache.
 
-Shapes: T tokens of S sequences, H query heads, G key/value heads (G divides H), D key head dim, E value head dim,
-P pages in the pool, B tokens a page (a power of two), N pages a sequence at most.
+Shape suffixes:
+    T: query tokens of S sequences
+    S: sequences
+    H: query heads
+    G: key/value heads; H / G query heads share one
+    D: key head dim
+    E: value head dim
+    P: pages of the cache
+    B: tokens per page, a power of two
+    N: maximum pages per sequence
 
-Sequence s owns the queries `query_start[s] : query_start[s + 1]`, which are the last ones of its `seq_lens[s]` tokens;
-its token i lies in page `block_table[s, i // B]` at offset `i % B`. Lengths, starts and tables are int32 tensors and
-reach neither the grid nor the code. Rows of sequences with `seq_lens[s] == 0`, and tokens past the last start, are
-zeros in the output, whatever the cache holds there. `window` is how many tokens back a query sees, itself included; 0 for all of
-them; -C for those of its own chunk, where chunks of C tokens follow each other. Pages that no query sees any more are not read, so
-they may serve others. With `slopes`, a head's scores lose its slope for each token from query to key (ALiBi, arXiv:2108.12409).
-`split_counters` is the decode kernel's: zeros before and after (see `decode_attention`).
+The queries of sequence s are `q[query_start[s] : query_start[s + 1]]` and belong to the last of its
+`seq_lens[s]` tokens, whose keys and values are in the cache already. Token i of a sequence is in
+page `block_table[s, i // B]` at offset `i % B`. The grid and the compiled code depend on the
+shapes of `query_start`, `seq_lens` and `block_table`, not on their values.
+
+Arguments of the op:
+
+- `query_start` [S + 1], `seq_lens` [S] and `block_table` [S, N] are int32.
+- `split_counters` is int32 scratch memory of the decode kernel, zeros before and after a call;
+  see `passes.ops.decode_attention`.
+- `sinks` [H] are scores without a value that take part in the softmax, as in gpt-oss.
+- `slopes` [H] bias a head's scores by `-slope * distance` between query and key (ALiBi,
+  arXiv:2108.12409).
+- `window` limits the keys of a query: 0 for all before it, n > 0 for the last n including its own,
+  -n for those of its own chunk of n tokens. Pages that no query attends to are not read.
+- `softcap` > 0 replaces scores by `softcap * tanh(scores / softcap)`.
+- `max_query_len` is a static upper bound on the queries of a sequence. 1 selects the decode
+  kernel, for which T = S.
+
+Output rows of sequences with `seq_lens[s] == 0` and of tokens past `query_start[S]` are zeros.
 """
 
 import torch
@@ -21,103 +42,121 @@ from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define_op
 from passes.ops.prefill_attention import prefill_attention
 
+# Upper bound on the elements of an intermediate tensor of the reference: 256 MiB in float32.
+_MAX_ELEMENTS = 2**26
+
 
 def paged_attention_reference(
-    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
-    max_query_len: int,
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor,
+    query_start: Tensor, seq_lens_S: Tensor, split_counters: Tensor, sinks_H: Tensor | None,
+    slopes_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """Plain PyTorch, softmax in float32. Waits for the device, so it is not for capture.
+    """Return attention [T, H, E] in the dtype of q, in plain PyTorch with a softmax in float32.
 
-    Sequences, or the queries of one, are taken so many at a time that what is in memory at once stays within bounds.
+    It synchronizes with the device, so it cannot be captured in a CUDA graph. Sequences, or the
+    queries of a sequence, are processed in slices of bounded memory.
     """
-    T, H, _ = q_THD.shape
-    out_THE = q_THD.new_zeros(T, H, v_cache_PBGE.shape[-1])
-    options, caches, most = (
-        (sinks_H, slopes_H, scale, window, softcap),
-        (k_cache_PBGD, v_cache_PBGE),
-        int(seq_lens_S.max()),
-    )
+    options = (sinks_H, slopes_H, scale, window, softcap)
+    caches = (k_cache_PBGD, v_cache_PBGE)
     if max_query_len == 1:
-        of_a_key = H + sum(cache[0, 0].numel() for cache in caches)
-        for rows in _slices(0, T, _AT_ONCE // max(1, most * of_a_key)):
-            lens = seq_lens_S[rows].long()
-            positions = lens[:, None] - 1
-            keys, values = (
-                _gather(cache, block_table_SN[rows], positions, window) for cache in caches
-            )
-            attended = dense_attention(q_THD[rows, None], keys, values, positions, lens, *options)[
-                :, 0
-            ]
-            out_THE[rows] = torch.where(lens[:, None, None] > 0, attended, 0)
-        return out_THE
+        return _decode_reference(q_THD, caches, block_table_SN, seq_lens_S, options)
+    return _prefill_reference(q_THD, caches, block_table_SN, query_start, seq_lens_S, options)
+
+
+# sinks, slopes, scale, window, softcap
+_Options = tuple[Tensor | None, Tensor | None, float, int, float]
+
+
+def _decode_reference(
+    q_SHD: Tensor, caches: tuple[Tensor, Tensor], block_table_SN: Tensor, seq_lens_S: Tensor,
+    options: _Options,
+) -> Tensor:  # fmt: skip
+    S, H, _ = q_SHD.shape
+    window = options[3]
+    out_SHE = q_SHD.new_zeros(S, H, caches[1].shape[-1])
+    per_key = H + sum(cache[0, 0].numel() for cache in caches)
+    max_len = int(seq_lens_S.max())
+    for rows in _slices(0, S, _MAX_ELEMENTS // max(1, max_len * per_key)):
+        lens = seq_lens_S[rows].long()
+        positions = lens[:, None] - 1
+        keys, values = (_gather(cache, block_table_SN[rows], positions, window) for cache in caches)
+        attended = dense_attention(q_SHD[rows, None], keys, values, positions, lens, *options)
+        out_SHE[rows] = torch.where(lens[:, None, None] > 0, attended[:, 0], 0)
+    return out_SHE
+
+
+def _prefill_reference(
+    q_THD: Tensor, caches: tuple[Tensor, Tensor], block_table_SN: Tensor, query_start: Tensor,
+    seq_lens_S: Tensor, options: _Options,
+) -> Tensor:  # fmt: skip
+    T, H, _ = q_THD.shape
+    window = options[3]
+    out_THE = q_THD.new_zeros(T, H, caches[1].shape[-1])
     starts = query_start.tolist()
     for s, length in enumerate(seq_lens_S.tolist()):
-        first, lens = length - (starts[s + 1] - starts[s]), seq_lens_S[s : s + 1].long()
-        for rows in _slices(
-            starts[s], starts[s + 1] if length else starts[s], _AT_ONCE // (max(1, length) * H)
-        ):
-            positions = torch.arange(rows.start, rows.stop, device=q_THD.device)[None] + (
-                first - starts[s]
-            )
-            keys, values = (
-                _gather(cache, block_table_SN[s : s + 1], positions, window) for cache in caches
-            )
-            out_THE[rows] = dense_attention(
-                q_THD[rows][None], keys, values, positions, lens, *options
-            )[0]
+        begin = starts[s]
+        end = starts[s + 1] if length else begin
+        first_position = length - (starts[s + 1] - begin)
+        lens, table = seq_lens_S[s : s + 1].long(), block_table_SN[s : s + 1]
+        for rows in _slices(begin, end, _MAX_ELEMENTS // (max(1, length) * H)):
+            tokens = torch.arange(rows.start, rows.stop, device=q_THD.device)[None]
+            positions = tokens + (first_position - begin)
+            keys, values = (_gather(cache, table, positions, window) for cache in caches)
+            attended = dense_attention(q_THD[rows][None], keys, values, positions, lens, *options)
+            out_THE[rows] = attended[0]
     return out_THE
 
 
-_AT_ONCE = 2**26  # elements, 256 MiB in float32
-
-
 def _slices(begin: int, end: int, size: int) -> list[slice]:
-    return [slice(at, min(end, at + max(1, size))) for at in range(begin, end, max(1, size))]
+    size = max(1, size)
+    return [slice(first, min(end, first + size)) for first in range(begin, end, size)]
 
 
 def _gather(
     cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int
 ) -> Tensor:
-    """The cached tokens of each sequence, [S, longest, G, D]; what none of its queries sees repeats one that is seen."""
-    block_size = cache_PBGD.shape[1]
+    """Return the cached tokens [S, K, G, D] of each sequence, K being the longest.
+
+    Tokens to which no query attends are replaced by one that is attended to, because their pages
+    may belong to other sequences.
+    """
+    page_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
     first_S1 = AttentionReach.decode(window).first_visible(positions_SQ[:, :1]).clamp(min=0)
-    tokens_SK = (
-        torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
-        .minimum(last_S1)
-        .maximum(first_S1)
-    )
-    pages_SK = block_table_SN.long().gather(1, tokens_SK // block_size)
-    return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[
-        pages_SK * block_size + tokens_SK % block_size
-    ]
+    tokens_K = torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
+    tokens_SK = tokens_K.minimum(last_S1).maximum(first_S1)
+    pages_SK = block_table_SN.long().gather(1, tokens_SK // page_size)
+    slots_SK = pages_SK * page_size + tokens_SK % page_size
+    return cache_PBGD.view(-1, *cache_PBGD.shape[2:])[slots_SK]
 
 
 def dense_attention(
     q_SQHD: Tensor, k_SKGD: Tensor, v_SKGE: Tensor, positions_SQ: Tensor, lens_S: Tensor,
     sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k^T) v in plain PyTorch, over the keys each position may see; positions_SQ are those of the queries in their
-    sequences, of which lens_S tokens are there.
+    """Return causal attention [S, Q, H, E] over dense keys and values, in plain PyTorch.
+
+    Products and softmax are in float32; the result has the dtype of q.
+
+    Args:
+        positions_SQ: int64 positions of the Q queries of each sequence.
+        lens_S: int64 numbers of tokens; keys from there on are masked.
+        others: as in the module's docstring.
     """
     S, Q, H, D = q_SQHD.shape
     K, G = k_SKGD.shape[1:3]
-    q_SGMD = (
-        q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(S, G, H // G * Q, D).float()
-    )
+    q_SGMD = q_SQHD.view(S, Q, G, H // G, D).permute(0, 2, 3, 1, 4)
+    q_SGMD = q_SGMD.reshape(S, G, H // G * Q, D).float()
     scores = (q_SGMD @ k_SKGD.permute(0, 2, 3, 1).float() * scale).view(S, G, H // G, Q, K)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    keys = torch.arange(K, device=q_SQHD.device)
+    keys_K = torch.arange(K, device=q_SQHD.device)
     if slopes_H is not None:
-        scores += (
-            slopes_H.float().view(1, G, H // G, 1, 1)
-            * (keys - positions_SQ[..., None])[:, None, None]
-        )
-    seen_SQK = (keys <= positions_SQ[..., None]) & (keys < lens_S[:, None, None])
-    seen_SQK &= keys >= AttentionReach.decode(window).first_visible(positions_SQ)[..., None]
-    scores = scores.masked_fill(~seen_SQK[:, None, None], float("-inf"))
+        distance_SQK = keys_K - positions_SQ[..., None]
+        scores += slopes_H.float().view(1, G, H // G, 1, 1) * distance_SQK[:, None, None]
+    mask_SQK = (keys_K <= positions_SQ[..., None]) & (keys_K < lens_S[:, None, None])
+    mask_SQK &= keys_K >= AttentionReach.decode(window).first_visible(positions_SQ)[..., None]
+    scores = scores.masked_fill(~mask_SQK[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)
         scores = torch.cat([scores, sink], dim=-1)
@@ -127,77 +166,36 @@ def dense_attention(
 
 
 def paged_attention_kernel(
-    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
-    max_query_len: int,
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor,
+    query_start: Tensor, seq_lens_S: Tensor, split_counters: Tensor, sinks_H: Tensor | None,
+    slopes_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """Triton. q may have any strides; head dims up to 256; a page is a power of two of at least 16 tokens."""
+    """Return attention [T, H, E], with Triton.
+
+    q may have any strides; D and E are at most 256; a page has at least 16 tokens.
+    """
+    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
+    options = (sinks_H, slopes_H, scale, window, softcap)
     if max_query_len == 1:
-        return decode_attention(
-            q_THD,
-            k_cache_PBGD,
-            v_cache_PBGE,
-            block_table_SN,
-            seq_lens_S,
-            split_counters,
-            sinks_H,
-            slopes_H,
-            scale,
-            window,
-            softcap,
-        )
-    return prefill_attention(
-        q_THD,
-        k_cache_PBGD,
-        v_cache_PBGE,
-        block_table_SN,
-        query_start,
-        seq_lens_S,
-        sinks_H,
-        slopes_H,
-        scale,
-        window,
-        softcap,
-    )
+        return decode_attention(q_THD, *caches, seq_lens_S, split_counters, *options)
+    return prefill_attention(q_THD, *caches, query_start, seq_lens_S, *options)
 
 
 def paged_attention_cpu(
-    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor, query_start: Tensor, seq_lens_S: Tensor,
-    split_counters: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None, scale: float, window: int, softcap: float,
-    max_query_len: int,
+    q_THD: Tensor, k_cache_PBGD: Tensor, v_cache_PBGE: Tensor, block_table_SN: Tensor,
+    query_start: Tensor, seq_lens_S: Tensor, split_counters: Tensor, sinks_H: Tensor | None,
+    slopes_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """C++ in float32, else the reference."""
+    """Return attention [T, H, E], with C++ for float32 and by the reference for other dtypes."""
+    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
+    options = (sinks_H, slopes_H, scale, window, softcap)
     if q_THD.dtype != torch.float32:
         return paged_attention_reference(
-            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, split_counters,
-            sinks_H, slopes_H, scale, window, softcap, max_query_len,
-        )  # fmt: skip
-    if max_query_len == 1:
-        return cpu.decode_attention(
-            q_THD,
-            k_cache_PBGD,
-            v_cache_PBGE,
-            block_table_SN,
-            seq_lens_S,
-            sinks_H,
-            slopes_H,
-            scale,
-            window,
-            softcap,
+            q_THD, *caches, query_start, seq_lens_S, split_counters, *options, max_query_len
         )
-    return cpu.prefill_attention(
-        q_THD,
-        k_cache_PBGD,
-        v_cache_PBGE,
-        block_table_SN,
-        query_start,
-        seq_lens_S,
-        sinks_H,
-        slopes_H,
-        scale,
-        window,
-        softcap,
-    )
+    if max_query_len == 1:
+        return cpu.decode_attention(q_THD, *caches, seq_lens_S, *options)
+    return cpu.prefill_attention(q_THD, *caches, query_start, seq_lens_S, *options)
 
 
 def _paged_attention_fake(
@@ -207,8 +205,9 @@ def _paged_attention_fake(
 
 
 paged_attention = define_op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-    "Tensor split_counters, Tensor? sinks, Tensor? slopes, float scale, int window, float softcap, int max_query_len) -> Tensor",
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+    "Tensor query_start, Tensor seq_lens, Tensor split_counters, Tensor? sinks, Tensor? slopes, "
+    "float scale, int window, float softcap, int max_query_len) -> Tensor",
     reference=paged_attention_reference,
     kernel=paged_attention_kernel,
     fake=_paged_attention_fake,

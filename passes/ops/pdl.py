@@ -1,18 +1,22 @@
-"""Launching a kernel while the one before it still runs: programmatic dependent launch, from Hopper on.
+"""Programmatic dependent launch (PDL): a kernel starts while the preceding one still runs.
 
-Each kernel of a step, ours and Inductor's, waits in itself for the end of the one before it, before it touches anything that
-kernels write. So the end of one is the end of all before it, and what a kernel does until then (to be launched, to compute
-addresses, to fetch weights, which nothing writes) costs no time.
+Available from compute capability 9.0 (Hopper) on. Every kernel of a step, this package's and
+Inductor's, executes `griddepcontrol.wait` before it accesses memory that kernels write. The end of
+a kernel thus implies the end of all kernels before it, and the work ahead of the wait is hidden:
+the launch itself, address computation, and loads of weights, which no kernel writes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
+from passes.torch_internals import PDL_WAIT, TRITON_KERNEL
+
+# Kernels over more tokens fill the GPU, and a kernel that waits occupies it: at 128 tokens PDL
+# cost 2 to 5 % on an H200.
 MAX_TOKENS = 64
 
 
@@ -22,35 +26,33 @@ def _is_supported() -> bool:
 
 
 def pdl_launch_options() -> dict[str, Any]:
-    """What a kernel of ours is launched with; its EARLY says that it must wait."""
+    """Return the launch arguments of a kernel that has the constexpr `USE_PDL`."""
     return {"USE_PDL": True, "launch_pdl": True} if _is_supported() else {"USE_PDL": False}
 
 
 def inductor_pdl_options(num_tokens: int) -> dict[str, Any]:
-    """The settings with which Inductor launches its kernels early, to be used within `inductor_waits`.
+    """Return the Inductor options that launch its kernels with PDL in a step of `num_tokens`.
 
-    Of more tokens, kernels fill the GPU, and one that waits only stands in the way (on an H200 it cost 2 to 5 % at 128).
+    They must be used within `inductor_pdl_waits`.
     """
     return {"triton.enable_pdl": True} if _is_supported() and num_tokens <= MAX_TOKENS else {}
 
 
 @contextmanager
 def inductor_pdl_waits() -> Iterator[None]:
-    """Have every kernel that Inductor generates wait before it first reads or writes.
+    """Make every kernel that Inductor generates wait before its first access to memory.
 
-    By itself, Inductor lets a kernel go ahead that touches nothing of the kernel just before it, and one that reads nothing never
-    waits. The kernel after that would wait for it alone, while an earlier one might still run.
+    By default, Inductor omits the wait in a kernel that does not depend on the kernel just before
+    it. A third kernel, which waits for that one alone, could then run while an earlier kernel
+    still does.
     """
-    from torch._inductor.codegen.triton import (
-        TritonKernel,  # with the compiler, which takes seconds to import
-    )
 
     def wait(kernel: Any, buffer: Any, *accessed: str, consider_reads: bool = False) -> None:
         if kernel._enable_pdl_codegen():
             in_loop = kernel.inside_reduction and kernel.range_trees[-1].is_loop
-            (kernel.body if in_loop else buffer).writeline(
-                kernel.GDC_WAIT
-            )  # all but the first are dropped later
+            target = kernel.body if in_loop else buffer
+            target.writeline(kernel.GDC_WAIT)  # Inductor drops all but the first later
 
-    with patch.object(TritonKernel, "_handle_pdl_before_access", wait):
+    TRITON_KERNEL.get()
+    with PDL_WAIT.patch(wait):
         yield

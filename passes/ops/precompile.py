@@ -1,8 +1,9 @@
-"""The Triton kernels of a graph's ops, compiled before anything runs: by a process that has no memory to run them in, and for
-an artifact that shall hold them.
+"""Compile the Triton kernels of a graph's ops before anything runs.
 
-Inductor compiles its own kernels ahead. Those behind the ops of this package are compiled by Triton where they are first
-launched, so each op is called here on tensors without memory, and every launch stops once the kernel is compiled.
+Inductor compiles its own kernels together with the graph, but Triton compiles those of this
+package's ops at their first launch. To compile them in a process without GPU memory, or to save
+them in an artifact, each op of the graph is called on fake tensors while launches are replaced by
+compilations.
 """
 
 import threading
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.ops.library import KERNELS
+from passes.torch_internals import JIT_RUN, LAUNCHER_CACHE
 
-# By the name of its folder in Triton's cache, what a kernel's files hold.
+# Contents of a kernel's files, by file name, by the name of its folder in Triton's cache.
 KernelFiles = dict[str, dict[str, bytes]]
 
 _SAVED_SUFFIXES = {".cubin", ".json", ".source", ".so"}
@@ -29,7 +30,7 @@ _SAVED_SUFFIXES = {".cubin", ".json", ".source", ".so"}
 
 @dataclass(frozen=True, slots=True)
 class _TensorSpec:
-    """A tensor but for its memory, which is taken to begin at a multiple of 16 bytes."""
+    """The metadata of a tensor, whose memory is assumed to be aligned to 16 bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,7 +43,13 @@ class _TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """A call of one of this package's ops, by its kernel."""
+    """A call of one of this package's ops; tensors are replaced by their metadata.
+
+    Attributes:
+        kernel: CUDA implementation of the op.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
 
     kernel: Any
     args: tuple[Any, ...]
@@ -50,24 +57,25 @@ class KernelCall:
 
 
 def kernel_calls(graph: Graph) -> list[KernelCall]:
-    """The calls of a graph for a GPU, those that differ in more than what their tensors hold."""
+    """Return the calls of this package's ops on CUDA tensors, without duplicates."""
     calls: dict[str, KernelCall] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in KERNELS:
             args, kwargs = tree_map_only(Node, _tensor_spec, (node.args, node.kwargs))
-            if all(
-                value.device.type == "cuda"
-                for value in tree_leaves((args, kwargs))
-                if isinstance(value, _TensorSpec)
-            ):
-                calls.setdefault(
-                    f"{node.target} {args} {kwargs}", KernelCall(KERNELS[node.target], args, kwargs)
-                )
+            specs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _TensorSpec)]
+            if all(spec.device.type == "cuda" for spec in specs):
+                call = KernelCall(KERNELS[node.target], args, kwargs)
+                calls.setdefault(f"{node.target} {args} {kwargs}", call)
     return list(calls.values())
 
 
+def _tensor_spec(node: Node) -> _TensorSpec:
+    value = node.meta["val"]
+    return _TensorSpec(value.dtype, tuple(value.shape), value.stride(), value.device)
+
+
 def compile_kernels(calls: list[KernelCall]) -> KernelFiles:
-    """Compile what the calls launch, or find it in Triton's cache."""
+    """Compile the kernels that the calls launch, or find them in Triton's cache."""
     files: KernelFiles = {}
     if not calls:
         return files
@@ -79,7 +87,11 @@ def compile_kernels(calls: list[KernelCall]) -> KernelFiles:
 
 
 def restore_kernels(files: KernelFiles) -> None:
-    """Put into Triton's cache what it lacks of them; raises OSError."""
+    """Add kernels to Triton's cache that it does not hold.
+
+    Raises:
+        OSError: the cache is not writable.
+    """
     from triton.runtime.cache import get_cache_manager
 
     for folder, contents in files.items():
@@ -93,38 +105,38 @@ def restore_kernels(files: KernelFiles) -> None:
                 manager.put_group(name, paths)
 
 
-def _tensor_spec(node: Node) -> _TensorSpec:
-    value = node.meta["val"]
-    return _TensorSpec(value.dtype, tuple(value.shape), value.stride(), value.device)
-
-
 @contextmanager
 def compile_without_launching(files: KernelFiles) -> Iterator[None]:
-    """While this is open, this thread's launches compile the kernel and what launches it, and note the files of both."""
-    from triton.runtime import build, driver
-    from triton.runtime.cache import FileCacheManager, get_cache_manager
-    from triton.runtime.jit import JITFunction, MockTensor
+    """Replace this thread's Triton launches by compilations; on exit, add their files to `files`.
 
-    run, folders, thread = JITFunction.run, list[str](), threading.get_ident()
+    The launcher of each kernel, a C extension, is compiled as well.
+    """
+    from triton.runtime import driver
+    from triton.runtime.cache import FileCacheManager, get_cache_manager
+    from triton.runtime.jit import MockTensor
+
+    run = JIT_RUN.get()
+    folders = list[str]()
+    thread = threading.get_ident()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:  # another engine's launch
+        if threading.get_ident() != thread:  # another thread, which may run an engine
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
         args, kwargs = tree_map_only(
             Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs)
         )
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        with patch.object(build, "get_cache_manager", noting):
+        with LAUNCHER_CACHE.patch(record_folder):
             driver.active.launcher_cls(kernel.src, kernel.metadata)
         folders.append(kernel.hash)
         return kernel
 
-    def noting(folder: str) -> Any:
+    def record_folder(folder: str) -> Any:
         if threading.get_ident() == thread:
             folders.append(folder)
         return get_cache_manager(folder)
 
-    with patch.object(JITFunction, "run", compile_only):
+    with JIT_RUN.patch(compile_only):
         yield
     for folder in dict.fromkeys(folders):
         files[folder] = _read(Path(FileCacheManager(folder).cache_dir))

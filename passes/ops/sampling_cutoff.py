@@ -1,26 +1,35 @@
 """The score below which top-k, top-p and min-p sampling drop the tokens of a row.
 
-Shapes: S rows, V tokens of the vocabulary.
+Shape suffixes:
+    S: rows
+    V: tokens of the vocabulary
 
-Scores are logits divided by the temperature: finite, or -inf for banned tokens. A row keeps the tokens whose score is
-at least its cutoff, which is what transformers' TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper leave when they
-are applied in this order, save that tokens of equal score stay or go together:
+Scores are logits divided by the temperature: finite, or -inf for banned tokens. A row keeps the
+tokens whose score is at least its cutoff. These are the tokens that transformers' TopKLogitsWarper,
+TopPLogitsWarper and MinPLogitsWarper keep when applied in this order, except that tokens of equal
+score are kept or dropped together:
 
-- top-k keeps scores not below the k-th largest; 0, and V and more, are off.
-- top-p, over the renormalised probabilities of what top-k kept, keeps a token while those above it have less than the
-  mass p (nucleus sampling, arXiv:1904.09751); the largest score is always kept; 1 is off.
-- min-p keeps probabilities of at least min_p times the largest (arXiv:2407.01082); 0 is off.
+- top-k keeps scores not below the k-th largest; 0, and values of at least V, disable it.
+- top-p sorts the tokens that top-k kept by their renormalized probability and keeps a token while
+  those before it have less than the mass p (nucleus sampling, arXiv:1904.09751). The largest score
+  is always kept; 1 disables it.
+- min-p keeps probabilities of at least min_p times the largest (arXiv:2407.01082); 0 disables it.
 
-Each is a threshold, and the cutoff is the largest of the three; it is -inf where nothing is cut.
+Each is a threshold, and the cutoff is the largest of the three; it is -inf if all are disabled.
+The cutoff of a row that holds NaN is NaN.
 
-The kernel sorts nothing. "How many scores exceed t", and "what mass", fall as t grows, so bisection over the float32
-values, which their bits put in order, ends at the exact threshold. To read the whole row a few times only, it begins
-at a lower bound of the threshold, found by the same bisection over the maxima of each lane, which are some of the
-scores and thus never exceed t in greater number or mass than all of them; and it goes on over a shortlist, a copy of
-the scores not below that bound. Only where these are too many does it first bisect over the row until they are not.
-The cutoff of a row that holds a NaN is NaN.
-Sums run in a fixed order: a row's cutoff depends on that row alone. Mass is in float32, so which side of top-p a token
-falls on is open where the mass above it is within about 1e-6 of p.
+The kernel does not sort. The number of scores above a threshold t, and their mass, decrease in t,
+so bisection over the float32 values, whose bits are mapped to integers of the same order, ends at
+the exact threshold. To read a row few times:
+
+1. A bisection over the maxima of each lane gives a lower bound of the threshold: the maxima are
+   some of the scores, so no more of them exceed t than of all scores.
+2. The scores not below the bound are copied to a shortlist. If they do not fit, a bisection over
+   the row, which stops as soon as they do, raises the bound first.
+3. The bisection continues over the shortlist.
+
+Sums run in a fixed order, so a row's cutoff depends on that row alone. Mass is summed in float32:
+a token of which the mass before it is within about 1e-6 of p may be kept or dropped.
 """
 
 import torch
@@ -31,52 +40,57 @@ from torch import Tensor
 from passes.ops.library import define_op
 
 BLOCK = 4096
-SHORTLIST = 8192  # scores that the copy of a row has room for
-LANES = 256  # the search over the lanes' maxima is close enough when it is down to so many
+SHORTLIST = 8192  # capacity of a row's shortlist
+LANES = 256  # the bisection over the lanes' maxima stops when at most so many are left
 
 
 def sampling_cutoff_reference(
     scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
 ) -> Tensor:
-    """Plain PyTorch, by sorting. Run eagerly it waits for the device and leaves out the rows that ask for nothing."""
+    """Return the cutoffs [S] float32, in plain PyTorch, by sorting.
+
+    In eager mode it synchronizes with the device and skips rows in which all three are disabled.
+
+    Args:
+        scores_SV: float32 scores.
+        top_k_S: int64.
+        top_p_S: float32.
+        min_p_S: float32.
+    """
     if torch.compiler.is_compiling():
         return _cutoff(scores_SV, top_k_S, top_p_S, min_p_S)
-    wanted = (top_k_S > 0) & (top_k_S < scores_SV.shape[1]) | (top_p_S < 1) | (min_p_S > 0)
-    rows = wanted.nonzero()[:, 0]
+    enabled = (top_k_S > 0) & (top_k_S < scores_SV.shape[1]) | (top_p_S < 1) | (min_p_S > 0)
+    rows = enabled.nonzero()[:, 0]
     cutoff_S = scores_SV.new_full(scores_SV.shape[:1], float("-inf"))
     cutoff_S[rows] = _cutoff(scores_SV[rows], top_k_S[rows], top_p_S[rows], min_p_S[rows])
     return cutoff_S
 
 
 def _cutoff(scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor) -> Tensor:
-    """Probabilities are summed in float64."""
+    """Return the cutoffs; mass is summed in float64."""
     V = scores_SV.shape[1]
-    ordered_SV = scores_SV.sort(-1, descending=True).values
-    peak_S = ordered_SV[:, 0]
-    off_S = (top_k_S <= 0) | (top_k_S >= V)
-    kth_S = ordered_SV.gather(1, top_k_S.clamp(1, V)[:, None] - 1)[:, 0].masked_fill(
-        off_S, float("-inf")
-    )
+    sorted_SV = scores_SV.sort(-1, descending=True).values
+    max_S = sorted_SV[:, 0]
+    disabled_S = (top_k_S <= 0) | (top_k_S >= V)
+    kth_S = sorted_SV.gather(1, top_k_S.clamp(1, V)[:, None] - 1)[:, 0]
+    kth_S = kth_S.masked_fill(disabled_S, float("-inf"))
 
-    # A row of nothing but -inf has no finite peak to subtract.
-    weight_SV = (
-        (ordered_SV - peak_S.clamp(min=torch.finfo(torch.float32).min)[:, None]).exp().double()
-    )
-    weight_SV = weight_SV.masked_fill(ordered_SV < kth_S[:, None], 0)
-    total_SV = weight_SV.cumsum(-1)
-    # The last token that top-p keeps: those before it have less than the mass p.
-    kept_S = (
-        (total_SV - weight_SV < top_p_S.double()[:, None] * total_SV[:, -1:]).sum(-1).clamp(min=1)
-    )
-    nucleus_S = ordered_SV.gather(1, kept_S[:, None] - 1)[:, 0].masked_fill(
-        top_p_S >= 1, float("-inf")
-    )
-    return torch.maximum(kth_S, nucleus_S).maximum(peak_S + min_p_S.log())
+    # The clamp keeps a row of -inf alone from subtracting infinities.
+    finite_max_S = max_S.clamp(min=torch.finfo(torch.float32).min)
+    mass_SV = (sorted_SV - finite_max_S[:, None]).exp().double()
+    mass_SV = mass_SV.masked_fill(sorted_SV < kth_S[:, None], 0)
+    cumulative_SV = mass_SV.cumsum(-1)
+    # top-p keeps the tokens before which there is less than the mass p.
+    below_p_SV = cumulative_SV - mass_SV < top_p_S.double()[:, None] * cumulative_SV[:, -1:]
+    num_kept_S = below_p_SV.sum(-1).clamp(min=1)
+    nucleus_S = sorted_SV.gather(1, num_kept_S[:, None] - 1)[:, 0]
+    nucleus_S = nucleus_S.masked_fill(top_p_S >= 1, float("-inf"))
+    return torch.maximum(kth_S, nucleus_S).maximum(max_S + min_p_S.log())
 
 
 @triton.jit
 def _key(value):  # type: ignore[no-untyped-def]
-    """The bits of a float32 as an int32 of the same order; _value is the inverse."""
+    """Map float32 to int32 of the same order; `_value` is the inverse."""
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -87,8 +101,13 @@ def _value(key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _above(source, n, key, peak, MASS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many of n scores exceed the key's value, and their mass, the peak's being 1, if it is asked for."""
+def _above(  # type: ignore[no-untyped-def]
+    source, n, key, max_score, MASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return how many of n scores exceed the key's value, and with MASS their mass, else 0.
+
+    The mass of `max_score` is 1.
+    """
     value = _value(key)
     lane = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int32)
@@ -97,50 +116,57 @@ def _above(source, n, key, peak, MASS: tl.constexpr, BLOCK: tl.constexpr):  # ty
         score = tl.load(source + base + lane, mask=base + lane < n, other=float("-inf"))
         count += tl.where(score > value, 1, 0)
         if MASS:
-            mass += tl.where(score > value, tl.exp(score - peak), 0.0)
+            mass += tl.where(score > value, tl.exp(score - max_score), 0.0)
     return tl.sum(count), tl.sum(mass) if MASS else 0.0
 
 
 @triton.jit
-def _search(source, n, low, high, peak, limit, stop, MASS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The smallest key in low..high whose value fewer than `limit` of n scores exceed, in number or mass; high is one.
+def _search(  # type: ignore[no-untyped-def]
+    source, n, low, high, max_score, limit, stop, MASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Bisect for the smallest key in low..high above which n scores have less than `limit`.
 
-    Returns the bounds between which it lies, and the mass above the upper one: the same key twice, or two with at most
-    `stop` scores not below the lower one (in a search by mass: and not above the upper one).
+    That is, fewer than `limit` scores exceed its value, or with MASS, the scores that exceed it
+    have less mass than `limit`. `high` must be such a key.
+
+    Returns low and high bounds of the key and the mass above the high one. The bounds are equal,
+    or at most `stop` scores are not below the low one (with MASS: and not above the high one).
     """
-    left = tl.full([], n, tl.int32)
-    right = tl.full([], 0, tl.int32)
-    over = tl.full([], 0.0, tl.float32)
-    while (low < high) & (left - right > stop):
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
-        count, mass = _above(source, n, middle, peak, MASS, BLOCK)
-        few = (mass if MASS else count.to(tl.float32)) < limit
-        high = tl.where(few, middle, high)
-        low = tl.where(few, low, middle + 1)
-        left = tl.where(few, left, count)
+    above_low = tl.full([], n, tl.int32)
+    above_high = tl.full([], 0, tl.int32)
+    mass_above_high = tl.full([], 0.0, tl.float32)
+    while (low < high) & (above_low - above_high > stop):
+        middle = (low & high) + ((low ^ high) >> 1)  # mean, rounded down, without overflow
+        count, mass = _above(source, n, middle, max_score, MASS, BLOCK)
+        is_less = (mass if MASS else count.to(tl.float32)) < limit
+        high = tl.where(is_less, middle, high)
+        low = tl.where(is_less, low, middle + 1)
+        above_low = tl.where(is_less, above_low, count)
         if MASS:
-            right = tl.where(few, count, right)
-            over = tl.where(few, mass, over)
-    return low, high, over
+            above_high = tl.where(is_less, count, above_high)
+            mass_above_high = tl.where(is_less, mass, mass_above_high)
+    return low, high, mass_above_high
 
 
 @triton.jit
-def _shorten(shortlist, row, V, low, high, SHORTLIST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Copy the scores between two keys, lane after lane, if there is room; returns how many there are."""
+def _fill_shortlist(  # type: ignore[no-untyped-def]
+    shortlist, row, V, low, high, SHORTLIST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Copy the scores between two keys, lane by lane, if they fit; return their number."""
     lane = tl.arange(0, BLOCK)
-    held = tl.zeros([BLOCK], tl.int32)
+    counts = tl.zeros([BLOCK], tl.int32)
     for base in range(0, V, BLOCK):
         score = tl.load(row + base + lane, mask=base + lane < V, other=float("nan"))
-        held += ((score >= _value(low)) & (score <= _value(high))).to(tl.int32)
-    n = tl.sum(held)
+        counts += ((score >= _value(low)) & (score <= _value(high))).to(tl.int32)
+    n = tl.sum(counts)
     if n <= SHORTLIST:
-        slot = tl.cumsum(held, 0) - held
-        tl.debug_barrier()  # what the shortlist held has been read
+        slot = tl.cumsum(counts, 0) - counts
+        tl.debug_barrier()  # all threads have read the previous content
         for base in range(0, V, BLOCK):
             score = tl.load(row + base + lane, mask=base + lane < V, other=float("nan"))
-            taken = (score >= _value(low)) & (score <= _value(high))
-            tl.store(shortlist + slot, score, mask=taken)
-            slot += taken.to(tl.int32)
+            is_listed = (score >= _value(low)) & (score <= _value(high))
+            tl.store(shortlist + slot, score, mask=is_listed)
+            slot += is_listed.to(tl.int32)
         tl.debug_barrier()
     return n
 
@@ -150,7 +176,7 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
     cutoff, scores, shortlists, top_k, top_p, min_p, stride_s, k_stride, p_stride, m_stride, V,
     LANES: tl.constexpr, SHORTLIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program finds the cutoff of one row, and reads none of it when the row asks for nothing."""
+    """Find the cutoff of one row; a row in which all three are disabled is not read."""
     s = tl.program_id(0).to(tl.int64)
     k = tl.load(top_k + s * k_stride)
     p = tl.load(top_p + s * p_stride)
@@ -159,61 +185,76 @@ def _sampling_cutoff_kernel(  # type: ignore[no-untyped-def]
     by_mass = p < 1.0
     result = float("-inf")
     if by_count | by_mass | (ratio > 0.0):
+        # Maximum of each lane, and of the row.
         row = scores + s * stride_s
         lane = tl.arange(0, BLOCK)
-        peaks = tl.full([BLOCK], float("-inf"), tl.float32)
+        lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
         for base in range(0, V, BLOCK):
             score = tl.load(row + base + lane, mask=base + lane < V, other=float("-inf"))
-            peaks = tl.maximum(peaks, score, propagate_nan=tl.PropagateNan.ALL)
-        has_nan = tl.max((peaks != peaks).to(tl.int32)) > 0
-        peak = tl.max(peaks)
+            lane_max = tl.maximum(lane_max, score, propagate_nan=tl.PropagateNan.ALL)
+        has_nan = tl.max((lane_max != lane_max).to(tl.int32)) > 0
+        max_score = tl.max(lane_max)
         if has_nan:
             result = float("nan")
         elif by_count | by_mass:
+            # A lower bound: bisection over the lanes' maxima.
             shortlist = shortlists + s * SHORTLIST
-            tl.store(shortlist + lane, peaks)
+            tl.store(shortlist + lane, lane_max)
             tl.debug_barrier()
             lowest = _key(tl.full([], float("-inf"), tl.float32))
-            high = _key(peak)
+            high = _key(max_score)
             limit = k.to(tl.float32)
             if by_count:
-                low = _search(shortlist, BLOCK, lowest, high, peak, limit, LANES, False, BLOCK)[0]
+                low = _search(
+                    shortlist, BLOCK, lowest, high, max_score, limit, LANES, False, BLOCK
+                )[0]
             else:
-                total = _above(row, V, lowest, peak, True, BLOCK)[1]
+                total = _above(row, V, lowest, max_score, True, BLOCK)[1]
                 limit = p * total
-                low = _search(shortlist, BLOCK, lowest, high, peak, limit, LANES, True, BLOCK)[0]
-                # Another lower bound: V tokens, each less likely than this, have less than the mass that top-p drops.
-                low = tl.minimum(tl.maximum(low, _key(peak + tl.log((1.0 - p) * total / V))), high)
-            n = _shorten(shortlist, row, V, low, high, SHORTLIST, BLOCK)
-            if n > SHORTLIST:  # the bound was far off: a few steps over the whole row, and again
+                low = _search(shortlist, BLOCK, lowest, high, max_score, limit, LANES, True, BLOCK)[
+                    0
+                ]
+                # Another bound: V tokens, each of less mass than this, have less than top-p drops.
+                dropped = max_score + tl.log((1.0 - p) * total / V)
+                low = tl.minimum(tl.maximum(low, _key(dropped)), high)
+
+            # The shortlist; if the bound is too low for it, raise that over the whole row.
+            n = _fill_shortlist(shortlist, row, V, low, high, SHORTLIST, BLOCK)
+            if n > SHORTLIST:
                 if by_count:
-                    low = _search(row, V, low, high, peak, limit, SHORTLIST, False, BLOCK)[0]
+                    low = _search(row, V, low, high, max_score, limit, SHORTLIST, False, BLOCK)[0]
                 else:
-                    low, high, over = _search(
-                        row, V, low, high, peak, limit, SHORTLIST, True, BLOCK
+                    low, high, mass_above_high = _search(
+                        row, V, low, high, max_score, limit, SHORTLIST, True, BLOCK
                     )
-                    limit -= over
-                n = _shorten(shortlist, row, V, low, high, SHORTLIST, BLOCK)
+                    limit -= mass_above_high
+                n = _fill_shortlist(shortlist, row, V, low, high, SHORTLIST, BLOCK)
             source = shortlist
-            if n > SHORTLIST:  # more than that are kept, or are equal
+            if n > SHORTLIST:  # more tokens than that are kept, or are equal
                 source = row
                 n = V
+
+            # The exact threshold: of top-k, then of top-p among the tokens that top-k kept.
             if by_count:
-                low = _search(source, n, low, high, peak, limit, 0, False, BLOCK)[0]
-                total = _above(source, n, tl.maximum(low - 1, lowest), peak, True, BLOCK)[1]
+                low = _search(source, n, low, high, max_score, limit, 0, False, BLOCK)[0]
+                total = _above(source, n, tl.maximum(low - 1, lowest), max_score, True, BLOCK)[1]
                 limit = p * total
             if by_mass:
-                low = _search(source, n, low, high, peak, limit, 0, True, BLOCK)[0]
+                low = _search(source, n, low, high, max_score, limit, 0, True, BLOCK)[0]
             result = _value(low)
         if (ratio > 0.0) & (has_nan == 0):
-            result = tl.maximum(result, peak + tl.log(ratio))
+            result = tl.maximum(result, max_score + tl.log(ratio))
     tl.store(cutoff + s, result)
 
 
 def sampling_cutoff_kernel(
     scores_SV: Tensor, top_k_S: Tensor, top_p_S: Tensor, min_p_S: Tensor
 ) -> Tensor:
-    """Triton. Rows of scores, and the parameters, may have any stride; V up to 2 ** 24. The shortlists take 32 KiB a row."""
+    """Return the cutoffs [S] float32, with Triton.
+
+    The parameters and the rows of scores may have any strides; V is at most 2 ** 24. Shortlists
+    take 32 KiB per row.
+    """
     S, V = scores_SV.shape
     if scores_SV.stride(1) != 1:
         scores_SV = scores_SV.contiguous()

@@ -14,7 +14,7 @@ from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, _pages_of_a_sequence
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, max_pages_per_seq
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
 from passes.attention_reach import FULL, AttentionReach
@@ -60,7 +60,7 @@ class Setup:
                 reach=AttentionReach.decode(window),
                 layers=(number,),
                 num_pages=1
-                + _pages_of_a_sequence(AttentionReach.decode(window), self.block_size, limits)
+                + max_pages_per_seq(AttentionReach.decode(window), self.block_size, limits)
                 + spare,
             )
             for number, (window, spare) in enumerate(

@@ -16,10 +16,9 @@ from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
-from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
 from compiled_llm.runtime.step.buffers import RING_SIZE
-from compiled_llm.runtime.step.readback import StepHandle
+from compiled_llm.runtime.step.readback import Logprobs, StepHandle
 from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.sampling_params import MAX_LOGPROBS
@@ -115,7 +114,7 @@ class SimulatedRuntime:
     def recover(self) -> None:
         """Steps are counted once they have run."""
 
-    def maybe_capture(self, *, prompts_pending: bool, outputs_pending: bool) -> bool:
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
         return False
 
     def check_model(self) -> None:

@@ -58,7 +58,7 @@ REFUSED = {
     ),
     "falcon": (
         {"alibi": True},
-        "falcon: .* interface, and it adds a bias to scores that does not grow evenly with",
+        "falcon: .* interface, and it adds a bias to scores that is not linear in",
     ),
     "xlnet": (
         {"d_model": 32, "n_head": 4, "n_layer": 2},

@@ -81,5 +81,5 @@ def test_requests_do_not_affect_each_other(model_type: str) -> None:
         assert (report.scheduling.preemptions > 0) == bool(llm.model_runner.memory.groups), (
             "without pages, nobody lacks one"
         )
-    assert any("keeps states" in warning for warning in report.warnings)
+    assert any("has recurrent states" in warning for warning in report.warnings)
     assert report.scheduling.cached_tokens == 0

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from compiled_llm import CompiledLLM
 from compiled_llm.models.weight_packing import find_packed_groups, linears_by_input, packed_weights
 from passes import PassContext, Pipeline
-from passes.merge_projections import MERGE_PROJECTIONS
+from passes.merge_projections import MERGE_PROJECTIONS, PackedWeights
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 CONFIG = {"buckets": {"decode": [4], "prefill": [48], "samplers": ["greedy"]}}
@@ -83,12 +83,7 @@ def test_code_depends_on_the_order_of_packed_weights() -> None:
     block, keys = Block(), []
     for order in ((block.a, block.b), (block.b, block.a)):
         _lay_out(torch.empty(80), *order)
-        context = PassContext(
-            layers=(),
-            rotary_embeddings=0,
-            merged_projections=find_packed_groups(block),
-            num_tokens=1,
-        )
+        context = PassContext(num_tokens=1, facts=(PackedWeights(find_packed_groups(block)),))
         keys.append(Pipeline([MERGE_PROJECTIONS], context).uuid())
     assert keys[0] != keys[1]
 

@@ -1,4 +1,4 @@
-"""Settings and helpers of the tests of ops and passes."""
+"""Fixtures of the tests of passes and ops."""
 
 import pytest
 
@@ -10,5 +10,8 @@ from passes.ops.cpu.vector_isa import NEON, supported_vector_isas
     params=list(dict.fromkeys([*supported_vector_isas(), NEON])), ids=lambda isa: str(isa.name)
 )
 def vector_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the C++ kernels for each set of vector instructions of this processor, and with NEON's sizes, which any has."""
+    """Compile the C++ kernels for each instruction set of the processor, and with NEON's sizes.
+
+    NEON's sizes work on any processor, because vectors of 4 floats do.
+    """
     monkeypatch.setattr(cpu, "vector_isa", lambda: request.param)

@@ -9,7 +9,7 @@ from passes import PassContext
 from passes.hoist_step_invariants import HOIST_STEP_INVARIANTS, MIN_READERS
 from passes.ops.materialize import materialize
 
-CONTEXT = PassContext(layers=(), rotary_embeddings=1, merged_projections=(), num_tokens=3)
+CONTEXT = PassContext(num_tokens=3)
 
 
 def step(angles: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 
 from passes import PassContext
 from passes.fx_utils import insert_call
-from passes.merge_projections import MERGE_PROJECTIONS
+from passes.merge_projections import MERGE_PROJECTIONS, PackedWeights
 
 aten = torch.ops.aten
 _SIZES = {"q": 8, "k": 4, "v": 4}
@@ -58,7 +58,7 @@ def test_products_read_their_own_rows(order: str, spare: int) -> None:
     module = _products(list(weights.values()), x)
     expected = [x @ weight.T for weight in weights.values()]
     names = ((*order,),) if not spare else ()
-    context = PassContext(layers=(), rotary_embeddings=0, merged_projections=names, num_tokens=3)
+    context = PassContext(num_tokens=3, facts=(PackedWeights(names),))
     matches = MERGE_PROJECTIONS.run(module.graph, context)
     assert matches == MERGE_PROJECTIONS.expected(context)
     module.recompile()
@@ -70,5 +70,5 @@ def test_products_read_their_own_rows(order: str, spare: int) -> None:
 
 def test_weights_of_storages_of_their_own_stay_apart() -> None:
     module = _products([torch.randn(4, 4), torch.randn(4, 4)], torch.randn(3, 4))
-    context = PassContext(layers=(), rotary_embeddings=0, merged_projections=(), num_tokens=3)
+    context = PassContext(num_tokens=3)
     assert MERGE_PROJECTIONS.run(module.graph, context) == []

@@ -2,7 +2,9 @@
 
 import pytest
 
-from compiled_llm.runtime.buckets import Bucket, make_buckets, smallest_bucket
+from compiled_llm.config.schema import BucketsConfig
+from compiled_llm.runtime.buckets import Bucket, make_buckets, plan_buckets, smallest_bucket
+from compiled_llm.runtime.limits import Limits
 
 
 @pytest.mark.parametrize("growth", [1.01, 1.5, 2.0, 4.0, 100.0])
@@ -56,3 +58,20 @@ def test_auto_sizes() -> None:
     assert [
         bucket.size for bucket in make_buckets("prefill", "auto", ["greedy"], limit=256, growth=4)
     ] == [64, 256]
+
+
+@pytest.mark.parametrize("chunks", [True, False])
+def test_the_buckets_of_both_kinds(chunks: bool) -> None:
+    """A model that prefills one token a step has one prefill size."""
+    config = BucketsConfig(decode=[2], prefill=[16], samplers=["greedy", "scoring"])
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=32 if chunks else 1, max_model_len=64)
+    buckets = plan_buckets(config, limits, prefill_chunks=chunks)
+    sizes = {kind: sorted({bucket.size for bucket in buckets[kind]}) for kind in buckets}
+    assert sizes == {"decode": [2, 4], "prefill": [16, 32] if chunks else [1]}
+    assert {bucket.sampler for bucket in buckets["decode"]} == {"greedy"}
+    assert {bucket.sampler for bucket in buckets["prefill"]} == {"greedy", "scoring"}
+
+
+def test_no_prefill_buckets_where_none_are_listed() -> None:
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=1, max_model_len=64)
+    assert plan_buckets(BucketsConfig(prefill=[]), limits, prefill_chunks=False)["prefill"] == []

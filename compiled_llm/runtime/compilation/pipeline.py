@@ -5,7 +5,7 @@ from compiled_llm.models.discovery import AttentionLayer, count_rotary_embedding
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.weight_packing import find_packed_groups
 from compiled_llm.runtime.buckets import Bucket
-from passes import PASSES, PassContext, Pipeline
+from passes import PASSES, AttentionLayers, PackedWeights, PassContext, Pipeline, RotaryEmbeddings
 
 
 def make_pipeline(
@@ -17,10 +17,12 @@ def make_pipeline(
     after the bucket.
     """
     context = PassContext(
-        layers=tuple(layer.name for layer in layers),
-        rotary_embeddings=count_rotary_embeddings(model),
-        merged_projections=find_packed_groups(model),
         num_tokens=bucket.size,
+        facts=(
+            AttentionLayers(tuple(layer.name for layer in layers)),
+            RotaryEmbeddings(count_rotary_embeddings(model)),
+            PackedWeights(find_packed_groups(model)),
+        ),
     )
     return Pipeline(
         passes=[PASSES[name] for name in config.pass_order()],

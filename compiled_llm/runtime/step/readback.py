@@ -1,7 +1,7 @@
 """Copies of what steps sampled to the host, on a stream of their own while the next steps run."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,17 @@ class StepHandle:
     """Number of a launched step. Its outputs can be read until `RING_SIZE` more steps run."""
 
     step: int
+
+
+class Logprobs(NamedTuple):
+    """Logprobs and token ids as `passes.ops.top_logprobs` returns them.
+
+    values [..., 1 + M] float32: of the sampled token, then the top ones.
+    ids [..., 1 + M] int64: the rank of the sampled token, then the ids of the top ones.
+    """
+
+    values: NDArray[np.float32]
+    ids: NDArray[np.int64]
 
 
 class Readback:
@@ -62,11 +73,11 @@ class Readback:
         self._copy_done[slot].synchronize()
         return self._pinned[slot].numpy().copy()
 
-    def logprobs(self, handle: StepHandle) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return logprobs [R + 1, 1 + M] float32 and their ids, int64; waits for the step."""
+    def logprobs(self, handle: StepHandle) -> Logprobs:
+        """Return the logprobs [R + 1, 1 + M] of the rows; waits for the step."""
         slot = self._slot(handle)
         values = self._fetch(self._state.ring_logprobs[slot], slot)
-        return values, self._fetch(self._state.ring_logprob_ids[slot], slot)
+        return Logprobs(values, self._fetch(self._state.ring_logprob_ids[slot], slot))
 
     def _slot(self, handle: StepHandle) -> int:
         assert self._launched - RING_SIZE <= handle.step < self._launched, (

@@ -16,8 +16,8 @@ from passes.ops.top_logprobs import top_logprobs
 class RecurrentStep(Step):
     """Up to `size` tokens of the first sequence in `StepBuffers.prefill_inputs`.
 
-    Padding is last in the inputs and first in the step: the sequence then ends with the last token,
-    from which the state goes on.
+    Padding is last in the inputs and first in the step, so that the recurrent state after the step
+    is that after the sequence's last token.
     """
 
     def forward(self) -> None:

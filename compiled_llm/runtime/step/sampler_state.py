@@ -29,7 +29,7 @@ class SamplerState:
     bad_words: list[list[int]] | None = None
 
     def write(self, state: StepBuffers, row: int) -> None:
-        """Copy what is given to the row's buffers."""
+        """Copy the fields that are not None to the row's buffers."""
         if self.bias is not None:
             state.bias[row].copy_(torch.from_numpy(self.bias))
         if self.counts is not None:

@@ -33,7 +33,8 @@ class Step(nn.Module):
     Args:
         model: the traced model.
         caches: the cache of each attention layer.
-        groups, windows: group number and window of each of these layers.
+        groups: the group number of each of these layers.
+        windows: the encoded reach of each of them (see `AttentionReach.encode`).
         state: inputs and outputs.
         states: recurrent states of the rows, or None for a model without any.
         bucket: the static shape and the sampler.

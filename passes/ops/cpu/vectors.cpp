@@ -1,6 +1,9 @@
-// What the kernels of this folder share; they are compiled as one. They are the ops of passes/ops on a CPU, in float32, for the
-// shapes that torch's own kernels are slow at. Shapes and meaning are those of the PyTorch references. Every output is summed by one
-// thread in one order, whatever the batch. The compiler is given VECTOR_WIDTH and LINEAR_TOKENS (see vector_isa.py).
+// Helpers of the C++ kernels. All sources in this folder are compiled as one.
+//
+// The kernels are the ops of passes/ops for float32 on a CPU, for shapes at which torch's own
+// kernels are slow. Shapes and semantics are those of the references in Python. Each output is
+// summed by one thread in one order that does not depend on the batch. VECTOR_WIDTH and
+// LINEAR_TOKENS are defined in vector_isa.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -32,8 +35,9 @@ inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof(ve
 
 inline Vector splat(float value) { return value - Vector{}; }
 
-// a * b + c. Left to the compiler, whether a product and a sum are rounded once or twice depends on the code around them (GCC avoids
-// chains of fused operations on some processors), and so would a token's bits on the size of its batch.
+// a * b + c, rounded once where the processor supports it. Without the intrinsics, the compiler
+// would decide that from the surrounding code (on some processors GCC avoids chains of fused
+// operations), and the bits of a token would depend on the size of its batch.
 inline Vector fmadd(Vector a, Vector b, Vector c) {
 #if VECTOR_WIDTH == 16 && defined(__AVX512F__)
     return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -56,7 +60,7 @@ inline float fmadd(float a, float b, float c) {
 #endif
 }
 
-// Add the upper half to the lower half until one number is left.
+// The sum of all elements: the upper half is added to the lower until one number is left.
 template <long SIZE = WIDTH>
 inline float sum(typename Floats<SIZE>::type vector) {
     if constexpr (SIZE == 4) {
@@ -77,22 +81,24 @@ inline float dot(const float* a, const float* b, long size) {
     return total;
 }
 
-// The largest of numbers, of which NaN may or may not be one; size is a multiple of WIDTH.
-inline float largest(const float* values, long size) {
-    Vector peaks = load(values);
+// The maximum of values[size]. NaN may or may not be ignored. size is a multiple of WIDTH.
+inline float maximum(const float* values, long size) {
+    Vector maxima = load(values);
     for (long i = WIDTH; i < size; i += WIDTH) {
         const Vector next = load(values + i);
-        peaks = next > peaks ? next : peaks;
+        maxima = next > maxima ? next : maxima;
     }
-    float peak = peaks[0];
-    for (long i = 1; i < WIDTH; ++i) peak = std::max(peak, peaks[i]);
-    return peak;
+    float result = maxima[0];
+    for (long i = 1; i < WIDTH; ++i) result = std::max(result, maxima[i]);
+    return result;
 }
 
-// e^x of numbers up to 0, to the last bit or two (Cephes' expf): 2^n e^r, where n is an integer and r is small. NaN stays NaN.
+// e^x for x <= 0, to within two units in the last place (expf of Cephes): 2^n e^r with an integer
+// n and a small r. NaN is propagated.
 inline Vector exponential(Vector x) {
     typedef int Integers __attribute__((vector_size(WIDTH * sizeof(int))));
-    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, and ends up in its last bits
+    // 1.5 * 2^23: a sum with it is rounded to an integer, which is in its last bits.
+    constexpr float SHIFT = 12582912.0f;
     const Vector least = splat(-87.0f);
     x = x < least ? least : x;
     const Vector shifted = fmadd(x, splat(1.44269504f), splat(SHIFT)), n = shifted - SHIFT;
@@ -112,13 +118,14 @@ inline Vector exponential(Vector x) {
     return series;
 }
 
-inline void fetch(const float* from, long size) {
+inline void prefetch(const float* from, long size) {
     for (long i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(from + i, 0, 2);
 }
 
-// The first token that a query at this position sees.
-inline long oldest_seen(long position, long window) {
-    return window < 0 ? position / -window * -window : window ? std::max(0L, position - window + 1) : 0;
+// The first token to which a query at `position` attends; `window` as in paged_attention.py.
+inline long first_visible_token(long position, long window) {
+    if (window < 0) return position / -window * -window;
+    return window ? std::max(0L, position - window + 1) : 0;
 }
 
 }  // namespace

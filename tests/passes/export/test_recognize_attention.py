@@ -142,9 +142,9 @@ def keys_scaled_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 UNLIKE: dict[Core, str] = {
     bidirectional: "its mask is neither causal",
-    capped: "its scores are not scaled alike",
-    bucketed: "a bias to scores that does not grow evenly",
-    keys_scaled_apart: "its scores are not scaled alike",
+    capped: "its scores are not all scaled by one constant",
+    bucketed: "a bias to scores that is not linear",
+    keys_scaled_apart: "its scores are not all scaled by one constant",
 }
 
 

@@ -17,7 +17,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 HALF, FLOAT, INTS = "*bf16", "*fp32", "*i32"
 TYPES = {
     **dict.fromkeys(("out", "q", "k_cache", "v_cache", "sinks"), HALF),
-    **dict.fromkeys(("shares", "weights", "slopes"), FLOAT),
+    **dict.fromkeys(("partial_out", "partial_ml", "slopes"), FLOAT),
     **dict.fromkeys(("block_table", "query_start", "seq_lens", "split_counters"), INTS),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }  # all others are integers
@@ -35,7 +35,7 @@ HEADS = {
 KERNELS = {
     "decode": (
         _decode_attention_kernel,
-        {"TILE_M": 16, "TILE_S": 16, "AT_ONCE": 8, "USE_PDL": True},
+        {"TILE_M": 16, "TILE_S": 16, "UNROLL": 8, "USE_PDL": True},
     ),
     "prefill": (_prefill_attention_kernel, {"TILE_M": 64, "TILE_Q": 32, "SEARCH_STEPS": 4}),
 }

@@ -1,4 +1,4 @@
-"""Recordings keep to their budget, the least useful go first, and the KV cache takes what is left."""
+"""CUDA graphs keep to their budget, the most useful first; the KV cache takes what is left."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def _decode(*sizes: int, samplers: tuple[str, ...] = ("greedy",)) -> list[Bucket
     st.sets(st.integers(1, 32), min_size=1, max_size=6),
     st.dictionaries(st.integers(1, 32), st.integers(1, 50), max_size=5),
 )
-def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[int, int]) -> None:
+def test_each_next_bucket_saves_the_most_padding(sizes: set[int], seen: dict[int, int]) -> None:
     largest = max(sizes)
     traffic = Traffic(
         limit=largest,
@@ -59,7 +59,7 @@ def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[
         assert traffic.waste(order[: number + 1]) == pytest.approx(least)
 
 
-def test_what_holds_everything_comes_first() -> None:
+def test_buckets_that_hold_all_batches_come_first() -> None:
     prefill = make_buckets("prefill", [16], ["greedy", "full"], limit=64, growth=2)
     order = order_by_usefulness([*prefill, *_decode(1, 4, samplers=("greedy", "full"))], {})
     assert order[:2] == [Bucket("prefill", 64, "full"), Bucket("decode", 4, "full")]
@@ -67,7 +67,7 @@ def test_what_holds_everything_comes_first() -> None:
 
 
 class _Device:
-    """A GPU's memory as recordings take it: a pool as large as the largest needs, and something for each graph."""
+    """Memory of graphs: a pool as large as the largest one needs, and some for each graph."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, a_token: int, a_graph: int) -> None:
         self.live: list[int] = []
@@ -111,7 +111,7 @@ class _Device:
         (1, []),
     ],
 )
-def test_the_budget_is_kept_and_the_least_useful_are_left_out(
+def test_the_least_useful_buckets_are_left_out(
     budget: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = _Device(monkeypatch, a_token=MIB, a_graph=MIB * 9 // 10)
@@ -135,7 +135,7 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
     )
 
 
-def test_without_a_budget_all_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_budget_all_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _Device(monkeypatch, a_token=MIB, a_graph=MIB)
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
         assert {bucket.state for bucket in llm.report().buckets} == {"compiled"}
@@ -160,7 +160,7 @@ GPU = torch.device("cuda", 0)
     windows=st.lists(st.sampled_from([0, 0, 512, 1024]), min_size=1, max_size=48),
     block_size=st.sampled_from([16, 32, 128]),
 )
-def test_the_cache_takes_what_is_left(
+def test_the_cache_takes_the_remaining_memory(
     free: int,
     activations: int,
     graphs: int,
@@ -208,7 +208,7 @@ def test_the_cache_takes_what_is_left(
     assert taken >= 0.99 * left - sum(pages), "or a page of each group, where pages are large"
 
 
-def test_what_is_set_aside() -> None:
+def test_bytes_reserved_for_graphs() -> None:
     wanted = {"memory": {"graphs": "1GiB"}}
     assert reserved_for_graphs(parse_config(wanted), GPU) == 2**30
     assert reserved_for_graphs(parse_config({}), GPU) == 0

@@ -1,4 +1,4 @@
-"""The seconds of a start are accounted for, each of them once."""
+"""Each second of a start-up is counted once."""
 
 import pytest
 from torch._dynamo.utils import compilation_time_metrics
@@ -9,7 +9,7 @@ from compiled_llm.runtime.compilation.timing import Timestamp, durations, split_
 from tests.helpers.tiny_models import small_config, tiny_model
 
 
-def test_autotuning_is_taken_from_where_it_happened() -> None:
+def test_autotuning_is_subtracted_where_it_happened() -> None:
     spent = durations(Timestamp(10, 1, 2), Timestamp(20, 4, 3), Timestamp(25, 4, 7))
     assert spent == {
         "trace_seconds": 3,
@@ -20,7 +20,7 @@ def test_autotuning_is_taken_from_where_it_happened() -> None:
     assert sum(spent.values()) == 25 - 10  # type: ignore[arg-type]
 
 
-def test_what_torch_counts_as_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_is_read_from_torchs_times(monkeypatch: pytest.MonkeyPatch) -> None:
     before = Timestamp.now()
     counted = {
         "CachingAutotuner.benchmark_all_configs": [1.0, 2.0],
@@ -49,8 +49,13 @@ def test_a_phase_in_parts() -> None:
         PhaseReport(name="compile and capture", seconds=30, bytes=7), [made, loaded]
     )
     assert {part.name: (part.seconds, part.bytes) for part in parts} == {
-        "trace": (1, 0), "compile": (2, 0), "load compiled": (5, 0), "autotune": (3, 0), "capture": (10, 7), "other": (9, 0),
-    }  # fmt: skip
+        "trace": (1, 0),
+        "compile": (2, 0),
+        "load compiled": (5, 0),
+        "autotune": (3, 0),
+        "capture": (10, 7),
+        "other": (9, 0),
+    }
 
 
 def test_the_phases_of_a_start() -> None:

@@ -1,4 +1,4 @@
-"""The choice of vector instructions for the C++ kernels."""
+"""The choice of a vector instruction set for the C++ kernels."""
 
 import platform
 
@@ -21,7 +21,7 @@ REGISTERS = {AVX512: 32, AVX2: 16, NEON: 32, DEFAULT: 16}
         ("riscv64", "DEFAULT", [DEFAULT]),
     ],
 )
-def test_follows_the_processor(
+def test_supported_sets_follow_the_processor(
     machine: str, capability: str, expected: list[VectorISA], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
@@ -31,13 +31,13 @@ def test_follows_the_processor(
 
 @pytest.mark.parametrize("isa", REGISTERS, ids=lambda isa: isa.name)
 def test_tiles_fit_the_registers(isa: VectorISA) -> None:
-    """The sums of a tile of 2 features and the vectors that are multiplied, and the 6 x 2 sums of prefill attention's blocks."""
+    """Sums and operands fit: a linear tile of 2 features, and a 6 x 2 block of prefill attention."""
     assert 2 * isa.linear_tokens + 2 <= REGISTERS[isa]
     assert REGISTERS[isa] >= 6 * 2 + 2 + 1
     assert isa.width in (4, 8, 16)
 
 
-def test_two_sets_are_two_libraries() -> None:
+def test_each_set_has_its_own_source() -> None:
     prefixes = {isa.source_prefix for isa in (AVX512, AVX2, NEON, DEFAULT)}
     assert len(prefixes) == 4
     assert str(AVX2) == "avx2: vectors of 8 floats, linear tiles of 2 features x 4 tokens"

@@ -1,4 +1,4 @@
-"""Our engine, stepped by hand: what a decode step costs, on its own and under the profiler."""
+"""compiled_llm stepped by hand, which times and profiles single decode steps."""
 
 import time
 from collections.abc import Iterator
@@ -6,39 +6,49 @@ from contextlib import contextmanager
 from typing import Any
 
 from bench.systems.ours import Ours
-from bench.trace import Span, launches, spans_of
-from bench.workloads import fresh_prompts
+from bench.trace import Span, count_launches, device_spans
+from bench.workloads import random_prompts
+
+_MAX_PREFILL_STEPS = 30  # profiled; traces of prefill are large
 
 
-class Steps(Ours):
-    """`Ours`, with a view into single steps."""
+class OursStepped(Ours):
+    """`Ours` with access to single steps."""
 
     def decode(
         self, batch: int, context: int, steps: int, rounds: int, vocab_size: int
     ) -> dict[str, Any]:
-        """Wall milliseconds and host microseconds of a decode step in each round, the bucket that served them, and padding."""
-        step_ms, host_us = [], []
+        """Time decode steps of `batch` sequences after prompts of `context` tokens.
+
+        Returns:
+            `step_ms` and `host_us` (lists, one value per round: wall milliseconds and host
+            microseconds per step), `bucket` (the most used), `padded_share` and `batch`.
+        """
+        step_ms: list[float] = []
+        host_us: list[float] = []
         with self._decoding(batch, context, 2 + steps * (rounds + 1), vocab_size):
             self._run(steps)
-            before = self._served()
+            before = self._replays()
             for _ in range(rounds):
-                seconds, hosted = self._run(steps)
+                seconds, host_seconds = self._run(steps)
                 step_ms.append(seconds / steps * 1e3)
-                host_us.append(hosted / steps * 1e6)
-            served = {name: count - before.get(name, 0) for name, count in self._served().items()}
+                host_us.append(host_seconds / steps * 1e6)
+            used = {name: count - before.get(name, 0) for name, count in self._replays().items()}
         sizes = {bucket.bucket: bucket.size for bucket in self.llm.report().buckets}
-        used = max(served, key=lambda name: served[name]) if any(served.values()) else "eager"
-        padded = 1 - batch / sizes[used] if used in sizes else 0.0
+        bucket = max(used, key=lambda name: used[name]) if any(used.values()) else "eager"
         return {
             "batch": batch,
             "step_ms": step_ms,
             "host_us": host_us,
-            "bucket": used,
-            "padded_share": padded,
+            "bucket": bucket,
+            "padded_share": 1 - batch / sizes[bucket] if bucket in sizes else 0.0,
         }
 
     def profile(self, batch: int, context: int, steps: int, vocab_size: int) -> dict[str, Any]:
-        """Launches, and the spans in which the GPU works, over some decode steps; there are none of them on a CPU."""
+        """Profile decode steps; return their number, launches by kind, and device spans.
+
+        On a CPU there are no launches and no spans.
+        """
         with self._decoding(batch, context, 2 + 2 * steps, vocab_size):
             self._run(2)
             counts, spans = self._profiled(steps)
@@ -46,43 +56,47 @@ class Steps(Ours):
 
     def profile_workload(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float, steps: int
-    ) -> dict[str, Any]:
-        """Spans of work over steps that prefill and decode, and over steps that only decode, all prompts submitted at once."""
-        found = {}
+    ) -> dict[str, list[Span]]:
+        """Profile a workload; return the device spans of steps with prefill and of decode steps."""
+        spans = {}
         with self._requests(prompts, output_lengths, temperature):
             engine = self.llm.engine
             for _ in range(min(10, len(prompts))):
                 engine.step()
-            found["prefill"] = self._profiled(min(steps, 30))[1]
+            spans["prefill"] = self._profiled(min(steps, _MAX_PREFILL_STEPS))[1]
             while engine.num_waiting:
                 engine.step()
             self._run(20)
-            found["decode"] = self._profiled(steps)[1]
-        return found
+            spans["decode"] = self._profiled(steps)[1]
+        return spans
 
     def _profiled(self, steps: int) -> tuple[dict[str, int], list[Span]]:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        activities = [ProfilerActivity.CPU]
+        if self.llm.model.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiled:
             self._run(steps)
         assert profiled.profiler is not None
         events = profiled.profiler.kineto_results.events()
-        return launches(event.name() for event in events), spans_of(events)
+        return count_launches(event.name() for event in events), device_spans(events)
 
     def _run(self, steps: int) -> tuple[float, float]:
-        """Wall and host seconds of so many steps, the device's work included."""
+        """Run steps; return their wall seconds, device work included, and their host seconds."""
         stats = self.llm.report().scheduling
-        self._wait()
-        began, hosted = time.perf_counter(), stats.host_seconds
+        self._synchronize()
+        began = time.perf_counter()
+        host_before = stats.host_seconds
         for _ in range(steps):
             self.llm.engine.step()
-        self._wait()
-        return time.perf_counter() - began, stats.host_seconds - hosted
+        self._synchronize()
+        return time.perf_counter() - began, stats.host_seconds - host_before
 
-    def _served(self) -> dict[str, int]:
+    def _replays(self) -> dict[str, int]:
         return {bucket.bucket: bucket.replays for bucket in self.llm.report().buckets}
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         import torch
 
         if self.llm.model.device.type == "cuda":
@@ -92,16 +106,17 @@ class Steps(Ours):
     def _decoding(
         self, batch: int, context: int, num_tokens: int, vocab_size: int
     ) -> Iterator[None]:
-        """So many sequences, all of which decode."""
+        """Enter with `batch` sequences in decode, each with at least `num_tokens` to generate."""
         engine = self.llm.engine
-        # A row that has waited for others has decoded meanwhile; none may end before the last has joined.
-        room = self.setup.max_model_len - context
-        wanted = num_tokens + -(-batch * context // self.setup.max_num_batched_tokens)
-        assert wanted <= room, (
-            f"{wanted} tokens after {context} of context: limits.max_model_len leaves room for {room}"
+        # Sequences decode while later ones prefill, and none may finish before all have started.
+        num_output_tokens = num_tokens + -(-batch * context // self.setup.max_num_batched_tokens)
+        available = self.setup.max_model_len - context
+        assert num_output_tokens <= available, (
+            f"{num_output_tokens} tokens after {context} of context exceed limits.max_model_len, "
+            f"which leaves {available}"
         )
-        prompts = fresh_prompts(batch, context, vocab_size=vocab_size, seed=batch)
-        with self._requests(prompts, [wanted] * batch, 0.0):
+        prompts = random_prompts(batch, context, vocab_size=vocab_size, seed=batch)
+        with self._requests(prompts, [num_output_tokens] * batch, 0.0):
             stats = self.llm.report().scheduling
             before = stats.decode_steps
             while engine.num_waiting or stats.decode_steps == before:
@@ -112,7 +127,7 @@ class Steps(Ours):
     def _requests(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float
     ) -> Iterator[None]:
-        """Requests in the engine, gone afterwards."""
+        """Add requests to the engine; abort them on exit."""
         from compiled_llm import SamplingParams
         from compiled_llm.engine.request import Request
 
@@ -137,13 +152,13 @@ class Steps(Ours):
                 engine.step()
 
 
-class EagerSteps(Steps):
-    """No compiler and no graphs, on the same paged cache."""
+class OursEager(OursStepped):
+    """No compilation and no CUDA graphs, with the same paged KV cache."""
 
     dispatch = "eager"
 
 
-class TorchSteps(Steps):
-    """`torch.compile(mode="reduce-overhead")` called as anyone would call it."""
+class OursTorch(OursStepped):
+    """`torch.compile(mode="reduce-overhead")` in its ordinary use."""
 
     dispatch = "torch"
