@@ -161,16 +161,6 @@ class ModelRunner:
         return self._lazy.wanted
 
     @property
-    def capture_due(self) -> bool:
-        """Whether it is time for it, also while requests run."""
-        return self._lazy.due
-
-    @property
-    def capture_overdue(self) -> bool:
-        """Whether it is time for it even before prompts that wait."""
-        return self._lazy.overdue
-
-    @property
     def owner_thread(self) -> int:
         """The identifier of the thread that made this."""
         return self._owner[1]
@@ -214,6 +204,23 @@ class ModelRunner:
     def check_model(self) -> None:
         """Raise RuntimeError where the model is not what it was at the start, and compiled steps would not be what it computes."""
         self._unchanged.check()
+
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
+        """Compile and capture the bucket in most demand, if one is due.
+
+        Args:
+            prompts_pending: whether prompts are to be computed; a capture is put off for a while.
+            steps_in_flight: whether output of launched steps is still unread or unreported.
+
+        Returns:
+            True if a capture is due but `steps_in_flight` prevents it: read their output first.
+        """
+        if not self._lazy.due or (prompts_pending and not self._lazy.overdue):
+            return False
+        if steps_in_flight:
+            return True
+        self.capture_next()
+        return False
 
     def capture_next(self) -> None:
         """Compile and capture what most steps have asked for; what all steps so far sampled must have been read.

@@ -12,7 +12,8 @@ from compiled_llm.engine.engine import Engine
 from compiled_llm.engine.input_batch import InputBatch
 from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
+from compiled_llm.engine.scheduler import Scheduler
+from compiled_llm.engine.scheduler_limits import SchedulerLimits
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, _pages_of_a_sequence
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
@@ -108,7 +109,7 @@ class Case:
             min_tokens=min(self.min_tokens, self.max_tokens),
         )  # fmt: skip
         return Request(
-            prompt_token_ids=self.prompt, params=params, seed=self.seed, stop_token_ids=frozenset(STOPS[self.stops]),
+            prompt_token_ids=self.prompt, sampling_params=params, seed=self.seed, stop_token_ids=frozenset(STOPS[self.stops]),
             max_tokens=min(self.max_tokens, max_model_len - self.length), priority=self.priority, streaming=self.streaming,
         )  # fmt: skip
 
@@ -134,13 +135,13 @@ class Driver:
         self.step = 0
 
     def run(self) -> None:
-        free = self.engine.cache.num_free
+        free = self.engine.cache.num_free_blocks
         while len(self.requests) < len(self._cases) or self.engine.has_work:
             for number, case in enumerate(self._cases):
                 if number not in self.requests and case.arrival <= self.step:
                     self.requests[number] = case.request(self.model_runner.limits.max_model_len)
-                    self.engine.check(self.requests[number])
-                    self.engine.add(self.requests[number])
+                    self.engine.validate(self.requests[number])
+                    self.engine.add_request(self.requests[number])
                 if case.abort_after is not None and case.arrival + case.abort_after == self.step:
                     self.engine.abort(self.requests[number])
                     self._check_places()
@@ -150,9 +151,9 @@ class Driver:
             self.step += 1
             assert self.step < 10_000, "no end in sight"
         assert (
-            self.engine.cache.num_free
+            self.engine.cache.num_free_blocks
             == free
-            == [pool.capacity for pool in self.engine.cache.pools]
+            == [group.pool.capacity for group in self.engine.cache.groups]
         )
         stats, requests = self.model_runner.report.scheduling, self.requests.values()
         assert stats.tokens == self.model_runner.num_tokens
@@ -186,8 +187,8 @@ class Driver:
             for number, request in enumerate(self.requests.values())
         }
         waiting, running = (
-            self.engine._scheduler.waiting,
-            [r for r in self.engine._rows.requests if r is not None],
+            self.engine._core.scheduler.waiting,
+            [r for r in self.engine._core.batch.requests if r is not None],
         )
         first_waiting = min((order[request] for request in waiting), default=(99, 0))
         first_preempted = min(
@@ -202,8 +203,8 @@ class Driver:
         """Each request that has not ended is in one place, and nobody else holds pages."""
         self.engine.cache.check()
         places = [
-            *self.engine._scheduler.waiting,
-            *(r for r in self.engine._rows.requests if r is not None),
+            *self.engine._core.scheduler.waiting,
+            *(r for r in self.engine._core.batch.requests if r is not None),
         ]
         unfinished = [
             request for request in self.requests.values() if request.finish_reason is None
@@ -304,25 +305,25 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
 
 
 def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> None:
-    rows = InputBatch(max_num_seqs=4, max_model_len=128)
+    rows = InputBatch(max_num_seqs=4, max_model_len=128, vocab_size=VOCAB_SIZE)
     cache = KVCacheManager(
         [KVCacheGroup(window=0, layers=(0,), num_pages=100)],
         block_size=16,
         max_num_seqs=4,
         max_blocks=8,
-        sharing=False,
+        prefix_caching=False,
     )
     limits = SchedulerLimits(
-        max_num_batched_tokens=8, prefill_sizes=[8], decodes_apart=True, prefills_alone=True
+        max_num_batched_tokens=8, prefill_sizes=[8], separate_decode=True, one_sequence_prefill=True
     )
     scheduler = Scheduler(rows, cache, limits)
     for length in (20, 17):
-        scheduler.add(
-            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        scheduler.add_request(
+            Request(prompt_token_ids=[7] * length, sampling_params=SamplingParams(), max_tokens=20)
         )
     sizes = []
     for _ in range(9):
-        plan = scheduler.plan()
+        plan = scheduler.schedule()
         assert plan is not None
         sizes.append(
             ("prefill", len(plan.batch.ids))
@@ -371,25 +372,29 @@ def test_shared_pages_of_a_window_leave_room_for_the_rest(window: int) -> None:
 def test_a_full_bucket_is_preferred_to_a_slight_spill(
     num_decoding: int, lengths: list[int], expected: int
 ) -> None:
-    rows = InputBatch(max_num_seqs=32, max_model_len=128)
+    rows = InputBatch(max_num_seqs=32, max_model_len=128, vocab_size=VOCAB_SIZE)
     group = KVCacheGroup(window=0, layers=(0,), num_pages=1000)
-    cache = KVCacheManager([group], block_size=16, max_num_seqs=32, max_blocks=8, sharing=False)
-    limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[16, 64], decodes_apart=True)
+    cache = KVCacheManager(
+        [group], block_size=16, max_num_seqs=32, max_blocks=8, prefix_caching=False
+    )
+    limits = SchedulerLimits(
+        max_num_batched_tokens=64, prefill_sizes=[16, 64], separate_decode=True
+    )
     scheduler = Scheduler(rows, cache, limits)
     for length in [1] * num_decoding:
-        scheduler.add(
-            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        scheduler.add_request(
+            Request(prompt_token_ids=[7] * length, sampling_params=SamplingParams(), max_tokens=20)
         )
     while num_decoding > rows.decoding.sum():
-        assert scheduler.plan() is not None
+        assert scheduler.schedule() is not None
     left = sum(lengths)
     for length in lengths:
-        scheduler.add(
-            Request(prompt_token_ids=[7] * length, params=SamplingParams(), max_tokens=20)
+        scheduler.add_request(
+            Request(prompt_token_ids=[7] * length, sampling_params=SamplingParams(), max_tokens=20)
         )
     sizes = []
     while left:
-        plan = scheduler.plan()
+        plan = scheduler.schedule()
         assert plan is not None
         assert isinstance(plan.batch, PrefillBatch)
         sizes.append(len(plan.batch.ids))

@@ -9,9 +9,9 @@ import pytest
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.schema import Config
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import RequestGroup
+from compiled_llm.engine.output_builder import RequestGroup
 from compiled_llm.engine.request import Request
-from compiled_llm.running import run
+from compiled_llm.engine.run import run_to_completion
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from tests.faults.injection import LineCounter
@@ -52,7 +52,7 @@ def _jobs() -> list[RequestGroup]:
                 requests=[
                     Request(
                         prompt_token_ids=prompt,
-                        params=params,
+                        sampling_params=params,
                         seed=number,
                         max_tokens=30,
                         stop_token_ids=stops,
@@ -65,7 +65,7 @@ def _jobs() -> list[RequestGroup]:
 
 def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
     jobs = _jobs()
-    for _ in run(engine, jobs):
+    for _ in run_to_completion(engine, jobs):
         pass
     return [(job.requests[0].token_ids, job.requests[0].finish_reason) for job in jobs]
 
@@ -78,7 +78,7 @@ def _places(total: int, count: int, seed: int) -> Iterator[int]:
 
 def _check_idle(engine: Engine, free: list[int]) -> None:
     engine.cache.check()
-    assert engine.cache.num_free == free
+    assert engine.cache.num_free_blocks == free
     assert not engine.has_work
 
 
@@ -86,7 +86,7 @@ def _check_idle(engine: Engine, free: list[int]) -> None:
 def test_the_simulated_engine(error: type[BaseException]) -> None:
     """Six requests on three rows; about 400 of the lines that they take, in all modules of the engine."""
     engine = _simulated()
-    free = engine.cache.num_free
+    free = engine.cache.num_free_blocks
     with LineCounter(None) as lines:
         want = _tokens(engine)
     assert lines.count > 2000
@@ -119,7 +119,7 @@ def _check_model(config: Config, count: int) -> None:
     prompts = [prompt_of(17 + 7 * number, number) for number in range(6)]
     want = [reference(prompt, 12) for prompt in prompts]
     with CompiledLLM(model, None, config, progress=False) as llm:
-        free = llm.engine.cache.num_free
+        free = llm.engine.cache.num_free_blocks
         with LineCounter(None) as lines:
             assert greedy(llm, prompts, 12) == want
         for at in _places(lines.count, count, seed=1):

@@ -70,7 +70,6 @@ class SimulatedRuntime:
         num_tokens: computed so far; num_reads: steps whose tokens were read.
     """
 
-    capture_due = capture_overdue = False
     is_owner = True
 
     def __init__(
@@ -114,6 +113,10 @@ class SimulatedRuntime:
 
     def recover(self) -> None:
         """Steps are counted once they have run."""
+
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
+        """There are no buckets to capture."""
+        return False
 
     def check_model(self) -> None:
         """Nothing can change here."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, RequestOutput, SamplingParams
 from compiled_llm.async_llm import RequestStream
-from compiled_llm.engine.processor import RequestGroup, RequestProcessor
+from compiled_llm.engine.output_builder import RequestGroup, RequestProcessor
 from compiled_llm.engine.request import Request
 from compiled_llm.engine_thread import EngineThread
 from compiled_llm.errors import EngineBrokenError, QueueFullError
@@ -74,7 +74,7 @@ def llm(shared: AsyncCompiledLLM) -> Iterator[AsyncCompiledLLM]:
 async def free_pages(llm: AsyncCompiledLLM) -> list[int]:
     def count(engine: CompiledLLM) -> list[int]:
         engine.engine.cache.check()
-        return engine.engine.cache.num_free
+        return engine.engine.cache.num_free_blocks
 
     return await llm.call(count)
 
@@ -111,7 +111,7 @@ def test_concurrent_requests_give_what_the_synchronous_api_gives(
 
     async def main() -> list[RequestOutput]:
         streams = [
-            await llm.add(p, w, priority=n % 3, streaming=n % 2 == 0)
+            await llm.add_request(p, w, priority=n % 3, streaming=n % 2 == 0)
             for n, (p, w) in enumerate(zip(prompts, params, strict=True))
         ]
         return await asyncio.gather(*map(last, streams))
@@ -135,7 +135,10 @@ def test_outputs_grow_and_a_slow_consumer_gets_the_latest(
     expected = reference(prompt_of(9), 100)
 
     async def consume(seconds: float) -> list[RequestOutput]:
-        stream, outputs = await llm.add(prompt_of(9), LONG, request_id=f"after {seconds}"), []
+        stream, outputs = (
+            await llm.add_request(prompt_of(9), LONG, request_id=f"after {seconds}"),
+            [],
+        )
         async for output in stream:
             outputs.append(output)
             await asyncio.sleep(seconds)
@@ -163,7 +166,9 @@ def test_outputs_grow_and_a_slow_consumer_gets_the_latest(
 def test_a_request_that_does_not_stream_gives_one_output(llm: AsyncCompiledLLM) -> None:
     async def main() -> list[RequestOutput]:
         params = SamplingParams(n=3, seed=1, max_tokens=20)
-        return [output async for output in await llm.add(prompt_of(9), params, streaming=False)]
+        return [
+            output async for output in await llm.add_request(prompt_of(9), params, streaming=False)
+        ]
 
     (output,) = asyncio.run(main())
     assert output.finished
@@ -187,18 +192,18 @@ async def leave_by_closing_the_generator(llm: AsyncCompiledLLM) -> None:
 
 
 async def leave_by_closing_the_stream(llm: AsyncCompiledLLM) -> None:
-    async with await llm.add(prompt_of(60), LONG) as stream:
+    async with await llm.add_request(prompt_of(60), LONG) as stream:
         await anext(stream)
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
 
 async def leave_by_dropping_the_stream(llm: AsyncCompiledLLM) -> None:
-    await anext(await llm.add(prompt_of(60), LONG, request_id="dropped"))
+    await anext(await llm.add_request(prompt_of(60), LONG, request_id="dropped"))
 
 
 async def leave_by_timeout(llm: AsyncCompiledLLM) -> None:
-    stream = await llm.add(prompt_of(60), LONG, streaming=False)
+    stream = await llm.add_request(prompt_of(60), LONG, streaming=False)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(stream), 0.005)
     with pytest.raises(StopAsyncIteration):
@@ -223,7 +228,7 @@ async def leave_by_cancelling(llm: AsyncCompiledLLM) -> None:
 
 async def leave_while_adding(llm: AsyncCompiledLLM) -> None:
     for number in range(20):
-        task = asyncio.create_task(llm.add(prompt_of(60), LONG))
+        task = asyncio.create_task(llm.add_request(prompt_of(60), LONG))
         await asyncio.sleep(number * 0.0002)
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -231,7 +236,7 @@ async def leave_while_adding(llm: AsyncCompiledLLM) -> None:
 
 
 async def leave_by_abort(llm: AsyncCompiledLLM) -> None:
-    stream = await llm.add(prompt_of(60), LONG, request_id="mine")
+    stream = await llm.add_request(prompt_of(60), LONG, request_id="mine")
     first = await anext(stream)
     await llm.abort("mine")
     await llm.abort("mine")
@@ -259,7 +264,7 @@ def test_whoever_leaves_frees_the_pages(
 ) -> None:
     async def main() -> None:
         before = await free_pages(llm)
-        other = await llm.add(
+        other = await llm.add_request(
             prompt_of(20),
             SamplingParams(temperature=0, max_tokens=105, ignore_eos=True),
             request_id="other",
@@ -271,7 +276,7 @@ def test_whoever_leaves_frees_the_pages(
         ):  # an abandoned generator's finalizer is a task, which the loop has to make and to run
             await asyncio.sleep(0)
         running = await llm.call(
-            lambda engine: len(engine.engine._rows.running) + engine.engine.num_waiting
+            lambda engine: len(engine.engine._core.batch.running) + engine.engine.num_waiting
         )
         assert running == 1
         await llm.abort("other")
@@ -338,15 +343,15 @@ def test_bad_input_is_refused_alone(
     llm: AsyncCompiledLLM, reference: Reference, prompt: Any, options: Any, message: str
 ) -> None:
     async def main() -> None:
-        other = await llm.add(prompt_of(20), LONG, request_id="taken")
+        other = await llm.add_request(prompt_of(20), LONG, request_id="taken")
         with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
-            await llm.add(prompt, **options)
+            await llm.add_request(prompt, **options)
         assert str(caught.value).startswith(message)
         with pytest.raises(ValueError):  # noqa: PT011
             await anext(llm.generate(prompt, **options))
         assert (await last(other)).outputs[0].token_ids == reference(prompt_of(20), 100)
         assert await tokens(llm, prompt_of(9), SHORT) == reference(prompt_of(9), 5)
-        again = await llm.add([5], SHORT, request_id="taken")
+        again = await llm.add_request([5], SHORT, request_id="taken")
         assert (await last(again)).request_id == "taken"
 
     asyncio.run(main())
@@ -371,16 +376,16 @@ def test_a_full_queue_refuses_before_anything_runs(reference: Reference) -> None
         async with AsyncCompiledLLM(lambda: make_llm(limits=limits)) as llm:
             running = []
             for number in range(2):
-                running.append(await llm.add(prompt_of(9, number), LONG))
+                running.append(await llm.add_request(prompt_of(9, number), LONG))
                 await anext(running[-1])
-            waiting = [await llm.add(prompt_of(9, 2), SHORT)]
+            waiting = [await llm.add_request(prompt_of(9, 2), SHORT)]
             with pytest.raises(
                 QueueFullError, match=r"1 requests are waiting, 2 more exceed limits\.max_waiting=2"
             ):
-                await llm.add(
+                await llm.add_request(
                     prompt_of(9), SamplingParams(n=2, max_tokens=5)
                 )  # all of it or nothing
-            waiting.append(await llm.add(prompt_of(9, 3), SHORT))
+            waiting.append(await llm.add_request(prompt_of(9, 3), SHORT))
             with pytest.raises(QueueFullError, match="2 requests are waiting"):
                 await anext(llm.generate(prompt_of(9), SHORT))
             for number, output in enumerate(await asyncio.gather(*map(last, [*running, *waiting]))):
@@ -434,7 +439,7 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
         monkeypatch.setattr(EngineThread, "_deliver", slowly(0.1, EngineThread._deliver))
         monkeypatch.setattr(RequestProcessor, "make", slowly(0.2, RequestProcessor.make))
         llm = await asyncio.to_thread(AsyncCompiledLLM, make_llm)
-        streams = [await llm.add(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
+        streams = [await llm.add_request(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
         model_runner = await llm.call(lambda engine: weakref.ref(engine.model_runner))
         await llm.call(lambda engine: setattr(engine.engine, "step", step))
         for error in await asyncio.gather(*map(last, streams), return_exceptions=True):
@@ -442,7 +447,7 @@ def test_a_broken_engine_ends_everything_and_is_named(monkeypatch: pytest.Monkey
         with pytest.raises(StopAsyncIteration):
             await anext(streams[0])
         for late in (
-            llm.add([5]),
+            llm.add_request([5]),
             anext(llm.generate([5])),
             anext(llm.stream([5])),
             llm.abort("mine"),
@@ -536,9 +541,9 @@ def test_a_tokenizer_that_fails_ends_its_request_alone(reference: Reference) -> 
     async def main() -> None:
         async with spelling(NoLetters()) as llm:
             before = await free_pages(llm)
-            other = await llm.add(prompt_of(9), LONG, streaming=False)
+            other = await llm.add_request(prompt_of(9), LONG, streaming=False)
             failing = SamplingParams(temperature=0, max_tokens=9, prompt_logprobs=0)
-            output = await last(await llm.add(prompt, failing))
+            output = await last(await llm.add_request(prompt, failing))
             assert (output.outputs[0].finish_reason, output.outputs[0].error) == (
                 "error",
                 "ValueError: no text for 7",
@@ -596,16 +601,16 @@ def test_an_output_that_cannot_be_made_ends_its_request_alone(
     async def main() -> None:
         monkeypatch.setattr(RequestProcessor, "output", output)
         before = await free_pages(llm)
-        bad = await llm.add(
+        bad = await llm.add_request(
             prompt_of(30),
             SamplingParams(n=2, max_tokens=9, ignore_eos=True),
             request_id="bad",
             streaming=streaming,
         )
-        good = await llm.add(prompt_of(20), LONG)
+        good = await llm.add_request(prompt_of(20), LONG)
         with pytest.raises(type(error) if isinstance(error, Exception) else RuntimeError):
             await last(bad)
-        again = await llm.add(prompt_of(9), SHORT, request_id="bad2")
+        again = await llm.add_request(prompt_of(9), SHORT, request_id="bad2")
         assert (await last(good)).outputs[0].token_ids == reference(prompt_of(20), 100)
         assert (await last(again)).outputs[0].token_ids == reference(prompt_of(9), 5)
         assert await free_pages(llm) == before
@@ -625,7 +630,10 @@ def test_an_event_loop_that_fails_hurts_no_other(
 
     async def main() -> None:
         before = await free_pages(llm)
-        lost, good = await llm.add(prompt_of(30), LONG), await llm.add(prompt_of(20), LONG)
+        lost, good = (
+            await llm.add_request(prompt_of(30), LONG),
+            await llm.add_request(prompt_of(20), LONG),
+        )
         lost._channel.notified, lost._channel.loop = False, Failing()  # type: ignore[assignment]
         assert (await last(good)).outputs[0].token_ids == reference(prompt_of(20), 100)
         assert lost._channel.job.requests[0].finish_reason == "abort"
@@ -635,7 +643,7 @@ def test_an_event_loop_that_fails_hurts_no_other(
 
 
 def test_a_stream_is_refused_in_another_event_loop(llm: AsyncCompiledLLM) -> None:
-    stream = asyncio.run(llm.add(prompt_of(60), LONG, streaming=False))
+    stream = asyncio.run(llm.add_request(prompt_of(60), LONG, streaming=False))
     with pytest.raises(RuntimeError, match="this stream belongs to another event loop"):
         asyncio.run(last(stream))
 
@@ -651,7 +659,7 @@ def test_a_fork_is_refused_instead_of_waiting_for_a_thread_that_it_has_not(
         return False
 
     methods = [
-        lambda: llm.add([5]),
+        lambda: llm.add_request([5]),
         llm.report,
         lambda: llm.abort("mine"),
         lambda: anext(llm.generate([5])),
@@ -695,18 +703,18 @@ def test_nothing_is_made_of_what_the_queue_does_not_take(monkeypatch: pytest.Mon
                 ValueError,
                 match=r"n must be at most 5 here, got 16384: limits.max_num_seqs=2 may run",
             ):
-                await llm.add("hello", SamplingParams(n=16_384))
-            running = [await llm.add(prompt_of(9), LONG) for _ in range(2)]
+                await llm.add_request("hello", SamplingParams(n=16_384))
+            running = [await llm.add_request(prompt_of(9), LONG) for _ in range(2)]
             for stream in running:
                 await anext(stream)
             with pytest.raises(
                 QueueFullError, match=r"0 requests are waiting, 4 more exceed limits\.max_waiting=3"
             ):
-                await llm.add("hello", SamplingParams(n=4))
-            waiting = [await llm.add("hello", SHORT) for _ in range(3)]
+                await llm.add_request("hello", SamplingParams(n=4))
+            waiting = [await llm.add_request("hello", SHORT) for _ in range(3)]
             assert (len(made), tokenizer.num_texts) == (5, 3)
             with pytest.raises(QueueFullError, match="3 requests are waiting, as many as"):
-                await llm.add("hello", SHORT)
+                await llm.add_request("hello", SHORT)
             assert (len(made), tokenizer.num_texts) == (5, 3)
             await asyncio.gather(*map(last, [*running, *waiting]))
 
@@ -723,7 +731,7 @@ def test_what_the_start_raises_the_constructor_raises() -> None:
 def test_closing_ends_what_runs(reference: Reference) -> None:
     async def main() -> None:
         llm = AsyncCompiledLLM(make_llm)
-        streams = [await llm.add(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
+        streams = [await llm.add_request(prompt_of(9, n), LONG, streaming=n > 0) for n in range(6)]
         await anext(streams[1])
         waiting = asyncio.create_task(last(streams[2]))
         await asyncio.sleep(0)
@@ -740,7 +748,7 @@ def test_closing_ends_what_runs(reference: Reference) -> None:
             got = output.outputs[0].token_ids
             assert got == reference(prompt_of(9, number), 100)[: len(got)]
         with pytest.raises(RuntimeError, match="this AsyncCompiledLLM is closed: make a new one"):
-            await llm.add([5])
+            await llm.add_request([5])
         with pytest.raises(RuntimeError, match="this AsyncCompiledLLM is closed: make a new one"):
             await llm.reset_prefix_cache()
 
@@ -765,7 +773,7 @@ def test_several_threads_and_event_loops_at_once(
         """A loop that is closed while its request runs."""
 
         async def main() -> None:
-            kept.append(await llm.add(prompt_of(60), LONG))
+            kept.append(await llm.add_request(prompt_of(60), LONG))
 
         asyncio.run(main())
 
@@ -844,7 +852,7 @@ def test_text_comes_in_whole_characters_and_stays(
     async def main() -> tuple[list[str], list[str], str, str]:
         pieces = [piece async for piece in speaking.stream("Hallo", params)]
         texts = [output.text async for output in speaking.generate("Hallo", params)]
-        alone = await last(await speaking.add("Hallo", params, streaming=False))
+        alone = await last(await speaking.add_request("Hallo", params, streaming=False))
         whole = await last(speaking.generate("Hallo", saying(tokenizer, "Hallo", answer)))
         return pieces, texts, alone.text, whole.text
 
@@ -905,8 +913,8 @@ def test_what_is_not_closed_does_not_keep_the_interpreter() -> None:
         from tests.integration.test_async_llm import LONG, make_llm, prompt_of
 
         async def main():
-            await anext(await llm.add(prompt_of(9), LONG))
-            kept.append(await llm.add(prompt_of(9), LONG))
+            await anext(await llm.add_request(prompt_of(9), LONG))
+            kept.append(await llm.add_request(prompt_of(9), LONG))
 
         kept, llm = [], AsyncCompiledLLM(make_llm)
         asyncio.run(main())
@@ -927,7 +935,7 @@ def test_a_forked_process_is_refused_and_does_not_hang(
 ) -> None:
     async def ask() -> None:
         with pytest.raises(RuntimeError, match="fork of it"):
-            await llm.add([5, 6])
+            await llm.add_request([5, 6])
         with pytest.raises(RuntimeError, match="fork of it"):
             await llm.report()
 

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.engine.prompts import check_message
+from compiled_llm.engine.run import run_to_completion
 from compiled_llm.errors import QueueFullError
-from compiled_llm.running import run
 from tests.helpers.tiny_models import (
     VOCAB_SIZE,
     Reference,
@@ -394,18 +394,20 @@ def test_logits_that_are_not_finite_end_their_request_alone(
 
 
 def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Reference) -> None:
-    free = llm.engine.cache.num_free
+    free = llm.engine.cache.num_free_blocks
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
-    abandoned = run(llm.engine, llm._make_jobs([prompt_of(9)], params, None, streaming=True))
-    slow = llm._make_jobs([prompt_of(30)], params, None, streaming=True)
-    running = run(llm.engine, slow)
+    abandoned = run_to_completion(
+        llm.engine, llm._runner.make_groups([prompt_of(9)], params, None, streaming=True)
+    )
+    slow = llm._runner.make_groups([prompt_of(30)], params, None, streaming=True)
+    running = run_to_completion(llm.engine, slow)
     next(abandoned), next(running)
     assert greedy(llm, [prompt_of(20)], 5) == [reference(prompt_of(20), 5)]
     abandoned.close()
     for _ in running:
         pass
     assert slow[0].requests[0].token_ids == reference(prompt_of(30), 50)
-    assert llm.engine.cache.num_free == free
+    assert llm.engine.cache.num_free_blocks == free
     llm.engine.cache.check()
 
 
@@ -415,11 +417,11 @@ def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> N
         compile={"dispatch": "eager"}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4}
     )
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as engine:
-        assert engine.engine.cache.num_free == [12]
+        assert engine.engine.cache.num_free_blocks == [12]
         prompts = [prompt_of(length) for length in (60, 45, 10, 50, 100, 30, 14)]
         assert greedy(engine, prompts, 25) == [reference(prompt, 25) for prompt in prompts]
         assert engine.report().scheduling.preemptions
-        assert engine.engine.cache.num_free == [12]
+        assert engine.engine.cache.num_free_blocks == [12]
     with pytest.raises(
         ValueError,
         match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory",
@@ -495,12 +497,12 @@ def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: 
     with eager_llm(limits) as engine:
         requests = [
             job.requests[0]
-            for job in engine._make_jobs([prompt_of(9)] * 4, None, None, streaming=False)
+            for job in engine._runner.make_groups([prompt_of(9)] * 4, None, None, streaming=False)
         ]
         for request in requests[:3]:
-            engine.engine.add(request)
+            engine.engine.add_request(request)
         with pytest.raises(QueueFullError, match=r"3 requests are waiting.*limits.max_waiting"):
-            engine.engine.add(requests[3])
+            engine.engine.add_request(requests[3])
         for request in requests[:3]:
             engine.engine.abort(request)
         prompts = [prompt_of(5 + number) for number in range(7)]
@@ -517,9 +519,11 @@ def test_a_failing_detokenizer_ends_its_request_alone(
             raise KeyError("no such token")
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    bad, good = llm._make_jobs([prompt_of(9), prompt_of(20)], params, None, streaming=False)
+    bad, good = llm._runner.make_groups(
+        [prompt_of(9), prompt_of(20)], params, None, streaming=False
+    )
     bad.requests[0].detokenizer = Failing()  # type: ignore[assignment]
-    for _ in run(llm.engine, [bad, good]):
+    for _ in run_to_completion(llm.engine, [bad, good]):
         pass
     assert (bad.requests[0].finish_reason, bad.requests[0].error) == (
         "error",

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from compiled_llm import CompiledLLM, SamplingParams
+from compiled_llm.engine.run import run_to_completion
 from compiled_llm.outputs import CompletionOutput, Logprob
-from compiled_llm.running import run
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import prompt_of, small_config, tiny_model
 
@@ -105,10 +105,10 @@ def llm(request: pytest.FixtureRequest) -> Iterator[CompiledLLM]:
     with CompiledLLM(
         tiny_model("llama", vocab_size=VOCAB), TOKENIZER, small_config(**changes), progress=False
     ) as engine:
-        free = engine.engine.cache.num_free
+        free = engine.engine.cache.num_free_blocks
         yield engine
         engine.engine.cache.check()
-        assert engine.engine.cache.num_free == free
+        assert engine.engine.cache.num_free_blocks == free
         if request.param == "compiled":
             assert not engine.report().fallbacks
 
@@ -383,8 +383,8 @@ def test_several_completions(llm: CompiledLLM) -> None:
     llm.reset_prefix_cache()
     prompt = prompt_of(40)
     params = drawn(n=6, seed=2**63 - 3, logprobs=2)
-    (job,) = llm._make_jobs([prompt], params, None, streaming=False)
-    for _ in run(llm.engine, [job]):
+    (job,) = llm._runner.make_groups([prompt], params, None, streaming=False)
+    for _ in run_to_completion(llm.engine, [job]):
         pass
     assert [request.num_cached_tokens for request in job.requests] == [0] + [2 * PAGE] * 5
     (output,) = llm.generate([prompt], params)

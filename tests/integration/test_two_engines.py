@@ -46,7 +46,7 @@ async def _start(model: PreTrainedModel, config: Config) -> AsyncCompiledLLM:
 
 async def _complete(llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int) -> list[int]:
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    async with await llm.add(list(prompt), params, streaming=False) as outputs:
+    async with await llm.add_request(list(prompt), params, streaming=False) as outputs:
         (output,) = [output async for output in outputs]
     return output.outputs[0].token_ids
 
@@ -180,7 +180,7 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
                     assert await _complete(llm, prompt_of(20), 12) == expected
                 assert await llm.call(
                     lambda engine: (
-                        engine.model_runner.capture_wanted and not engine.model_runner.capture_due
+                        engine.model_runner.capture_wanted and not engine.model_runner._lazy.due
                     )
                 )
                 assert [bucket.mode for bucket in (await llm.report()).buckets] == ["pending"]

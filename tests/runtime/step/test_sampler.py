@@ -22,7 +22,11 @@ from transformers import (
 )
 
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.sampling_rows import bias_of, extras_of, pack_params
+from compiled_llm.engine.sampling_metadata import (
+    make_bias,
+    make_sampler_state,
+    pack_sampling_params,
+)
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
@@ -78,7 +82,7 @@ def request(
         "bad_words": list(bad_words),
         "stop_token_ids": frozenset(stops),
     }
-    return Request(params=wanted, seed=wanted.seed or 0, **ids)
+    return Request(sampling_params=wanted, seed=wanted.seed or 0, **ids)
 
 
 def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
@@ -92,7 +96,7 @@ def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
     bad_words[..., -1] = torch.arange(MAX_BAD_WORDS)
     recent = torch.full((count, MAX_BAD_WORD_LEN - 1), -1)
     for row, wanted in enumerate(requests):
-        extras = extras_of(wanted, VOCAB)
+        extras = make_sampler_state(wanted, VOCAB)
         if extras.bias is not None:
             bias[row] = torch.from_numpy(extras.bias)
         if extras.counts is not None:
@@ -104,7 +108,7 @@ def rows_of(requests: Sequence[Request]) -> tuple[RowParams, History]:
         last = [*wanted.prompt_token_ids, *wanted.token_ids][-recent.shape[1] :]
         recent[row, recent.shape[1] - len(last) :] = torch.tensor(last)
     params = RowParams.of(
-        torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE)
+        torch.from_numpy(np.stack([pack_sampling_params(wanted) for wanted in requests])).to(DEVICE)
     )
     return params, History(bias, counts, bad_words, recent)
 
@@ -218,8 +222,8 @@ def test_a_bad_word_that_would_be_the_whole_text_is_banned() -> None:
 
 def test_stopping_tokens_return_after_min_tokens() -> None:
     wanted = request(P, min_tokens=5, stops=[*EOS, VOCAB + 7], logit_bias={EOS[0]: 2.0})
-    assert bias_of(wanted, VOCAB, may_stop=False)[EOS].tolist() == [-INF, -INF]
-    assert bias_of(wanted, VOCAB, may_stop=True)[EOS].tolist() == [2.0, 0.0]
+    assert make_bias(wanted, VOCAB)[EOS].tolist() == [-INF, -INF]
+    assert make_bias(wanted, VOCAB, min_tokens_reached=True)[EOS].tolist() == [2.0, 0.0]
 
 
 def test_greedy_is_the_first_maximum() -> None:
