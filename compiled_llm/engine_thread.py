@@ -217,7 +217,7 @@ class EngineThread:
         if self.forked:
             raise RuntimeError(
                 f"this AsyncCompiledLLM belongs to process {self._process}, and its thread does "
-                "not run in this fork: make a new one here, or start the process by spawning"
+                "not run in this fork of it: make a new one here, or start the process by spawning"
             )
 
     def _ended_error(self) -> RuntimeError:

@@ -8,24 +8,7 @@ from compiled_llm import SamplingParams
 from compiled_llm.engine.output_builder import OutputBuilder, RequestGroup
 from compiled_llm.engine.processor import RequestProcessor
 from compiled_llm.outputs import CompletionOutput, ListPrefix, Logprob
-
-
-class Letters:
-    """A tokenizer of 26 tokens, which raises what sentencepiece does for others; it keeps what it was given."""
-
-    chat_template, eos_token_id = None, None
-
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        self.lengths.append(len(text))
-        return {"input_ids": [ord(character) % 26 for character in text if character != " "]}
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        if any(token >= 26 for token in ids):
-            raise IndexError("piece id is out of range.")
-        return "".join(chr(97 + token) for token in ids)
+from tests.helpers.letters import Letters
 
 
 class Broken(Letters):
