@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig, MinPLogitsWarper
 
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.request_checks import check
+from compiled_llm.engine.request_validation import validate
 from compiled_llm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, "hot", True, None, 10**400]
@@ -79,12 +79,12 @@ def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
     """Check a request of the prompt 5, 6, in a vocabulary of 8 tokens, whose bad words are already token ids."""
     request = Request(
         prompt_token_ids=[5, 6],
-        params=SamplingParams(**params),
+        sampling_params=SamplingParams(**params),
         stop_token_ids=frozenset(stop),
         bad_words=words,
         max_tokens=4,
     )
-    check(request, vocab_size=8, max_model_len=16)
+    validate(request, vocab_size=8, max_model_len=16)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ async def serve(
         llm = await asyncio.to_thread(
             AsyncCompiledLLM, lambda: CompiledLLM(model, None, lazy_config(), progress=False)
         )
-        free = await llm.call(lambda engine: engine.engine.cache.num_free)
+        free = await llm.call(lambda engine: engine.engine.cache.num_free_blocks)
         for _ in range(ROUNDS_A_LIFE):
             if soak.over:
                 break
@@ -97,7 +97,7 @@ async def serve(
             ]
             await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
             await llm.call(lambda engine: engine.engine.cache.check())
-            now = await llm.call(lambda engine: engine.engine.cache.num_free)
+            now = await llm.call(lambda engine: engine.engine.cache.num_free_blocks)
             soak.check(now == free, f"{name}: {now} pages are free, expected {free}")
             soak.counts[f"{name} rounds"] += 1
         report = await llm.report()
@@ -118,7 +118,7 @@ async def one(
 ) -> None:
     """A request that arrives at some time, and in one case of five is withdrawn."""
     await asyncio.sleep(0.2 * chance)
-    stream = await llm.add(case.prompt, case.params, streaming=chance < 0.5)
+    stream = await llm.add_request(case.prompt, case.params, streaming=chance < 0.5)
     if chance % 0.1 < 0.02:
         with suppress(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.05 * chance)
@@ -146,7 +146,7 @@ def interrupt(
     with CompiledLLM(
         model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        free, seconds = llm.engine.cache.num_free, 1.0
+        free, seconds = llm.engine.cache.num_free_blocks, 1.0
         while not soak.over:
             numbers = rng.sample(range(len(cases)), 6)
             began = time.monotonic()
@@ -164,7 +164,9 @@ def interrupt(
                 f"after an interrupt: {numbers} gave {found}",
             )
             llm.engine.cache.check()
-            soak.check(llm.engine.cache.num_free == free, "after an interrupt, pages are not free")
+            soak.check(
+                llm.engine.cache.num_free_blocks == free, "after an interrupt, pages are not free"
+            )
             soak.counts["calls"] += 1
 
 

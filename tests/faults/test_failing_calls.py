@@ -9,6 +9,7 @@ import torch
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.engine.block_pool import BlockPool
+from compiled_llm.engine.engine_core import EngineCore
 from compiled_llm.errors import EngineBrokenError
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.model_runner import ModelRunner
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.gpu
 # What a step calls outside of the engine: allocations, copies, launches, waits and reads.
 CALLS: dict[str, tuple[Any, str]] = {
     "pages": (BlockPool, "allocate"),
-    "shared pages": (BlockPool, "share"),
+    "shared pages": (BlockPool, "touch"),
     "copy of a decode batch": (StepBuffers, "stage_decode"),
     "copy of a prefill batch": (StepBuffers, "stage_prefill"),
     "pinned copy": (_StagingBuffer, "copy_to"),
@@ -81,7 +82,7 @@ def test_a_step_whose_call_fails(
     llm: CompiledLLM, want: list[list[int]], call: str, after: bool
 ) -> None:
     owner, name = CALLS[call]
-    free = llm.engine.cache.num_free
+    free = llm.engine.cache.num_free_blocks
     assert _tokens(llm) == want  # so that all runs below find the same blocks shared
     with failing_call(owner, name, -1, OSError) as calls:
         assert _tokens(llm) == want
@@ -94,7 +95,7 @@ def test_a_step_whose_call_fails(
             _tokens(llm)
         assert _tokens(llm) == want
         llm.engine.cache.check()
-        assert llm.engine.cache.num_free == free
+        assert llm.engine.cache.num_free_blocks == free
         assert not llm.engine.has_work
 
 
@@ -103,8 +104,8 @@ def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        stream_job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add(stream_job.requests[0])
+        stream_job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(stream_job.requests[0])
         with (
             failing_call(DecodeStep, "forward", 0, RuntimeError),
             failing_call(Readback, "resynchronize", 0, RuntimeError),
@@ -125,14 +126,14 @@ def test_steps_that_fail_for_no_request_break_the_engine() -> None:
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add(job.requests[0])
+        job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(job.requests[0])
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(type(llm.engine), "_expire", _raise)
+            patched.setattr(EngineCore, "_abort_overdue", _raise)
             for _ in range(4):
                 with pytest.raises(ZeroDivisionError):
                     llm.engine.step()
-            with pytest.raises(EngineBrokenError, match="its steps fail although nothing runs"):
+            with pytest.raises(EngineBrokenError, match="its steps fail although no request runs"):
                 llm.engine.step()
         assert job.requests[0].finish_reason == "error"
 
@@ -153,7 +154,9 @@ def test_an_asynchronous_engine_outlives_a_step(
     async def one(
         llm: AsyncCompiledLLM, prompt: list[int]
     ) -> tuple[list[int], str | None, str | None]:
-        *_, last = [output async for output in await llm.add(prompt, SamplingParams(**PARAMS))]
+        *_, last = [
+            output async for output in await llm.add_request(prompt, SamplingParams(**PARAMS))
+        ]
         done = last.outputs[0]
         return done.token_ids, done.finish_reason, done.error
 
@@ -223,8 +226,8 @@ def test_an_abort_from_within_a_step_waits_for_its_end(
     llm: CompiledLLM, want: list[list[int]]
 ) -> None:
     """A finalizer may run in the middle of anything."""
-    other = llm.jobs.make(PROMPTS[0], SamplingParams(**PARAMS))
-    llm.engine.add(other.requests[0])
+    other = llm._runner.processor.process(PROMPTS[0], SamplingParams(**PARAMS))
+    llm.engine.add_request(other.requests[0])
 
     def withdraw(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         llm.engine.abort(other.requests[0])

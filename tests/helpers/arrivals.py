@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from compiled_llm import CompiledLLM, SamplingParams
-from compiled_llm.engine.processor import RequestGroup
+from compiled_llm.engine.output_builder import RequestGroup
 from compiled_llm.engine.request import Request
-from compiled_llm.running import run
+from compiled_llm.engine.run import run_to_completion
 from tests.helpers.tiny_models import VOCAB_SIZE
 
 
@@ -91,9 +91,9 @@ def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
     while len(jobs) < len(cases) or llm.engine.has_work:
         for number, case in enumerate(cases):
             if number not in jobs and case.arrival <= step:
-                jobs[number] = llm._jobs.make(case.prompt, case.params)
-                llm.engine.check(jobs[number].requests[0])
-                llm.engine.add(jobs[number].requests[0])
+                jobs[number] = llm._runner.processor.process(case.prompt, case.params)
+                llm.engine.validate(jobs[number].requests[0])
+                llm.engine.add_request(jobs[number].requests[0])
             if (
                 number in jobs
                 and case.abort_after is not None
@@ -110,7 +110,7 @@ def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
 def run_alone(llm: CompiledLLM, case: Case) -> Request:
     """The case's request when nothing else runs, and nothing is shared with what ran."""
     llm.reset_prefix_cache()
-    (job,) = llm._make_jobs([case.prompt], case.params, None, streaming=False)
-    for _ in run(llm.engine, [job]):
+    (job,) = llm._runner.make_groups([case.prompt], case.params, None, streaming=False)
+    for _ in run_to_completion(llm.engine, [job]):
         pass
     return job.requests[0]

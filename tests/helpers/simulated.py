@@ -62,7 +62,7 @@ class Sequences:
         return next(token for token in drawn if token not in banned)
 
 
-class SimulatedRuntime:
+class SimulatedModelRunner:
     """Stands in for `ModelRunner`: R rows, G groups of pages, N pages a row at most.
 
     Attributes:
@@ -115,6 +115,7 @@ class SimulatedRuntime:
         """Steps are counted once they have run."""
 
     def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
+        """There are no buckets to capture."""
         return False
 
     def check_model(self) -> None:
