@@ -63,7 +63,7 @@ def test_the_most_needed_bucket_is_built_first_and_steps_get_as_much_time() -> N
 
 
 def test_strict_and_lazy_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"compile\.capture=lazy begins with them"):
+    with pytest.raises(ValueError, match=r"with compile\.capture=lazy the first steps are eager"):
         parse_config({"strict": True, **LAZY})
 
 
