@@ -1,11 +1,12 @@
-# `make demo` and `make test` do everything on a machine with Python 3.11+ and a C++ compiler.
+# Targets create .venv if needed; they require Python 3.11+ and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test docs sweep soak lint clean
 
 demo: .venv/ready
-	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" --max-tokens 64 --report --config configs/demo.yaml
+	$(BIN)/compiled-llm generate "What is the capital of France, and what is it known for?" \
+		--max-tokens 64 --report --config configs/demo.yaml
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
@@ -28,7 +29,8 @@ lint: .venv/ready
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.txt --editable .
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python \
+		--requirement requirements.txt --editable .
 	touch $@
 
 clean:

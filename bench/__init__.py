@@ -1,5 +1,5 @@
-"""The benchmark suite: `compiled-llm bench COMMAND`, also `python -m bench COMMAND`.
+"""Benchmark suite: `compiled-llm bench COMMAND` or `python -m bench COMMAND`.
 
-What a worker process imports (`worker`, `workloads`, `systems`) needs the standard library alone, because a peer's environment
-may have nothing of ours.
+Modules that a worker process imports (`worker`, `workloads`, `systems`) depend on the standard
+library only, because the environment of another system may lack our dependencies.
 """

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parent.parent
-RESULTS = _ROOT / "bench" / "results"
-IMAGES = _ROOT / "docs" / "images"
+from bench.record import RESULTS, roofline_of
+from bench.worker_client import ROOT
+
+IMAGES = ROOT / "docs" / "images"
 
 _SYSTEMS = {"ours": "compiled_llm", "vllm": "vLLM"}
 _BAR = 0.4  # width, of the distance between two batch sizes
@@ -28,8 +29,8 @@ class Chart:
     Attributes:
         name: stem of the files.
         value: key of a row, in milliseconds.
-        labels: of the x and y axes.
-        log: whether the y axis is logarithmic, from 1 ms.
+        labels: labels of the x and y axes.
+        log: whether the y axis is logarithmic; it then begins at 1 ms.
     """
 
     name: str
@@ -92,11 +93,11 @@ def newest_comparisons(results: Path) -> list[dict[str, Any]]:
             name = model_name(record)
             if name not in newest or record["date"] > newest[name]["date"]:
                 newest[name] = record
-    return sorted(newest.values(), key=lambda record: record["card"]["weight_bytes"])
+    return sorted(newest.values(), key=lambda record: roofline_of(record)["weight_bytes"])
 
 
 def model_name(record: Mapping[str, Any]) -> str:
-    """Return the name of a record's model as people write it, such as Qwen3-0.6B."""
+    """Return the display name of a record's model, such as Qwen3-0.6B."""
     name = Path(record["config"]["model"]["name"] or "SmolLM2-135M-Instruct")
     return name.name.removesuffix(".json").title()
 
@@ -179,8 +180,8 @@ def _draw_panel(axes: Any, chart: Chart, record: Mapping[str, Any], theme: Theme
 
 def _values(rows: Iterable[Mapping[str, Any]], system: str, key: str) -> dict[int, float]:
     """Return the values of one system by batch size, failed batches left out."""
-    found = {row["batch"]: row.get(key) for row in rows if row["system"] == system}
-    return {batch: value for batch, value in found.items() if value is not None}
+    values = {row["batch"]: row.get(key) for row in rows if row["system"] == system}
+    return {batch: value for batch, value in values.items() if value is not None}
 
 
 def _three_digits(value: float) -> str:
@@ -189,11 +190,12 @@ def _three_digits(value: float) -> str:
 
 
 def _caption(record: Mapping[str, Any]) -> str:
-    card, arguments, versions = record["card"], record["arguments"], record["versions"]
+    roofline = roofline_of(record)
+    arguments, versions = record["arguments"], record["versions"]
     return ", ".join(
         (
-            card["device_name"],
-            card["dtype"],
+            roofline["device_name"],
+            roofline["dtype"],
             f"prompts of {arguments['context']} tokens",
             f"torch {versions['torch']}",
             f"vLLM {record['systems']['vllm']['version']}",

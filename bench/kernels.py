@@ -1,9 +1,10 @@
-"""Paged attention alone, against the bytes it must read and against torch's sdpa and flex_attention on contiguous tensors.
+"""Benchmarks of paged attention, and of torch's sdpa and flex_attention on contiguous tensors.
 
-    pytest bench/kernels.py          # or `compiled-llm bench kernels`, which prints the rates
+    pytest bench/kernels.py    # `compiled-llm bench kernels` prints the rates
 
-On a GPU each measurement replays a CUDA graph of several calls on different tensors, so that no call finds its keys in the L2
-cache and no launch is timed; the sizes are those of the models that the suite runs. On a CPU the references run, on tiny sizes.
+On a GPU a measurement replays a CUDA graph of several calls on different tensors, so that keys are
+not in the L2 cache and launches are not timed; the sizes are those of the suite's models. On a CPU
+the reference implementation runs, on tiny sizes.
 """
 
 import functools
@@ -19,14 +20,24 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from passes.ops.paged_attention import paged_attention
 
 _GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if _GPU else ("cpu", torch.float32)
+DEVICE = "cuda" if _GPU else "cpu"
+DTYPE = torch.bfloat16 if _GPU else torch.float32
 _PAGE = 16
-_L2_BYTES = 128 * 2**20  # more than any GPU's cache holds
+_L2_BYTES = 128 * 2**20  # more than the L2 cache of any GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sequences, their new tokens and all their tokens, query heads, key heads, head dim."""
+    """Sizes of one attention call.
+
+    Attributes:
+        sequences: number of sequences.
+        queries: number of new tokens of each sequence.
+        length: number of tokens of each sequence, new ones included.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        dim: head dim.
+    """
 
     sequences: int
     queries: int
@@ -40,25 +51,27 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values, read once, and queries and outputs."""
-        cached, ends = self.length * self.kv_heads, self.queries * self.heads
-        return 2 * self.sequences * (cached + ends) * self.dim * DTYPE.itemsize
+        """Return the bytes of keys, values, queries and outputs, each counted once."""
+        kv_rows = self.length * self.kv_heads
+        query_rows = self.queries * self.heads
+        return 2 * self.sequences * (kv_rows + query_rows) * self.dim * DTYPE.itemsize
 
     @property
     def flops(self) -> int:
-        """Of the two products, where a query sees the keys up to its own."""
-        seen = self.queries * (2 * self.length - self.queries + 1) // 2
-        return 4 * self.sequences * seen * self.heads * self.dim
+        """Return the operations of both matrix products under a causal mask."""
+        pairs = self.queries * (2 * self.length - self.queries + 1) // 2
+        return 4 * self.sequences * pairs * self.heads * self.dim
 
 
 def _shapes() -> tuple[list[Shape], list[Shape]]:
-    """For decode, and for prefill."""
+    """Return the shapes for decode and for prefill."""
     if not _GPU:
         sizes = {"heads": 4, "kv_heads": 2, "dim": 32}
-        return [Shape(sequences=2, queries=1, length=64, **sizes)], [
-            Shape(sequences=1, queries=32, length=32, **sizes)
-        ]
-    decode, prefill = [], []
+        tiny_decode = Shape(sequences=2, queries=1, length=64, **sizes)
+        tiny_prefill = Shape(sequences=1, queries=32, length=32, **sizes)
+        return [tiny_decode], [tiny_prefill]
+    decode: list[Shape] = []
+    prefill: list[Shape] = []
     for heads in (16, 32):  # Qwen3-0.6B, Llama-3.1-8B
         sizes = {"heads": heads, "kv_heads": 8, "dim": 128}
         batches = [(1, 512), (8, 512), (32, 512), (128, 1024), (1, 16384), (8, 16384)]
@@ -74,7 +87,19 @@ def _shapes() -> tuple[list[Shape], list[Shape]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The same keys and values in pages [P, B, G, D] and contiguous [S, G, K, D]; queries as [S, H, Q, D] and [S * Q, H, D]."""
+    """Inputs of one call, with keys and values both contiguous and in pages.
+
+    Attributes:
+        shape: S sequences of Q queries and K keys, H query heads, G key heads, head dim D.
+        q: queries [S, H, Q, D].
+        flat_q: the same queries [S * Q, H, D].
+        k, v: contiguous keys and values [S, G, K, D].
+        k_cache, v_cache: the same keys and values in pages [P, B, G, D].
+        block_table: int32 [S, N], pages of each sequence.
+        query_start: int32 [S + 1], first query of each sequence.
+        seq_lens: int32 [S], tokens of each sequence.
+        split_counters: int32 [S * G] zeros, workspace of the decode kernel.
+    """
 
     shape: Shape
     q: Tensor
@@ -90,7 +115,7 @@ class Inputs:
 
     @classmethod
     def make(cls, shape: Shape, seed: int) -> "Inputs":
-        """Random, in pages of a random order."""
+        """Return random inputs, with pages in random order."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "device": DEVICE, "dtype": DTYPE}
         s, pages = shape.sequences, -(-shape.length // _PAGE)
@@ -121,15 +146,15 @@ class Inputs:
         )
 
 
-# Each gives [S, H, Q, D].
+# Returns outputs [S, H, Q, D].
 Attend = Callable[[Inputs], Tensor]
 
 
 def _paged(inputs: Inputs) -> Tensor:
     shape = inputs.shape
     out_THD: Tensor = paged_attention(
-        inputs.flat_q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.query_start, inputs.seq_lens,
-        inputs.split_counters, None, None, shape.dim**-0.5, 0, 0.0, shape.queries,
+        inputs.flat_q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.query_start,
+        inputs.seq_lens, inputs.split_counters, None, None, shape.dim**-0.5, 0, 0.0, shape.queries,
     )  # fmt: skip
     return out_THD.view(shape.sequences, shape.queries, shape.heads, shape.dim).transpose(1, 2)
 
@@ -150,9 +175,8 @@ def _flex(inputs: Inputs) -> Tensor:
 
 @functools.cache
 def _flex_function() -> Callable[..., Any]:
-    return (
-        torch.compile(flex_attention, dynamic=False) if _GPU else flex_attention
-    )  # a CPU takes half a minute to compile it
+    # Compilation takes half a minute on a CPU.
+    return torch.compile(flex_attention, dynamic=False) if _GPU else flex_attention
 
 
 @functools.cache
@@ -185,19 +209,23 @@ def _measure(benchmark: Any, shape: Shape, kernel: str) -> None:
     copies = max(2, min(20, _L2_BYTES // shape.num_bytes)) if _GPU else 1
     inputs = [Inputs.make(shape, seed) for seed in range(copies)]
     attend = KERNELS[kernel]
-    torch.compiler.reset()  # every shape is compiled for itself, and Dynamo gives up after eight of one function
+    torch.compiler.reset()  # each shape is recompiled, and Dynamo has a limit on recompilations
     torch.testing.assert_close(
         attend(inputs[0]), _sdpa(inputs[0]), atol=_TOLERANCE, rtol=_TOLERANCE
     )
     benchmark.extra_info.update(
-        kernel=kernel, kind="decode" if shape.queries == 1 else "prefill", shape=str(shape), calls=copies,
-        bytes=shape.num_bytes, flops=shape.flops,
-    )  # fmt: skip
+        kernel=kernel,
+        kind="decode" if shape.queries == 1 else "prefill",
+        shape=str(shape),
+        calls=copies,
+        bytes=shape.num_bytes,
+        flops=shape.flops,
+    )
     benchmark.pedantic(_launcher(attend, inputs), rounds=20, warmup_rounds=3)
 
 
 def _launcher(attend: Attend, inputs: list[Inputs]) -> Callable[[], None]:
-    """Calls the kernel once on each of the inputs, and waits for it."""
+    """Return a function that runs the kernel on each of the inputs and synchronizes."""
 
     def attend_all() -> None:
         for each in inputs:

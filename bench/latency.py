@@ -1,151 +1,237 @@
-"""`bench latency`: milliseconds of a decode step and to the first token, over batch sizes, for every system in the same way.
+"""`bench latency`: milliseconds per decode step and to the first tokens, by batch size.
 
-The time to the first token is that of a call which generates one token for each of `batch` prompts. A decode step is the
-difference of two calls, which generate `lead + steps` and `lead` tokens, divided by `steps`: `lead` is long enough that all
-prompts have joined the batch before the first one leaves it, so both calls differ in full steps of `batch` rows alone.
+All systems are measured in the same way, through `System.generate`. The time to the first tokens is
+that of a call which generates one token for each of `batch` prompts. The time of a decode step is
+the difference between two calls that generate `lead + steps` and `lead` tokens, divided by `steps`.
+`lead` is large enough that all prompts have started before the first sequence finishes, so the
+calls differ in full steps of `batch` sequences only.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench.display import BOUND_COLUMN, HOST_COLUMNS, STEP_COLUMNS, Column, number, percent, times
+from bench.figures import Draw, lines
 from bench.roofline import Roofline
-from bench.stats import figure, ratio
-from bench.systems import Generated
-from bench.worker_group import WorkerGroup
-from bench.workloads import fresh_prompts
+from bench.run import BenchRun, CommandResult
+from bench.stats import median_ratio, summarize
+from bench.systems import GenerateResult
+from bench.worker_group import WorkerGroup, start_workers
+from bench.workloads import random_prompts
 
-_LEAD = 4  # tokens in which a system gets over what only its first steps do
+_LEAD = 4  # tokens after which a system's first steps no longer affect its step time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is timed: batch sizes, prompt tokens of each sequence, decode steps of a sample, samples of each system."""
+class LatencySettings:
+    """What is measured.
+
+    Attributes:
+        batches: batch sizes.
+        context: number of prompt tokens of each sequence.
+        steps: number of decode steps of a sample.
+        rounds: number of samples of each system.
+    """
 
     batches: list[int]
     context: int
     steps: int
     rounds: int
 
-    def longest(self, max_num_batched_tokens: int) -> int:
-        """Tokens of the longest sequence."""
+    def max_sequence_length(self, max_num_batched_tokens: int) -> int:
+        """Return the number of tokens of the longest sequence."""
         return self.context + self.lead(max(self.batches), max_num_batched_tokens) + self.steps
 
     def lead(self, batch: int, max_num_batched_tokens: int) -> int:
-        """Tokens after which all prompts of a batch have joined, at so many tokens a step."""
+        """Return the output tokens after which all prompts of a batch have started."""
         return _LEAD + -(-batch * self.context // max_num_batched_tokens)
 
 
 @dataclass(slots=True, kw_only=True)
-class Cell:
-    """One system at one batch size: its samples, round by round, or the reason why there are none.
+class Measurement:
+    """Samples of one system at one batch size.
 
     Attributes:
-        first_ms, step_ms: of each round.
-        host_us, padded_share: of the decode steps, for systems that count them.
-        fallbacks: steps that ran eagerly, for systems that count them.
+        system: name of the system.
+        batch: batch size.
+        first_ms: milliseconds to the first tokens, by round.
+        step_ms: milliseconds per decode step, by round.
+        host_us: host microseconds per decode step, by round, for systems that count them.
+        padded_share: share of padding in the decode steps, for systems that count it.
+        fallbacks: number of steps that ran eagerly, for systems that count them.
+        failure: reason why there are no samples.
     """
 
     system: str
     batch: int
-    first_ms: list[float]
-    step_ms: list[float]
-    host_us: list[float]
+    first_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    host_us: list[float] = field(default_factory=list)
     padded_share: float | None = None
     fallbacks: int | None = None
     failure: str | None = None
 
 
-def run(session: WorkerGroup, names: list[str], plan: Plan, card: Roofline) -> list[Cell]:
-    """Every batch size on every system: warmed up, then in rounds, in each of which the systems take turns."""
-    cells = []
-    for batch in plan.batches:
-        print(f"timing batch {batch} ...", file=sys.stderr)
-        row = [_begin(session, name, batch, plan, card) for name in names]
-        for number in range(1, plan.rounds + 1):
-            for cell in row:
-                if cell.failure is None:
-                    _sample(session, cell, plan, card, number)
-        cells += row
-    return cells
-
-
-def table(cells: list[Cell], plan: Plan, card: Roofline) -> list[dict[str, Any]]:
-    """A row for each cell: medians, spreads, what reading alone would take, and ratios to the first system at the same batch."""
-    rows = []
-    for cell in cells:
-        base = next(
-            other
-            for other in cells
-            if other.batch == cell.batch and other.system == cells[0].system
+def run(bench: BenchRun, names: list[str], settings: LatencySettings) -> None:
+    """Run the command; ratios refer to the first system."""
+    bench.reserve(settings.max_sequence_length(bench.roofline.max_num_batched_tokens))
+    with start_workers(names, bench.config, bench.roofline, bench.options) as workers:
+        measurements = measure(workers, names, settings, bench.roofline)
+        details = workers.describe()
+    rows = to_rows(measurements, settings, bench.roofline)
+    bench.finish(
+        CommandResult(
+            command="latency",
+            arguments={"systems": names, **asdict(settings)},
+            rows=rows,
+            columns=_columns(names[0]),
+            plots=_plots(rows),
+            details={"samples": [asdict(each) for each in measurements], **details},
         )
-        row: dict[str, Any] = {"system": cell.system, "batch": cell.batch, "failure": cell.failure}
-        if cell.failure is None:
-            step, first = figure(cell.step_ms), figure(cell.first_ms)
+    )
+
+
+def measure(
+    workers: WorkerGroup, names: Sequence[str], settings: LatencySettings, roofline: Roofline
+) -> list[Measurement]:
+    """Measure each batch size on each system: a warm-up, then rounds in which they take turns."""
+    measurements = []
+    for batch in settings.batches:
+        print(f"timing batch {batch} ...", file=sys.stderr)
+        of_batch = [_warm_up(workers, name, batch, settings, roofline) for name in names]
+        for round_number in range(1, settings.rounds + 1):
+            for measurement in of_batch:
+                if measurement.failure is None:
+                    _sample(workers, measurement, settings, roofline, round_number)
+        measurements += of_batch
+    return measurements
+
+
+def to_rows(
+    measurements: Sequence[Measurement], settings: LatencySettings, roofline: Roofline
+) -> list[dict[str, Any]]:
+    """Return a row for each measurement; ratios refer to the first system at the same batch."""
+    baselines = {each.batch: each for each in reversed(measurements)}
+    rows = []
+    for each in measurements:
+        row: dict[str, Any] = {"system": each.system, "batch": each.batch, "failure": each.failure}
+        if each.failure is None:
+            base = baselines[each.batch]
+            step, first = summarize(each.step_ms), summarize(each.first_ms)
             row |= {
                 "step_ms": step.median,
                 "step_spread": step.spread,
-                "least_ms": card.least_ms(cell.batch, plan.context),
-                "tokens_per_second": cell.batch / step.median * 1e3 if step.median > 0 else None,
+                "min_step_ms": roofline.min_step_ms(each.batch, settings.context),
+                "tokens_per_second": each.batch / step.median * 1e3 if step.median > 0 else None,
                 "first_token_ms": first.median,
                 "first_spread": first.spread,
-                "step_ratio": ratio(cell.step_ms, base.step_ms),
-                "first_ratio": ratio(cell.first_ms, base.first_ms),
-                "host_us": figure(cell.host_us).median if cell.host_us else None,
-                "padded_share": cell.padded_share,
-                "fallbacks": cell.fallbacks,
+                "step_ratio": median_ratio(each.step_ms, base.step_ms),
+                "first_ratio": median_ratio(each.first_ms, base.first_ms),
+                "host_us": summarize(each.host_us).median if each.host_us else None,
+                "padded_share": each.padded_share,
+                "fallbacks": each.fallbacks,
             }
         rows.append(row)
     return rows
 
 
-def samples(cells: list[Cell]) -> list[dict[str, Any]]:
-    """All that was measured."""
-    return [asdict(cell) for cell in cells]
+def _columns(baseline: str) -> list[Column]:
+    return [
+        Column("system", "system"),
+        Column("batch", "batch"),
+        *STEP_COLUMNS,
+        BOUND_COLUMN,
+        Column("tokens/s", "tokens_per_second", number(1)),
+        Column(f"x {baseline}", "step_ratio", times),
+        Column("ms to first tokens", "first_token_ms", number(2)),
+        Column("spread", "first_spread", percent),
+        Column(f"x {baseline}", "first_ratio", times),
+        *HOST_COLUMNS,
+        Column("eager steps", "fallbacks"),
+    ]
 
 
-def _begin(session: WorkerGroup, name: str, batch: int, plan: Plan, card: Roofline) -> Cell:
-    """An empty cell, its system warmed up for it."""
-    cell = Cell(system=name, batch=batch, first_ms=[], step_ms=[], host_us=[])
-    if name not in session.workers:
-        cell.failure = session.failures.get(name, "it did not start")
-    elif batch > card.max_num_seqs:
-        cell.failure = f"limits.max_num_seqs is {card.max_num_seqs}"
+def _plots(rows: list[dict[str, Any]]) -> list[Draw]:
+    bound = [
+        {**row, "system": "bandwidth bound", "step_ms": row["min_step_ms"]}
+        for row in rows
+        if row.get("min_step_ms") is not None
+    ]
+    axes: dict[str, Any] = {"x": "batch", "by": "system"}
+    return [
+        lines([*rows, *bound], y="step_ms", labels=("batch", "ms per step"), **axes),
+        lines(rows, y="first_token_ms", labels=("batch", "ms to first tokens"), **axes),
+    ]
+
+
+def _warm_up(
+    workers: WorkerGroup, name: str, batch: int, settings: LatencySettings, roofline: Roofline
+) -> Measurement:
+    """Return a measurement without samples, after the calls that compile or warm up the system."""
+    measurement = Measurement(system=name, batch=batch)
+    if name not in workers.clients:
+        measurement.failure = workers.failures.get(name, "it did not start")
+    elif batch > roofline.max_num_seqs:
+        measurement.failure = f"limits.max_num_seqs is {roofline.max_num_seqs}"
     else:
-        for length in (plan.lead(batch, card.max_num_batched_tokens) + plan.steps, 1):
-            if cell.failure is None:
-                _generate(session, cell, plan, card, length, seed=0)
-    return cell
+        lead = settings.lead(batch, roofline.max_num_batched_tokens)
+        for length in (lead + settings.steps, 1):
+            _generate(workers, measurement, settings, roofline, length, seed=0)
+    return measurement
 
 
-def _sample(session: WorkerGroup, cell: Cell, plan: Plan, card: Roofline, number: int) -> None:
-    """One round of one cell; prompts are the same for all systems, and new in every call."""
-    lead = plan.lead(cell.batch, card.max_num_batched_tokens)
-    first = _generate(session, cell, plan, card, 1, seed=3 * number)
-    short = _generate(session, cell, plan, card, lead, seed=3 * number + 1)
-    long = _generate(session, cell, plan, card, lead + plan.steps, seed=3 * number + 2)
+def _sample(
+    workers: WorkerGroup,
+    measurement: Measurement,
+    settings: LatencySettings,
+    roofline: Roofline,
+    round_number: int,
+) -> None:
+    """Add the sample of one round; prompts are the same for all systems, and new in each call."""
+    lead = settings.lead(measurement.batch, roofline.max_num_batched_tokens)
+    seed = 3 * round_number
+    first = _generate(workers, measurement, settings, roofline, 1, seed=seed)
+    short = _generate(workers, measurement, settings, roofline, lead, seed=seed + 1)
+    length = lead + settings.steps
+    long = _generate(workers, measurement, settings, roofline, length, seed=seed + 2)
     if first is None or short is None or long is None:
         return
-    cell.first_ms.append(first.seconds * 1e3)
-    cell.step_ms.append((long.seconds - short.seconds) / plan.steps * 1e3)
+    measurement.first_ms.append(first.seconds * 1e3)
+    measurement.step_ms.append((long.seconds - short.seconds) / settings.steps * 1e3)
     if long.counters:
-        grown = {name: long.counters[name] - short.counters[name] for name in long.counters}
-        cell.host_us.append(grown["host_seconds"] / max(1.0, grown["steps"]) * 1e6)
-        cell.padded_share = grown["padded"] / grown["computed"] if grown["computed"] > 0 else None
-        cell.fallbacks = (cell.fallbacks or 0) + int(
-            sum(each.counters["fallbacks"] for each in (first, short, long))
-        )
+        _add_counters(measurement, short.counters, long.counters)
+        fallbacks = sum(each.counters["fallbacks"] for each in (first, short, long))
+        measurement.fallbacks = (measurement.fallbacks or 0) + int(fallbacks)
+
+
+def _add_counters(
+    measurement: Measurement, short: dict[str, float], long: dict[str, float]
+) -> None:
+    """Add the host time and padding of the steps by which two calls differ."""
+    grown = {name: long[name] - short[name] for name in long}
+    measurement.host_us.append(grown["host_seconds"] / max(1.0, grown["steps"]) * 1e6)
+    computed = grown["computed"]
+    measurement.padded_share = grown["padded"] / computed if computed > 0 else None
 
 
 def _generate(
-    session: WorkerGroup, cell: Cell, plan: Plan, card: Roofline, length: int, *, seed: int
-) -> Generated | None:
-    if cell.failure is not None:
+    workers: WorkerGroup,
+    measurement: Measurement,
+    settings: LatencySettings,
+    roofline: Roofline,
+    length: int,
+    *,
+    seed: int,
+) -> GenerateResult | None:
+    if measurement.failure is not None:
         return None
-    prompts = fresh_prompts(
-        cell.batch, plan.context, vocab_size=card.vocab_size, seed=1000 * cell.batch + seed
+    batch = measurement.batch
+    prompts = random_prompts(
+        batch, settings.context, vocab_size=roofline.vocab_size, seed=1000 * batch + seed
     )
-    generated = session.generate(cell.system, prompts, [length] * cell.batch, 0.0)
-    if generated is None:
-        cell.failure = session.failures[cell.system]
-    return generated
+    result = workers.generate(measurement.system, prompts, [length] * batch, 0.0)
+    if result is None:
+        measurement.failure = workers.failures[measurement.system]
+    return result

@@ -1,27 +1,73 @@
-"""`bench passes`: what each pass earns, by running without it.
+"""`bench passes`: the time that each graph pass saves, measured by running without it.
 
-Every variant has an engine in a fresh process, one after another; all passes on come first and last again, so that what the
-machine drifted meanwhile can be seen beside what the passes earn.
+Each variant runs in a fresh process, one after another. The variant with all passes on runs first
+and last, so that drift of the machine can be compared with the savings.
 """
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from bench.roofline import Roofline
-from bench.stats import figure
+from bench.decode import DecodeSettings, time_decode
+from bench.display import STEP_COLUMNS, Column, number, percent
+from bench.figures import bars
+from bench.run import BenchRun, CommandResult
+from bench.stats import summarize
 from bench.systems import SYSTEMS
-from bench.worker_group import Options, WorkerGroup, setup_of
+from bench.worker_group import WorkerGroup, make_setup
 from compiled_llm.config.schema import Config
 
 ALL, AGAIN = "all on", "all on, again"
+_COLUMNS = (
+    Column("passes", "variant"),
+    Column("batch", "batch"),
+    *STEP_COLUMNS,
+    Column("saved us", "saved_us", number(1)),
+    Column("of the step", "saved_share", percent),
+    Column("bucket", "bucket"),
+)
 
 
-def variants(config: Config, only: list[str]) -> dict[str, Config]:
-    """The config with all its passes, with each of them off in turn, and with all of them again."""
+def run(bench: BenchRun, settings: DecodeSettings, *, only: list[str], batches: list[int]) -> None:
+    """Run the command.
+
+    Args:
+        bench: the run.
+        settings: how steps are timed.
+        only: passes to leave out in turn; all passes of the config if empty.
+        batches: batch sizes.
+
+    Raises:
+        ValueError: `only` names a pass that is not on.
+    """
+    variants(bench.config, only)
+    max_num_batched_tokens = bench.roofline.max_num_batched_tokens
+    bench.reserve(settings.max_sequence_length(max(batches), max_num_batched_tokens))
+    rows = measure(bench, settings, only=only, batches=batches)
+    labelled = [
+        {**row, "label": f"{row['variant']}, {row['batch']}"}
+        for row in rows
+        if row["variant"] != ALL
+    ]
+    bench.finish(
+        CommandResult(
+            command="passes",
+            arguments={"only": only, "batches": batches, **asdict(settings)},
+            rows=rows,
+            columns=_COLUMNS,
+            plots=[bars(labelled, x="label", ys=["saved_us"], label="us saved per step")],
+        )
+    )
+
+
+def variants(config: Config, only: Sequence[str]) -> dict[str, Config]:
+    """Return the config with all passes, with each pass off in turn, and with all passes again."""
     names = [name for name in config.pass_order() if not only or name in only]
     unknown = [name for name in only if name not in names]
     if unknown:
+        enabled = ", ".join(config.pass_order())
         raise ValueError(
-            f"--only {', '.join(unknown)}: expected passes that the config has on: {', '.join(config.pass_order())}"
+            f"--only {', '.join(unknown)}: expected passes that the config has on: {enabled}"
         )
     without = {
         f"without {name}": config.model_copy(update={"passes": {**config.passes, name: False}})
@@ -30,60 +76,44 @@ def variants(config: Config, only: list[str]) -> dict[str, Config]:
     return {ALL: config, **without, AGAIN: config}
 
 
-def run(
-    config: Config,
-    card: Roofline,
-    options: Options,
-    *,
-    only: list[str],
-    batches: list[int],
-    context: int,
-    steps: int,
-    rounds: int,
+def measure(
+    bench: BenchRun, settings: DecodeSettings, *, only: Sequence[str], batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row for each variant and batch size; a variant that cannot run says why."""
+    """Return a row for each variant and batch size."""
     rows = []
-    for name, variant in variants(config, only).items():
-        session = WorkerGroup()
+    for name, variant in variants(bench.config, only).items():
+        workers = WorkerGroup()
         try:
-            session.start(name, setup_of(variant, card), options, target=SYSTEMS["ours"])
+            setup = make_setup(variant, bench.roofline)
+            workers.start(name, setup, bench.options, target=SYSTEMS["ours"])
             for batch in batches:
-                rows.append(_row(session, name, batch, context, steps, rounds, card))
+                rows.append(_row(workers, name, batch, settings, bench.roofline.vocab_size))
         finally:
-            session.close()
+            workers.close()
     for row in rows:
-        row.update(_earned(row, rows))
+        row.update(_savings(row, rows))
     return rows
 
 
 def _row(
-    session: WorkerGroup,
-    name: str,
-    batch: int,
-    context: int,
-    steps: int,
-    rounds: int,
-    card: Roofline,
+    workers: WorkerGroup, name: str, batch: int, settings: DecodeSettings, vocab_size: int
 ) -> dict[str, Any]:
-    arguments = {
-        "batch": batch,
-        "context": context,
-        "steps": steps,
-        "rounds": rounds,
-        "vocab_size": card.vocab_size,
-    }
-    measured = session.call(name, "decode", **arguments) if name in session.workers else None
+    measured = time_decode(workers, name, batch, settings, vocab_size)
     if measured is None:
-        return {"variant": name, "batch": batch, "failure": session.failures[name]}
-    step = figure(measured["step_ms"])
+        return {"variant": name, "batch": batch, "failure": workers.failures[name]}
+    step = summarize(measured["step_ms"])
     return {
-        "variant": name, "batch": batch, "bucket": measured["bucket"], "step_ms": step.median, "step_spread": step.spread,
+        "variant": name,
+        "batch": batch,
+        "bucket": measured["bucket"],
+        "step_ms": step.median,
+        "step_spread": step.spread,
         "samples_ms": measured["step_ms"],
-    }  # fmt: skip
+    }
 
 
-def _earned(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What a step takes longer than with all passes on, in microseconds and as a share."""
+def _savings(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the additional time of a step compared with all passes on: us, and as a share."""
     base = [
         other["step_ms"]
         for other in rows
@@ -93,5 +123,6 @@ def _earned(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
     ]
     if not base or "step_ms" not in row or row["variant"] == ALL:
         return {}
-    usual = base[0] if row["variant"] == AGAIN else sum(base) / len(base)
-    return {"earned_us": (row["step_ms"] - usual) * 1e3, "earned_share": row["step_ms"] / usual - 1}
+    base_ms = base[0] if row["variant"] == AGAIN else sum(base) / len(base)
+    saved_us = (row["step_ms"] - base_ms) * 1e3
+    return {"saved_us": saved_us, "saved_share": row["step_ms"] / base_ms - 1}

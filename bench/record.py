@@ -1,4 +1,4 @@
-"""What is kept of a run: versions, a dated JSON file, and the same object as the last line printed."""
+"""Record of a run: everything needed to read its result later, as a dated JSON file."""
 
 import datetime
 import json
@@ -6,35 +6,51 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.roofline import Roofline
 from bench.worker_client import ROOT
-from compiled_llm.config.schema import Config
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the charts need records only
+    from bench.roofline import Roofline
+    from compiled_llm.config.schema import Config
 
 RESULTS = ROOT / "bench" / "results"
 
 
 def make_record(
-    command: str, config: Config, card: Roofline, arguments: dict[str, Any], result: dict[str, Any]
+    command: str,
+    config: "Config",
+    roofline: "Roofline",
+    arguments: dict[str, Any],
+    result: dict[str, Any],
 ) -> dict[str, Any]:
-    """All that is needed to read a result later: when, with what, on what, and what came out."""
+    """Return a record: command, date, versions, config, roofline and the entries of `result`."""
     return {
         "command": command,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "arguments": arguments,
         "versions": versions(),
-        "card": {**asdict(card), "ceiling_tokens_per_second": card.ceiling},
+        "roofline": {**asdict(roofline), "ceiling_tokens_per_second": roofline.ceiling},
         "config": config.model_dump(mode="json"),
         **result,
     }
 
 
-def save(record: dict[str, Any], directory: Path, name: str) -> Path:
-    """Write `YYYY-MM-DD-<command>-<name>.json`, with a number where that exists; returns the path."""
+def roofline_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the roofline's fields in a record; older records name it `card`."""
+    fields: dict[str, Any] = record["roofline"] if "roofline" in record else record["card"]
+    return fields
+
+
+def save_record(record: dict[str, Any], directory: Path, name: str) -> Path:
+    """Write a record to `YYYY-MM-DD-<command>-<name>.json` and return the path.
+
+    A number is appended to the name of the file if it exists.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     stem = f"{record['date'][:10]}-{record['command']}-{name}"
     path, number = directory / f"{stem}.json", 2
@@ -44,8 +60,8 @@ def save(record: dict[str, Any], directory: Path, name: str) -> Path:
     return path
 
 
-def model_name(config: Config) -> str:
-    """A short name for files: of the architecture's file, the directory or the hub id."""
+def model_name(config: "Config") -> str:
+    """Return a short name for files, taken from the model's file, directory or hub id."""
     if config.model.name is None:
         return "smollm2-135m-instruct"
     path = Path(config.model.name)
@@ -54,22 +70,22 @@ def model_name(config: Config) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what a figure depends on; None where it is not there."""
-    found: dict[str, str | None] = {
+    """Return the versions of everything that a result depends on; None for what is missing."""
+    installed: dict[str, str | None] = {
         "python": platform.python_version(),
         "commit": _commit(),
         "driver": _driver(),
     }
     for package in ("torch", "triton", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def _commit() -> str | None:
-    """As BENCH_COMMIT says, where the tree is a copy without its history; else git's."""
+    """Return git's commit, or BENCH_COMMIT, which is set for a copy of the tree without history."""
     if os.environ.get("BENCH_COMMIT"):
         return os.environ["BENCH_COMMIT"]
     head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])

@@ -1,9 +1,10 @@
-"""What the machine and the model allow: bandwidth as measured, bytes that a decode step must read, and the ceiling they set."""
+"""Roofline of decode: measured memory bandwidth and the bytes that a decode step must read."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,34 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import Config, ModelConfig
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.default_model import default_model
-from compiled_llm.models.discovery import examine
+from compiled_llm.models.discovery import examine_model
 from compiled_llm.models.loading import resolve_device
 from compiled_llm.runtime.limits import Limits
+
+_TILE = 8192  # elements that one program of the reading kernel sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-    """The facts that every table is read against.
+    """The model, the device and the resolved limits of a run.
 
     Attributes:
-        model, device, device_name, dtype: resolved.
-        parameters: of the model, tied ones once.
-        weight_bytes: read in a decode step of one sequence; an input embedding that is not also the output's is not.
-        kv_bytes: that one token takes in the cache, all layers together; None where the model's attention is not served.
-        copy_bandwidth, read_bandwidth: bytes a second, medians; a copy counts what it reads and what it writes.
-        max_num_seqs, max_num_batched_tokens, max_model_len: the config's limits, resolved.
+        model: class name of the model.
+        device: device type.
+        device_name: name of the GPU, or of the CPU with its number of threads.
+        dtype: dtype of the weights.
+        vocab_size: number of token ids.
+        parameters: number of parameters; tied parameters count once.
+        weight_bytes: bytes of weights that a decode step of one sequence reads.
+        kv_bytes: bytes of one token in the KV cache, all layers together; None if the model's
+            attention is unsupported.
+        copy_bandwidth: median bytes per second of a copy, reads and writes added.
+        read_bandwidth: median bytes per second of a read.
+        max_num_seqs: resolved limit on sequences in a batch.
+        max_num_batched_tokens: resolved limit on tokens in a step.
+        max_model_len: resolved limit on tokens in a sequence.
     """
 
     model: str
@@ -51,53 +62,50 @@ class Roofline:
 
     @property
     def ceiling(self) -> float:
-        """Tokens a second at batch 1, were reading the weights all there is to do."""
+        """Return the tokens per second at batch 1 if a step only read the weights."""
         return self.read_bandwidth / self.weight_bytes
 
-    def least_ms(self, batch: int, context: int) -> float:
-        """Milliseconds in which a decode step could read the weights and the cache of `batch` sequences of `context` tokens."""
-        return (
-            (self.weight_bytes + batch * context * (self.kv_bytes or 0)) / self.read_bandwidth * 1e3
-        )
+    def min_step_ms(self, batch: int, context: int) -> float:
+        """Return the milliseconds to read the weights and the KV cache of a batch once.
+
+        Args:
+            batch: number of sequences.
+            context: number of cached tokens of each sequence.
+        """
+        num_bytes = self.weight_bytes + batch * context * (self.kv_bytes or 0)
+        return num_bytes / self.read_bandwidth * 1e3
 
     def lines(self) -> list[tuple[str, str]]:
-        """Names and values to print."""
+        """Return names and values to print."""
+        size = f"{self.parameters / 1e6:.1f} M parameters"
+        copy, read = self.copy_bandwidth / 1e9, self.read_bandwidth / 1e9
+        step_ms = self.min_step_ms(1, 0)
         kv = "unknown" if self.kv_bytes is None else f"{self.kv_bytes / 1024:.1f} KiB"
         return [
-            ("model", f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}"),
+            ("model", f"{self.model}, {size}, {self.dtype}"),
             ("device", self.device_name),
-            (
-                "copy, read bandwidth",
-                f"{self.copy_bandwidth / 1e9:,.1f}, {self.read_bandwidth / 1e9:,.1f} GB/s, measured",
-            ),
-            ("weights a step, batch 1", f"{self.weight_bytes / 2**20:,.1f} MiB"),
-            ("KV cache a token", kv),
-            (
-                "ceiling at batch 1",
-                f"{self.ceiling:,.0f} tokens/s ({self.least_ms(1, 0):.4f} ms a step)",
-            ),
+            ("copy, read bandwidth", f"{copy:,.1f}, {read:,.1f} GB/s, measured"),
+            ("weights per step, batch 1", f"{self.weight_bytes / 2**20:,.1f} MiB"),
+            ("KV cache per token", kv),
+            ("ceiling at batch 1", f"{self.ceiling:,.0f} tokens/s ({step_ms:.4f} ms per step)"),
         ]
 
 
 class RooflineProbe:
-    """Makes the card in a process of its own, so that none of the device's memory stays taken."""
+    """Target of a worker process that measures a `Roofline`."""
 
     def measure(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a `Roofline`."""
-        return asdict(make_card(parse_config(config)))
+        """Return the fields of a `Roofline`."""
+        return asdict(measure_roofline(parse_config(config)))
 
 
-def make_card(config: Config) -> Roofline:
-    """Measure the device, and count what the config's model reads."""
+def measure_roofline(config: Config) -> Roofline:
+    """Measure the device's bandwidth and count the bytes that the config's model reads."""
     device = resolve_device(config.model)
     model_config = _model_config(config.model)
-    default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = _skeleton(
-        model_config,
-        default if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
-    )
+    model = _meta_model(model_config, _dtype(config.model, device))
     limits = Limits.resolve(config.limits, model_config, device)
-    copied, read = measure_bandwidth(device)
+    copy_bandwidth, read_bandwidth = measure_bandwidth(device)
     return Roofline(
         model=type(model).__name__,
         device=device.type,
@@ -107,8 +115,8 @@ def make_card(config: Config) -> Roofline:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=weight_bytes(model),
         kv_bytes=_kv_bytes(model),
-        copy_bandwidth=copied,
-        read_bandwidth=read,
+        copy_bandwidth=copy_bandwidth,
+        read_bandwidth=read_bandwidth,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=limits.max_model_len,
@@ -116,7 +124,7 @@ def make_card(config: Config) -> Roofline:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and how many threads torch uses of it."""
+    """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as lines:
@@ -125,38 +133,48 @@ def device_name(device: torch.device) -> str:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters that a decode step of one sequence reads; of experts, those that one token is sent to."""
+    """Return the bytes of the parameters that a decode step of one sequence reads.
+
+    An input embedding that is not tied to the output is left out, because a step reads one row of
+    it. Of a layer's experts, those that one token is routed to count.
+    """
     config = model.config.get_text_config()
-    experts = (
+    num_experts = (
         getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
     )
-    chosen = getattr(config, "num_experts_per_tok", None) or experts
-    lookups: list[Tensor] = [
+    num_routed = getattr(config, "num_experts_per_tok", None) or num_experts
+    embeddings: list[Tensor] = [
         module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)
     ]
     head = model.get_output_embeddings().weight
     total = 0
     for parameter in model.parameters():
-        if any(parameter is table for table in lookups) and parameter is not head:
-            continue  # one row of it
+        if any(parameter is table for table in embeddings) and parameter is not head:
+            continue
         size = parameter.numel() * parameter.element_size()
-        routed = experts and parameter.dim() == 3 and parameter.shape[0] == experts
-        total += size * chosen // experts if routed else size
+        of_experts = num_experts and parameter.dim() == 3 and parameter.shape[0] == num_experts
+        total += size * num_routed // num_experts if of_experts else size
     return total
 
 
 def measure_bandwidth(
     device: torch.device, *, num_bytes: int | None = None, repeats: int = 20
 ) -> tuple[float, float]:
-    """Bytes a second of a copy (what it reads and writes) and of a read, medians of `repeats`; on a GPU of 1 GiB each."""
+    """Return the bytes per second of a copy (reads and writes added) and of a read.
+
+    Args:
+        device: device whose memory is measured.
+        num_bytes: size of the tensor; 1 GiB on a GPU and 128 MiB on a CPU if None.
+        repeats: number of measurements, of which the median is taken.
+    """
     size = num_bytes or (2**30 if device.type == "cuda" else 2**27)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copied = _median_seconds(lambda: target.copy_(source), device, repeats)
-    read = _median_seconds(
-        lambda: read_sums(source) if device.type == "cuda" else source.sum(), device, repeats
-    )
-    return 2 * size / copied, size / read
+    read: Callable[[], object] = source.sum
+    if device.type == "cuda":
+        read = partial(read_sums, source)
+    copy_seconds = _median_seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * size / copy_seconds, size / _median_seconds(read, device, repeats)
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -180,31 +198,40 @@ def _median_seconds(run: Callable[[], object], device: torch.device, repeats: in
 
 @triton.jit
 def _read_sums_kernel(out, x, count, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program adds up one tile."""
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tl.store(out + tl.program_id(0), tl.sum(tl.load(x + at, mask=at < count, other=0.0), 0))
+    """Each program sums one tile."""
+    offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.load(x + offsets, mask=offsets < count, other=0.0)
+    tl.store(out + tl.program_id(0), tl.sum(tile, 0))
 
 
 def read_sums(x: Tensor) -> Tensor:
-    """Sums of tiles of a float32 vector: reads all of it and writes next to nothing."""
-    tile = 8192
-    out = x.new_empty(triton.cdiv(x.numel(), tile))
-    _read_sums_kernel[(out.numel(),)](out, x, x.numel(), TILE=tile, num_warps=8)
+    """Return the sums of tiles of a float32 vector [N], which reads N and writes few elements."""
+    out = x.new_empty(triton.cdiv(x.numel(), _TILE))
+    _read_sums_kernel[(out.numel(),)](out, x, x.numel(), TILE=_TILE, num_warps=8)
     return out
+
+
+def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
 
 
 def _model_config(config: ModelConfig) -> PretrainedConfig:
     path = default_model() if config.name is None else Path(config.name)
-    place, file = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    directory, options = path, {}
+    if path.suffix == ".gguf":
+        directory, options = path.parent, {"gguf_file": path.name}
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(place, **file)
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(directory, **options)
     except OSError as error:
         raise ValueError(f"the config of model {config.name!r} cannot be read: {error}") from None
-    return found
+    return loaded
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory for its weights."""
+def _meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
@@ -213,7 +240,7 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def _kv_bytes(model: PreTrainedModel) -> int | None:
     try:
-        with attached(model):
-            return sum(layer.bytes_per_token for layer in examine(model)[1])
+        with attention_routed(model):
+            return sum(layer.bytes_per_token for layer in examine_model(model)[1])
     except (ValueError, RuntimeError, NotImplementedError):
         return None

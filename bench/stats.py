@@ -1,4 +1,4 @@
-"""Figures from rounds: the median, how far they spread, and ratios of rounds that ran side by side."""
+"""Statistics over rounds: medians, spreads, and ratios of rounds measured side by side."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """The median of some rounds, and the lowest and highest of them."""
+class Summary:
+    """Median, minimum and maximum of some samples."""
 
     median: float
     low: float
@@ -15,17 +15,21 @@ class Figure:
 
     @property
     def spread(self) -> float:
-        """(high - low) / median."""
+        """Return (high - low) / median, or 0 when the median is 0."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 
-def figure(samples: Sequence[float]) -> Figure:
-    """Of at least one sample."""
-    assert samples
-    return Figure(median=statistics.median(samples), low=min(samples), high=max(samples))
+def summarize(samples: Sequence[float]) -> Summary:
+    """Return the summary of at least one sample."""
+    assert samples, "expected at least one sample"
+    return Summary(median=statistics.median(samples), low=min(samples), high=max(samples))
 
 
-def ratio(samples: Sequence[float], others: Sequence[float]) -> float | None:
-    """The median of samples / others, round by round; what slows a machine for a while so slows both. None without a pair."""
-    pairs = [sample / other for sample, other in zip(samples, others, strict=False) if other]
+def median_ratio(samples: Sequence[float], baseline: Sequence[float]) -> float | None:
+    """Return the median over rounds of sample / baseline, or None without a complete pair.
+
+    Ratios are taken round by round, because a temporary slowdown of the machine affects both
+    samples of a round.
+    """
+    pairs = [sample / base for sample, base in zip(samples, baseline, strict=False) if base]
     return statistics.median(pairs) if pairs else None

@@ -1,9 +1,11 @@
-"""One object in a process of its own, called over JSON lines on standard input and output.
+"""Worker process: hosts one object whose methods are called through JSON lines.
 
-    python -m bench.worker bench.systems.vllm_offline:Vllm
+    python -m bench.worker bench.systems.vllm_offline:VLLM
 
-A request is `{"call": method, "arguments": {...}}`, the first one `{"call": "make", ...}` for the constructor; an answer is
-`{"result": ...}` or `{"error": "ValueError: ..."}`. Whatever else the process prints goes to its standard error.
+A request is a line `{"call": METHOD, "arguments": {...}}` on standard input; the first request has
+the method `__init__` and constructs the object. A response is a line `{"result": ...}` or
+`{"error": "ValueError: ..."}` on standard output. Other output of the process goes to its standard
+error.
 """
 
 import importlib
@@ -15,36 +17,40 @@ from typing import Any, TextIO
 
 
 def main() -> None:
-    answers = _take_stdout()
-    target: Any = None
+    """Handle requests until standard input is closed."""
+    responses = _redirect_stdout()
+    instance: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["call"] == "make":
-                target = _find(sys.argv[1])(**request["arguments"])
-                answer: dict[str, Any] = {"result": None}
+            if request["call"] == "__init__":
+                instance = _import_class(sys.argv[1])(**request["arguments"])
+                response: dict[str, Any] = {"result": None}
             else:
-                answer = {"result": getattr(target, request["call"])(**request["arguments"])}
+                response = {"result": getattr(instance, request["call"])(**request["arguments"])}
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": _one_line(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            response = {"error": _first_line(error)}
+        responses.write(json.dumps(response) + "\n")
+        responses.flush()
 
 
-def _take_stdout() -> TextIO:
-    """Keep standard output for the answers; prints, also those of libraries in C, go to standard error from now on."""
-    answers = os.fdopen(os.dup(1), "w")
+def _redirect_stdout() -> TextIO:
+    """Return standard output as a stream for responses; redirect later writes to standard error.
+
+    The file descriptor is redirected, so this includes output of C libraries.
+    """
+    responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    return answers
+    return responses
 
 
-def _find(path: str) -> Any:
+def _import_class(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:300]}"
 

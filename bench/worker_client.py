@@ -1,4 +1,4 @@
-"""The other end of `bench.worker`: a handle on an object that lives in a process of its own."""
+"""Client of `bench.worker`: starts a worker process and calls the object in it."""
 
 import json
 import os
@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class WorkerError(RuntimeError):
-    """What a worker could not do, and why; `alive` tells whether it can be asked something else."""
+    """A call of a worker failed.
+
+    Attributes:
+        alive: whether the process still accepts calls.
+    """
 
     def __init__(self, reason: str, *, alive: bool) -> None:
         super().__init__(reason)
@@ -25,17 +29,20 @@ class WorkerError(RuntimeError):
 
 
 class WorkerClient:
-    """A process with one object.
+    """A worker process that hosts one object.
 
     Args:
-        target: `module:Class`, constructed with `arguments`.
-        arguments: plain data.
-        pythonpath: searched before everything else.
-        env: variables to set.
-        limit: seconds that a call may take; the process is killed when one takes longer.
+        target: `module:Class` of the object.
+        arguments: keyword arguments of its constructor; JSON values.
+        pythonpath: directory that precedes all others in the process's module search path.
+        env: environment variables to set in the process.
+        timeout: seconds that one call may take; the process is killed after that.
+
+    Attributes:
+        log: file that receives the process's standard error.
 
     Raises:
-        WorkerError: the object could not be made.
+        WorkerError: the constructor failed.
     """
 
     def __init__(
@@ -45,9 +52,11 @@ class WorkerClient:
         *,
         pythonpath: str | None = None,
         env: Mapping[str, str] | None = None,
-        limit: float = 3600.0,
+        timeout: float = 3600.0,
     ) -> None:
-        self._limit, self._late, self._busy = limit, False, False
+        self._timeout = timeout
+        self._timed_out = False
+        self._busy = False
         name = target.rpartition(":")[2].lower()
         with tempfile.NamedTemporaryFile(
             "w", prefix=f"compiled-llm-bench-{name}-", suffix=".log", delete=False
@@ -55,40 +64,45 @@ class WorkerClient:
             self.log = Path(log.name)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bench.worker", target],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(pythonpath, env or {}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=_environment(pythonpath, env or {}),
                 start_new_session=True,
-            )  # fmt: skip
+            )
         try:
-            self.call("make", **arguments)
+            self.call("__init__", **arguments)
         except WorkerError:
             self.close()
             raise
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Call a method of the object, and wait for what it returns; raises WorkerError."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        timer = threading.Timer(self._limit, self._kill_late)
+        """Call a method of the object and return its result.
+
+        Raises:
+            WorkerError: the method raised, the process ended, or the call exceeded the timeout.
+        """
+        timer = threading.Timer(self._timeout, self._kill_timed_out)
         timer.start()
         self._busy = True
         try:
-            self._process.stdin.write(json.dumps({"call": method, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            line = ""
+            line = self._exchange(json.dumps({"call": method, "arguments": arguments}))
         finally:
             timer.cancel()
         if not line:
-            raise WorkerError(self._obituary(), alive=False)
+            raise WorkerError(self._exit_reason(), alive=False)
         self._busy = False
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"], alive=True)
-        return answer["result"]
+        response = json.loads(line)
+        if "error" in response:
+            raise WorkerError(response["error"], alive=True)
+        return response["result"]
 
     def close(self) -> None:
-        """Let the object free what it holds, unless it is still at work, and end the process, and those it started."""
+        """End the process and all processes that it started.
+
+        The object's `close` is called first, unless a call is in progress.
+        """
         if self._busy:
             self._kill()
         elif self._process.poll() is None:
@@ -115,21 +129,32 @@ class WorkerClient:
     ) -> None:
         self.close()
 
-    def _kill_late(self) -> None:
-        self._late = True
+    def _exchange(self, request: str) -> str:
+        """Send a request and return the response, or an empty string if the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except OSError:
+            return ""
+
+    def _kill_timed_out(self) -> None:
+        self._timed_out = True
         self._kill()
 
     def _kill(self) -> None:
+        # The process leads a session of its own, so its id is also that of its process group.
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(
-                self._process.pid, signal.SIGKILL
-            )  # a session of its own, so the group's id is the process's
+            os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _obituary(self) -> str:
+    def _exit_reason(self) -> str:
         code = self._process.wait()
-        if self._late:
-            return f"a call took longer than --limit {self._limit:g} s, and the process was killed"
-        lines = self.log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        if self._timed_out:
+            limit = f"--limit {self._timeout:g} s"
+            return f"a call took longer than {limit}, and the process was killed: raise --limit"
+        lines = self.log.read_text(errors="replace").strip().splitlines() or ["no output"]
         return f"the process ended with code {code}: {lines[-1][:300]} (see {self.log})"
 
 

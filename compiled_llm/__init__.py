@@ -1,14 +1,15 @@
-"""LLM inference by compilation: any Hugging Face causal LM, unmodified, as a paged, CUDA-graphed inference engine.
+"""LLM inference by compilation: an unmodified Hugging Face causal LM as a compiled, paged engine.
 
-The first use of a name imports the library, and torch with it, which takes seconds; importing the package alone takes none.
+Public names are imported when first used: importing torch takes seconds, and only the engine's
+classes need it.
 """
 
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from compiled_llm.imported import importing
-
 if TYPE_CHECKING:
+    __version__: str
     from compiled_llm.async_llm import AsyncCompiledLLM
     from compiled_llm.config.loader import load_config
     from compiled_llm.config.schema import Config
@@ -59,18 +60,31 @@ _MODULES = {
     "UnsupportedModelError": "errors",
 }
 
+import_seconds = 0.0  # of the imports that the first use of a public name makes
+
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with importing():
-        found = {
-            each: getattr(import_module(f"{__name__}.{module}"), each)
-            for each, module in _MODULES.items()
-        }
-    globals().update(found)
-    return found[name]
+    global import_seconds
+    began = time.perf_counter()
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    import_seconds += time.perf_counter() - began
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULES]
+    return sorted({*globals(), *_MODULES, "__version__"})
+
+
+def _version() -> str:
+    """Return the version of the installed package, or "unknown" where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("compiled-llm")
+    except PackageNotFoundError:
+        return "unknown"

@@ -194,10 +194,10 @@ class EngineThread:
 
     def _work(self, llm: CompiledLLM) -> None:
         while not self._closing:
-            self._obey(wait=not (llm.engine.has_work or llm.model_runner.capture_wanted))
+            self._obey(wait=not (llm.engine.has_work or llm.model_runner.capture_pending))
             if llm.engine.has_work and not self._closing:
                 self._step(llm.engine)
-            elif llm.model_runner.capture_wanted and not self._closing:
+            elif llm.model_runner.capture_pending and not self._closing:
                 llm.model_runner.capture_next()
         for channel in list(self._channels.values()):
             self._abort(channel)

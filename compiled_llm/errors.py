@@ -9,6 +9,10 @@ class UnsupportedModelError(CompiledLLMError, ValueError):
     """The model needs a feature that is not supported; the message names the feature."""
 
 
+class NeedsWeightsError(CompiledLLMError, ValueError):
+    """The model cannot be examined without weights: its forward depends on their values."""
+
+
 class QueueFullError(CompiledLLMError, RuntimeError):
     """The queue already holds `limits.max_waiting` requests; retry later."""
 
@@ -18,7 +22,7 @@ class RequestFailedError(CompiledLLMError, RuntimeError):
 
 
 class EngineBrokenError(CompiledLLMError, RuntimeError):
-    """The engine met an error after which its state cannot be trusted; it refuses further calls."""
+    """An error left the engine in an unknown state, so that it refuses further calls."""
 
 
 class StrictError(CompiledLLMError, RuntimeError):

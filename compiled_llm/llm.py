@@ -26,22 +26,21 @@ from compiled_llm.engine.prompts import (
 from compiled_llm.engine.recovery import count_on_stack
 from compiled_llm.engine.request import Request
 from compiled_llm.models.loading import load, resolve_device
+from compiled_llm.models.vocabulary import num_embeddings, vocab_size
 from compiled_llm.outputs import RequestOutput
 from compiled_llm.progress import feeder, progress_bar
 from compiled_llm.report.report import Report
 from compiled_llm.running import run
-from compiled_llm.runtime.compilation.worker_pool import CompilePool, begin_early
+from compiled_llm.runtime.compilation.worker_pool import CompilePool, start_pool_early
 from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.sampling_params import SamplingParams
 from compiled_llm.startup import (
     ConfigLike,
     new_report,
-    num_embeddings,
     resolve_config,
     start,
-    vocab_size,
 )
-from compiled_llm.system.compiler_lock import compiler_soon
+from compiled_llm.system.compiler_lock import try_compiler_lock
 
 
 class LoadOptions(TypedDict, total=False):
@@ -133,12 +132,12 @@ class CompiledLLM:
             named = {**resolved.model.model_dump(), "name": str(model)}
             resolved = resolved.model_copy(update={"model": parse_config({"model": named}).model})
         report, device = new_report(), resolve_device(resolved.model)
-        with begin_early(resolved, device) or nullcontext() as pool:
+        with start_pool_early(resolved, device) or nullcontext() as pool:
             with report.phase("load weights", device):
                 loaded = load(resolved.model)
             failure = loaded.tokenizer_failure
             if failure is not None:
-                report.warnings.append(
+                report.warn(
                     f"the tokenizer cannot be loaded, so prompts must be token ids: {failure}"
                 )
             return cls(
@@ -291,12 +290,12 @@ class CompiledLLM:
             return
         self._check_idle(self._model_runner)
         del self._engine
-        self._model_runner.keep_traffic()
+        self._model_runner.save_traffic()
         self._model_runner = None
         self._give_back()
         if self.model.device.type == "cuda":
             gc.collect()  # compiled functions and their graphs refer to each other
-            with compiler_soon() as free:
+            with try_compiler_lock() as free:
                 if free:  # it raises during another engine's capture
                     torch.cuda.empty_cache()
 

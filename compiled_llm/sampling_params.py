@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
-
-import torch
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any, Self
 
 from compiled_llm.config.schema import Sampler
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS
 
-LogitsProcessor = Callable[[torch.LongTensor, torch.FloatTensor], torch.FloatTensor]
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+LogitsProcessor = Callable[["torch.LongTensor", "torch.FloatTensor"], "torch.FloatTensor"]
+
+MAX_LOGPROBS = 20  # of one token, besides the sampled token's own
 
 _MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1
-_MAX_FLOAT, _MIN_FLOAT = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, as torch.finfo has it
+_MIN_FLOAT = 2.0**-126
 _MAX_BIAS = 100.0
 _MAX_N = 16_384  # each completion is a request of its own, made before the first is run
 
@@ -93,7 +96,7 @@ class SamplingParams:
         )
 
     @classmethod
-    def from_generation_config(cls, config: GenerationConfig | None, **overrides: Any) -> Self:
+    def from_generation_config(cls, config: "GenerationConfig | None", **overrides: Any) -> Self:
         """What a checkpoint's generation config sets, over the defaults here; `overrides` win.
 
         Only what the checkpoint says counts: a config keeps None for the rest, and transformers' own defaults stay out.

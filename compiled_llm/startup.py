@@ -1,5 +1,6 @@
-"""A start: from a config as a user may give it to a runtime that is ready, and the report that tells of it."""
+"""Start an engine: resolve its config, examine the model and prepare a model runner."""
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -7,63 +8,86 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compiled_llm import imported
+import compiled_llm
 from compiled_llm.config.loader import load_config, parse_config
 from compiled_llm.config.schema import Config
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import check_tokens_meet_in_attention, examine
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import AttentionLayer, examine_model
+from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.rotary import fixed_frequencies
-from compiled_llm.models.weight_packing import linears_by_input, merged
-from compiled_llm.report.report import PhaseReport, Report
+from compiled_llm.models.token_independence import check_token_independence
+from compiled_llm.models.vocabulary import check_vocabulary
+from compiled_llm.models.weight_packing import linears_by_input, packed_weights
+from compiled_llm.report.report import PhaseReport, Report, StartupReport
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 
+logger = logging.getLogger(__name__)
+
 ConfigLike = Config | str | Path | dict[str, Any] | None
 
 
 def resolve_config(config: ConfigLike) -> Config:
-    """What the user gave, as a `Config`; raises ValueError."""
+    """Return the config of a `Config`, a dict, the path of a YAML file, or None for the defaults.
+
+    Raises:
+        ValueError: it is none of these, or a key or value is not valid.
+    """
     if isinstance(config, Config):
         return config
     if not isinstance(config, str | Path | dict | None):
         raise ValueError(
-            f"config must be a Config, a dict, the path of a YAML file or None, got {type(config).__name__}"
+            "config must be a Config, a dict, the path of a YAML file or None, "
+            f"got {type(config).__name__}"
         )
     return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def new_report() -> Report:
-    """A report that begins with what the import took."""
-    return Report(phases=[PhaseReport(name="import", seconds=imported.seconds(), bytes=0)])
+    """Return a report that begins with the time to import the library.
+
+    The time is known where the library is imported through the public names of `compiled_llm`.
+    """
+    seconds = compiled_llm.import_seconds
+    imported = [PhaseReport(name="import", seconds=seconds, bytes=0)] if seconds else []
+    return Report(startup=StartupReport(phases=imported))
 
 
 def start(
-    model: PreTrainedModel, config: Config, report: Report, resources: ExitStack, *, progress: bool, pool: CompilePool | None,
+    model: PreTrainedModel,
+    config: Config,
+    report: Report,
+    resources: ExitStack,
+    *,
+    progress: bool,
+    pool: CompilePool | None,
     just_loaded: bool = False,
-) -> ModelRunner:  # fmt: skip
-    """Route the model's attention here and compile it, one engine at a time; `resources` gives the model back as it was.
+) -> ModelRunner:
+    """Prepare a model and return the runner of its compiled steps; one engine starts at a time.
 
-    With `just_loaded`, nobody has had the model since transformers loaded it, so its source tells what it computes.
+    Args:
+        model: the model; its attention is routed to the engine.
+        config: the settings.
+        report: receives phases, facts and warnings.
+        resources: restores the model when closed.
+        progress: show progress bars.
+        pool: processes that compile buckets, or None.
+        just_loaded: whether the model is as transformers loaded it, unchanged by a user, so that
+            its source code determines what it computes.
 
     Raises:
-        UnsupportedModelError: a ValueError that names the feature of the model which is not served.
+        UnsupportedModelError: the model needs a feature that is not supported.
         ValueError: the config does not fit the model or the machine.
     """
     limits = Limits.resolve(config.limits, model.config, model.device)
+    if limits.warning is not None:
+        logger.warning(limits.warning)
     with COMPILER_LOCK:
         with eager_steps_excluded(), report.phase("examine model", model.device):
-            resources.enter_context(attached(model))
-            resources.enter_context(fixed_frequencies(model))
-            with linears_by_input(model) as groups:
-                served, layers = examine(model)
-            check_tokens_meet_in_attention(served, limits.max_model_len)
-            wanted = (
-                config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
-            )
-            resources.enter_context(merged(model, groups if wanted else []))
+            served, layers = _prepare_model(model, config, limits, resources)
         model_runner = ModelRunner(
             served, layers, config, report, progress=progress, pool=pool, just_loaded=just_loaded
         )
@@ -71,37 +95,33 @@ def start(
     return model_runner
 
 
-def num_embeddings(model: PreTrainedModel) -> int:
-    """Return the number of token ids a prompt may hold: the rows of the input embedding."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def vocab_size(model: PreTrainedModel) -> int:
-    """Return the number of token ids the model may generate: the rows of the output head.
-
-    Some models embed a few more ids than they generate, such as the image token of Mllama.
-    """
-    head: Any = model.get_output_embeddings()
-    return int(head.weight.shape[0])
+def _prepare_model(
+    model: PreTrainedModel, config: Config, limits: Limits, resources: ExitStack
+) -> tuple[ServedModel, list[AttentionLayer]]:
+    """Route the model's attention, check that it is supported, and pack its weights."""
+    resources.enter_context(attention_routed(model))
+    resources.enter_context(fixed_frequencies(model))
+    with linears_by_input(model) as groups:
+        served, layers = examine_model(model)
+    check_vocabulary(model)
+    check_token_independence(served, limits.max_model_len)
+    merges = config.compile.dispatch != "eager" and "merge_projections" in config.pass_order()
+    resources.enter_context(packed_weights(model, groups if merges else []))
+    return served, layers
 
 
 def _facts(model_runner: ModelRunner, model: PreTrainedModel) -> dict[str, str | int]:
     memory, limits = model_runner.memory, model_runner.limits
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    size = f"{model.num_parameters() / 1e6:.0f} M parameters"
     return {
-        "model": f"{type(model).__name__}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {name}",
+        "model": f"{type(model).__name__}, {size}, {model.dtype}, on {device}",
         "KV cache": ", ".join(_describe(group, memory.block_size) for group in memory.groups),
-        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, {limits.max_model_len} each",
+        "limits": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a "
+        f"step, {limits.max_model_len} each",
     }
 
 
 def _describe(group: KVCacheGroup, block_size: int) -> str:
-    window = (
-        f" with a window of {group.window}"
-        if group.window > 0
-        else f" in chunks of {-group.window}"
-        if group.window
-        else ""
-    )
-    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{window}"
+    reach = "" if group.reach.is_full else f" with {group.reach}"
+    return f"{group.num_pages} pages of {block_size} tokens for {len(group.layers)} layers{reach}"

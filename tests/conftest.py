@@ -1,16 +1,15 @@
-"""Settings and helpers shared by all tests."""
+"""Settings shared by all tests; importing this module first sets the environment."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the models are tiny: threads that wait for each other cost more than they bring
+# One thread: the models are tiny, and synchronizing threads costs more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before they are defined.
+# Triton reads this variable when kernels are defined. Its interpreter runs them without a GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,17 +17,20 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 def pytest_report_header() -> str:
-    """Return what of this machine the results on a CPU depend on."""
-    from passes.ops.cpu.vector_isa import (
-        vector_isa,  # with the Triton kernels, so after the setting above
-    )
+    """Return the machine's properties that affect results on a CPU."""
+    # Imports the Triton kernels, which need TRITON_INTERPRET.
+    from passes.ops.cpu.vector_isa import vector_isa
 
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"vector units: torch's {capability}, C++ kernels for {vector_isa()}; {threads} threads"
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"CPU: torch uses {capability}, C++ kernels use {vector_isa()}; {threads} threads"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in tests/gpu need a GPU; the others run anywhere, and on a GPU too when they are marked `gpu`."""
+    """Mark the tests in tests/gpu with `gpu`, and skip them without a GPU.
+
+    Other tests that are marked `gpu` run on a GPU too, and without one on the CPU.
+    """
     for item in items:
         if Path(item.fspath).parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)

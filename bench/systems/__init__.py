@@ -1,32 +1,36 @@
-"""The systems that are compared, behind one interface; each lives in a process of its own (see `bench.worker`).
+"""The compared systems, behind one interface; each runs in a process of its own.
 
-Only the standard library is imported here: a peer's environment may lack what ours has.
+Only the standard library is imported here, because the environment of another system may lack our
+dependencies. See `bench.worker` for the processes.
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 SYSTEMS: dict[str, str] = {
-    "ours": "bench.systems.ours_steps:Steps",
-    "ours-eager": "bench.systems.ours_steps:EagerSteps",
-    "ours-torch": "bench.systems.ours_steps:TorchSteps",
+    "ours": "bench.systems.ours_stepped:OursStepped",
+    "ours-eager": "bench.systems.ours_stepped:OursEager",
+    "ours-torch": "bench.systems.ours_stepped:OursTorch",
     "transformers": "bench.systems.transformers_generate:TransformersEager",
     "transformers-compile": "bench.systems.transformers_generate:TransformersCompile",
     "transformers-batching": "bench.systems.transformers_batching:TransformersBatching",
-    "vllm": "bench.systems.vllm_offline:Vllm",
+    "vllm": "bench.systems.vllm_offline:VLLM",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What every system is told of the model and the machine.
+    """Model, device and limits that all systems receive.
 
     Attributes:
-        config: the values of a `compiled_llm` config.
-        dtype, device: resolved, e.g. `bfloat16` and `cuda`.
-        max_num_seqs, max_num_batched_tokens, max_model_len: resolved limits.
-        memory_share: the share of the GPU's memory that this system may take; None where it has the GPU to itself.
-        memory_before: the shares of the systems that started before it, added up.
+        config: values of a `compiled_llm` config.
+        dtype: resolved dtype of the weights, such as `bfloat16`.
+        device: resolved device type, such as `cuda`.
+        max_num_seqs: resolved limit on sequences in a batch.
+        max_num_batched_tokens: resolved limit on tokens in a step.
+        max_model_len: resolved limit on tokens in a sequence.
+        memory_share: fraction of the GPU's memory for this system; None without other systems.
+        memory_before: sum of the fractions of the systems that started earlier.
     """
 
     config: dict[str, Any]
@@ -40,8 +44,14 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """What one call of `generate` gave: tokens of each request, wall seconds, and counters that only some systems have."""
+class GenerateResult:
+    """Result of one call of `System.generate`.
+
+    Attributes:
+        counts: number of generated tokens of each request.
+        seconds: wall time of the call.
+        counters: engine counters over the call; empty for systems that have none.
+    """
 
     counts: list[int]
     seconds: float
@@ -49,35 +59,43 @@ class Generated:
 
 
 class System(Protocol):
-    """One way to run a model. Made with the fields of a `Setup`; arguments and results are plain data."""
+    """One way to run a model.
+
+    The constructor takes the fields of a `Setup` as keyword arguments. Arguments and results of all
+    methods are JSON values.
+    """
 
     def start(self) -> float:
-        """Load, compile, capture; returns the seconds until it is ready to generate."""
+        """Load, compile and capture; return the seconds until the system can generate."""
         ...
 
     def generate(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float
     ) -> dict[str, Any]:
-        """Exactly so many tokens for each prompt, whatever they are, all submitted at once; returns the fields of `Generated`.
+        """Generate exactly `output_lengths[i]` tokens for prompt `i`; submit all prompts at once.
 
-        Nothing computed for earlier prompts may be used again.
+        Returns the fields of a `GenerateResult`. Results cached for earlier prompts must not be
+        reused.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Its version and settings that a reader of the results should know."""
+        """Return the version, and settings that affect the results."""
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free all resources."""
         ...
 
 
-def check_names(names: list[str]) -> list[str]:
-    """The names as they are; raises a ValueError that lists the known ones."""
+def validate_systems(names: list[str]) -> list[str]:
+    """Return the names unchanged.
+
+    Raises:
+        ValueError: a name is unknown, or there is none.
+    """
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown or not names:
-        raise ValueError(
-            f"unknown system {', '.join(unknown) or '(none given)'}: expected some of {', '.join(SYSTEMS)}"
-        )
+        given = ", ".join(unknown) or "(none given)"
+        raise ValueError(f"unknown system {given}: expected some of {', '.join(SYSTEMS)}")
     return names

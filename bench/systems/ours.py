@@ -1,17 +1,23 @@
-"""This project, as configured."""
+"""compiled_llm through its public API."""
 
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bench.systems import Generated, Setup
+from bench.systems import GenerateResult, Setup
 
 if TYPE_CHECKING:
     from compiled_llm import CompiledLLM
 
+_MAX_GPU_SHARE = 0.95
+
 
 class Ours:
-    """The engine with the config as it is; see `System`."""
+    """`CompiledLLM` with the config as given; see `System` for the methods.
+
+    Attributes:
+        dispatch: replaces the config's `compile.dispatch` unless None.
+    """
 
     dispatch: str | None = None
 
@@ -22,7 +28,7 @@ class Ours:
 
     @property
     def llm(self) -> "CompiledLLM":
-        assert self._llm is not None, "start() comes first"
+        assert self._llm is not None, "start() has not been called"
         return self._llm
 
     def start(self) -> float:
@@ -31,7 +37,7 @@ class Ours:
         from compiled_llm.config.loader import parse_config
 
         self._import_seconds = time.perf_counter() - began
-        self._llm = CompiledLLM.from_pretrained(config=parse_config(self._values()))
+        self._llm = CompiledLLM.from_pretrained(config=parse_config(self._config_values()))
         return time.perf_counter() - began
 
     def generate(
@@ -50,7 +56,7 @@ class Ours:
         seconds = time.perf_counter() - began
         counters = {name: value - before[name] for name, value in self._counters().items()}
         counts = [len(output.outputs[0].token_ids) for output in outputs]
-        return asdict(Generated(counts=counts, seconds=seconds, counters=counters))
+        return asdict(GenerateResult(counts=counts, seconds=seconds, counters=counters))
 
     def describe(self) -> dict[str, Any]:
         from importlib.metadata import PackageNotFoundError, version
@@ -66,11 +72,11 @@ class Ours:
         }
 
     def report(self) -> dict[str, Any]:
-        """What the engine counted, and the seconds that importing it took."""
+        """Return the engine's report, with the seconds that importing the package took."""
         return {**self.llm.report().to_dict(), "import_seconds": self._import_seconds}
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase of the start."""
+        """Return the seconds of each phase of the startup; `prepare` sums up unnamed phases."""
         phases = {phase.name: phase.seconds for phase in self.llm.report().phases}
         phases["import"] = self._import_seconds
         named = {"load": ["load weights"], "compile": ["compile", "load compiled", "autotune"]}
@@ -85,12 +91,12 @@ class Ours:
         if self._llm is not None:
             self._llm.close()
 
-    def _values(self) -> dict[str, Any]:
-        values, setup = {**self.setup.config}, self.setup
+    def _config_values(self) -> dict[str, Any]:
+        setup = self.setup
+        values = {**setup.config}
         if setup.memory_share is not None:
-            share = min(
-                0.95, setup.memory_before + setup.memory_share
-            )  # ours counts what others hold, too
+            # gpu_memory_utilization includes the memory that other processes hold.
+            share = min(_MAX_GPU_SHARE, setup.memory_before + setup.memory_share)
             values["cache"] = {**values.get("cache", {}), "gpu_memory_utilization": share}
         if self.dispatch is not None:
             values["compile"] = {**values.get("compile", {}), "dispatch": self.dispatch}

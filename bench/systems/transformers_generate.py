@@ -1,7 +1,8 @@
-"""transformers' own `generate`: eager with its default cache, or with a static cache and a compiled decode step.
+"""transformers' `generate`, eager, or with a static cache and a compiled decode step.
 
-It batches statically: prompts are padded on the left, and a batch runs until its longest output is done. Requests are sorted by
-their lengths, which is the best that such batches can do; only the tokens asked for are counted.
+`generate` batches statically: prompts are padded on the left, and a batch runs until its longest
+output is complete. Requests are sorted by length, which wastes the least work; only requested
+tokens are counted.
 """
 
 import time
@@ -9,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from bench.systems import Generated, Setup
+from bench.systems import GenerateResult, Setup
 
 
 class TransformersEager:
-    """`generate` as it comes; see `System`."""
+    """`generate` with its defaults; see `System`."""
 
     def __init__(self, **setup: Any) -> None:
         self.setup = Setup(**setup)
@@ -30,7 +31,7 @@ class TransformersEager:
             "device": self.setup.device,
         }
         self._model = load(ModelConfig.model_validate(values)).model
-        self._model.generation_config.eos_token_id = None  # outputs have the lengths asked for
+        self._model.generation_config.eos_token_id = None  # outputs have fixed lengths
         return time.perf_counter() - began
 
     def generate(
@@ -39,7 +40,7 @@ class TransformersEager:
         import torch
 
         counts = [0] * len(prompts)
-        self._wait()
+        self._synchronize()
         began = time.perf_counter()
         with torch.no_grad():
             for batch in self._batches(prompts, output_lengths):
@@ -49,8 +50,10 @@ class TransformersEager:
                 )
                 for number in batch:
                     counts[number] = min(generated, output_lengths[number])
-        self._wait()
-        return asdict(Generated(counts=counts, seconds=time.perf_counter() - began, counters={}))
+        self._synchronize()
+        return asdict(
+            GenerateResult(counts=counts, seconds=time.perf_counter() - began, counters={})
+        )
 
     def describe(self) -> dict[str, Any]:
         import transformers
@@ -63,7 +66,7 @@ class TransformersEager:
     def close(self) -> None:
         self._model = None
 
-    def _options(self) -> dict[str, Any]:
+    def _generate_options(self) -> dict[str, Any]:
         return {}
 
     def _batches(self, prompts: list[list[int]], output_lengths: list[int]) -> Iterator[list[int]]:
@@ -76,7 +79,7 @@ class TransformersEager:
         return (order[begin : begin + size] for begin in range(0, len(order), size))
 
     def _complete(self, prompts: list[list[int]], num_tokens: int, temperature: float) -> int:
-        """Generate `num_tokens` for one batch; returns how many came."""
+        """Generate `num_tokens` for each prompt of a batch; return the number generated."""
         import torch
 
         longest = max(map(len, prompts))
@@ -85,12 +88,8 @@ class TransformersEager:
             device=self._model.device,
         )
         mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._model.device
-        )
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if temperature
-            else {"do_sample": False}
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts],
+            device=self._model.device,
         )
         output = self._model.generate(
             ids,
@@ -98,12 +97,12 @@ class TransformersEager:
             max_new_tokens=num_tokens,
             eos_token_id=None,
             pad_token_id=0,
-            **sampling,
-            **self._options(),
+            **sampling_options(temperature),
+            **self._generate_options(),
         )
         return int(output.shape[1]) - longest
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         import torch
 
         if self._model.device.type == "cuda":
@@ -111,15 +110,21 @@ class TransformersEager:
 
 
 class TransformersCompile(TransformersEager):
-    """A static cache, and the decode step compiled as transformers compiles it (`reduce-overhead` on a GPU)."""
+    """A static cache and transformers' compiled decode step (`reduce-overhead` on a GPU)."""
 
-    def _options(self) -> dict[str, Any]:
+    def _generate_options(self) -> dict[str, Any]:
         from transformers import CompileConfig
 
         compile_config: Any = CompileConfig()
         if self.setup.device == "cpu":
             compile_config = CompileConfig(mode="default")
-            compile_config._compile_all_devices = (
-                True  # by itself, it compiles on accelerators alone
-            )
+            # By default, transformers compiles on accelerators only.
+            compile_config._compile_all_devices = True
         return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def sampling_options(temperature: float) -> dict[str, Any]:
+    """Return the options of a transformers GenerationConfig for a temperature; 0 is greedy."""
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -1,4 +1,7 @@
-"""vLLM's offline API. Nothing of `compiled_llm` is imported: vLLM may live in an environment without it."""
+"""vLLM through its offline API.
+
+`compiled_llm` is not imported, because the environment of vLLM may lack it.
+"""
 
 import importlib.util
 import shutil
@@ -8,18 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.systems import Generated, Setup
+from bench.systems import GenerateResult, Setup
 
 
-class Vllm:
-    """vLLM with its defaults, without prefix caching; random weights where the config says so. See `System`."""
+class VLLM:
+    """vLLM with its defaults, except for prefix caching, which is off; see `System`."""
 
     def __init__(self, **setup: Any) -> None:
         self.setup = Setup(**setup)
         if importlib.util.find_spec("vllm") is None:
-            raise ImportError(
-                "vllm is not importable here: install it, or pass --vllm-pythonpath DIR"
-            )
+            raise ImportError("vllm cannot be imported: install it, or pass --vllm-pythonpath DIR")
         self._llm: Any = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -27,16 +28,22 @@ class Vllm:
         began = time.perf_counter()
         from vllm import LLM
 
-        setup, model = self.setup, self.setup.config.get("model", {})
+        setup = self.setup
+        model = setup.config.get("model", {})
         options: dict[str, Any] = (
             {"load_format": "dummy"} if model.get("weights") == "random" else {}
         )
         if setup.memory_share is not None:
             options["gpu_memory_utilization"] = setup.memory_share
         self._llm = LLM(
-            model=self._model(model.get("name")), dtype=setup.dtype, max_model_len=setup.max_model_len, skip_tokenizer_init=True,
-            enable_prefix_caching=False, seed=model.get("seed", 0), **options,
-        )  # fmt: skip
+            model=self._model_path(model.get("name")),
+            dtype=setup.dtype,
+            max_model_len=setup.max_model_len,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            seed=model.get("seed", 0),
+            **options,
+        )
         return time.perf_counter() - began
 
     def generate(
@@ -53,7 +60,7 @@ class Vllm:
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - began
         counts = [len(output.outputs[0].token_ids) for output in outputs]
-        return asdict(Generated(counts=counts, seconds=seconds, counters={}))
+        return asdict(GenerateResult(counts=counts, seconds=seconds, counters={}))
 
     def describe(self) -> dict[str, Any]:
         import vllm
@@ -65,10 +72,12 @@ class Vllm:
         if self._directory is not None:
             self._directory.cleanup()
 
-    def _model(self, name: str | None) -> str:
-        """A path for vLLM; a bare config.json gets a directory of its own."""
+    def _model_path(self, name: str | None) -> str:
+        """Return the model for vLLM; a config.json is copied to a directory of its own."""
         if name is None:
-            raise ValueError("vllm needs a model.name: a directory, a hub id or a config.json")
+            raise ValueError(
+                "vllm needs model.name, got none: set it to a directory, a hub id or a config.json"
+            )
         if not name.endswith(".json"):
             return name
         self._directory = tempfile.TemporaryDirectory()

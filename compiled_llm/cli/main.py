@@ -1,96 +1,88 @@
-"""The command line: a thin face over the API. Bad input is one line on standard error and exit code 2."""
+"""The command line, a thin layer over the Python API.
+
+Modules that import torch are imported inside the commands, so that `--help` answers at once. Bad
+input is one line on standard error and exit status 2 (see `exit_status`).
+"""
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from compiled_llm.cli import artifact_commands
 from compiled_llm.cli.exit_status import invoke, run_command
+from compiled_llm.cli.options import (
+    ConfigFile,
+    Model,
+    Overrides,
+    PromptsFile,
+    ReportFile,
+    ResultsFile,
+    StopTexts,
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="LLM inference by compilation.")
-
-buckets_app = typer.Typer(no_args_is_help=True, help="The static shapes that are compiled.")
-app.add_typer(buckets_app, name="buckets")
-
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A YAML file such as configs/smollm2-gpu.yaml.")
-]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
-]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="FILE.jsonl", help="Many prompts, one JSON line each."),
-]
-AnswersFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="FILE.jsonl", help="Their answers; what it holds already is kept."
-    ),
-]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report-file",
-        metavar="FILE",
-        help="Write the report there: .html (plots), .json or .txt.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="A directory, hub id or .gguf file; the default model when left out."
-    ),
-]
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Run Hugging Face causal language models as compiled, paged inference engines.",
+)
 
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="What to complete, or (by default) to answer.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="A prompt, for a single completion.")] = None,
     prompts: PromptsFile = None,
-    out: AnswersFile = None,
+    out: ResultsFile = None,
     config: ConfigFile = None,
-    overrides: Overrides = [],  # noqa: B006  # typer reads the default
+    overrides: Overrides = [],  # noqa: B006
     model: Model = None,
-    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Divisor of the logits; 0 is greedy sampling.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that add up to this.")
+        float,
+        typer.Option(help="Sample from the fewest most likely tokens with this total probability."),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(help="Draw from so many of the likeliest tokens; 0 is all.")
+        int, typer.Option(help="Sample from this many most likely tokens; 0 is all.")
     ] = 0,
     min_p: Annotated[
         float,
-        typer.Option(help="Draw from tokens at least this likely, relative to the likeliest."),
+        typer.Option(help="Sample from tokens of this probability, relative to the most likely."),
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="For reproducible sampling.")] = None,
-    stop: Annotated[list[str], typer.Option(help="End at this text; may be repeated.")] = [],  # noqa: B006
-    n: Annotated[int, typer.Option("--n", help="Completions of each prompt in --prompts.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling; random without it.")] = None,
+    stop: StopTexts = [],  # noqa: B006
+    n: Annotated[
+        int, typer.Option("--n", help="Completions of each prompt; only with --prompts.")
+    ] = 1,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Complete texts as they are, without the chat template.")
+        bool,
+        typer.Option(
+            "--raw", help="Complete the text as it is, without the model's chat template."
+        ),
     ] = False,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Print what was done and what it cost, on standard error."),
+        typer.Option("--report", help="Print the engine's report to standard error at the end."),
     ] = False,
     report_file: ReportFile = None,
 ) -> None:
-    """Answer a prompt, and print the text as it comes; or answer a file of prompts into another file.
+    """Complete a prompt, or all prompts of a file.
 
-    A line of --prompts is a JSON string, or an object with "prompt" (text or token ids) or "messages", and optionally "id" and
-    "params". A line of --out is written as its prompt ends; a run that was killed goes on where it was when started again.
+    A PROMPT's text is printed while it is generated.
+
+    A line of --prompts is a JSON string, or an object with "prompt" (text or token ids) or
+    "messages", and optionally "id" and "params" (fields of SamplingParams). A line of --out is
+    written when its prompt is complete; run the same command again to resume an interrupted run.
     """
     from compiled_llm import CompiledLLM, SamplingParams, load_config
-    from compiled_llm.cli.generate import answer, answer_file, check_inputs
-    from compiled_llm.report.export import check_ending, hand_out
+    from compiled_llm.cli.generate import check_prompt_options, generate_file, generate_one
+    from compiled_llm.report.export import check_report_path, output_report
 
-    check_inputs(prompt, prompts, out, n)
-    check_ending(report_file)
+    check_prompt_options(prompt, prompts, out, n)
+    check_report_path(report_file)
     params = SamplingParams(
         n=n,
         max_tokens=max_tokens,
@@ -102,166 +94,58 @@ def generate(
         stop=stop,
     )
     start = partial(CompiledLLM.from_pretrained, model, config=load_config(config, overrides))
-    finish = partial(hand_out, printed=report, file=report_file)
+    finish = partial(output_report, printed=report, file=report_file)
     if prompts is not None and out is not None:
-        if not answer_file(start, prompts, out, params, raw=raw, finish=finish):
+        if not generate_file(start, prompts, out, params, raw=raw, finish=finish):
             raise typer.Exit(1)
     elif prompt is not None:
-        answer(start, prompt, params, raw=raw, finish=finish)
+        generate_one(start, prompt, params, raw=raw, finish=finish)
 
 
 @app.command()
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(help="A directory, hub id or .gguf file; by default what the config names."),
+        typer.Argument(
+            help="A directory, a hub id or a .gguf file; without it, the model of the config."
+        ),
     ] = None,
     config: ConfigFile = None,
     overrides: Overrides = [],  # noqa: B006
     start: Annotated[
         bool,
-        typer.Option("--start", help="Start an engine: its phases, buckets, passes and fallbacks."),
+        typer.Option(
+            "--start", help="Start an engine and print its phases, buckets, passes and fallbacks."
+        ),
     ] = False,
     report_file: ReportFile = None,
 ) -> None:
-    """Say from a model's config alone what an engine would do with it, or why it would refuse it; no weights are read."""
+    """Show how an engine would run a model, or why it would refuse the model.
+
+    Only the model's config is read, unless --start or --report-file is given.
+    """
     from compiled_llm import CompiledLLM, load_config
     from compiled_llm.cli.inspect import inspect_model
-    from compiled_llm.report.export import check_ending, hand_out
+    from compiled_llm.report.export import check_report_path, output_report
 
-    check_ending(report_file)
-    settings = load_config(
-        config, overrides if model is None else [*overrides, f"model.name={model}"]
-    )
+    check_report_path(report_file)
+    named = [] if model is None else [f"model.name={model}"]
+    settings = load_config(config, [*overrides, *named])
     if not start and report_file is None:
         print(inspect_model(settings))
         return
     with CompiledLLM.from_pretrained(config=settings) as llm:
         print(llm.report())
-        hand_out(llm.report(), printed=False, file=report_file)
+        output_report(llm.report(), printed=False, file=report_file)
 
 
-@app.command("compile")
-def compile_buckets(
-    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="Where to; a directory of the cache when left out."
-        ),
-    ] = None,
-    overrides: Overrides = [],  # noqa: B006
-    model: Model = None,
-    report_file: ReportFile = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Replace what DIR holds, whatever that was compiled for."),
-    ] = False,
-) -> None:
-    """Compile all that a config lists, and keep it for later starts (`--set compile.artifact=DIR`)."""
-    from compiled_llm import CompiledLLM, load_config
-    from compiled_llm.report.export import check_ending, hand_out
-    from compiled_llm.runtime.artifacts.artifact import discard
+app.command("compile")(artifact_commands.compile_buckets)
+app.command()(artifact_commands.verify)
+app.command()(artifact_commands.explain)
 
-    check_ending(report_file)
-    if out is not None and force:
-        discard(out)
-    with CompiledLLM.from_pretrained(
-        model, config=load_config(config, overrides), artifact=out
-    ) as llm:
-        report = llm.report()
-    print(report)
-    hand_out(report, printed=False, file=report_file)
-    kept_in = report.facts.get("artifact")
-    if kept_in is None:
-        expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
-        raise ValueError(f"nothing was kept: {report.artifact_refusal or expected}")
-    if out is not None and kept_in != str(out):
-        raise ValueError(
-            f"{report.artifact_refusal}; choose another directory, or add --force to replace what it holds"
-        )
-    missing = [
-        bucket.unkept or bucket.bucket
-        for bucket in report.buckets
-        if bucket.failure is None and not bucket.kept
-    ]
-    if missing:
-        raise ValueError(f"{len(missing)} buckets could not be kept: {'; '.join(missing)}")
-
-
-@app.command()
-def verify(
-    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
-    overrides: Overrides = [],  # noqa: B006
-    model: Model = None,
-) -> None:
-    """Compare every bucket of a config with eager, on random batches (exit code 1 when one differs)."""
-    from compiled_llm import CompiledLLM, load_config
-
-    settings = load_config(
-        config, [*overrides, "verify=true", "strict=false"]
-    )  # all are to be seen, also after one that fails
-    with CompiledLLM.from_pretrained(model, config=settings) as llm:
-        report = llm.report()
-    print(report.verification())
-    if any(bucket.failure for bucket in report.buckets):
-        raise typer.Exit(1)
-
-
-@app.command()
-def explain(
-    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile -o DIR` made.")],
-    config: Annotated[Path, typer.Argument(help="A YAML file such as configs/smollm2-cpu.yaml.")],
-    overrides: Overrides = [],  # noqa: B006
-    model: Model = None,
-) -> None:
-    """Say what an artifact was compiled for, and where that differs from what a config needs here (then exit code 1)."""
-    from compiled_llm import CompiledLLM, load_config
-    from compiled_llm.runtime.artifacts.artifact import read_key
-
-    made_for = read_key(artifact)
-    if made_for is None:
-        raise ValueError(
-            f"{artifact} has no manifest that is whole: expected a directory that `compiled-llm compile -o` made"
-        )
-    no_buckets = ["buckets.decode=[]", "buckets.prefill=[]"]  # nothing is compiled for this
-    with CompiledLLM.from_pretrained(
-        model, config=load_config(config, [*overrides, *no_buckets])
-    ) as llm:
-        different = made_for.differences(llm.model_runner.key())
-    for name, value in made_for.parts.items():
-        print(f"{name}: {value}")
-    print("\n".join(["", "different:", *different]) if different else f"\nit fits {config}")
-    if different:
-        raise typer.Exit(1)
-
-
-@buckets_app.command()
-def suggest(
-    artifact: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An artifact that engines have run on.")
-    ],
-    count: Annotated[
-        int | None, typer.Option(help="How many sizes of each kind; as many as now when left out.")
-    ] = None,
-) -> None:
-    """Propose the bucket sizes that would have padded the traffic seen so far least, and say what that saves."""
-    from compiled_llm.runtime.artifacts.artifact import read_traffic
-
-    traffic = read_traffic(artifact)
-    if not traffic:
-        raise ValueError(
-            f"{artifact} knows of no traffic: expected an artifact that an engine ran on and was closed"
-        )
-    for kind, seen in traffic.items():
-        sizes = seen.suggest(max(1, len(seen.buckets)) if count is None else count)
-        print(f"buckets.{kind}: {sizes}")
-        before = (
-            f"{seen.waste(seen.buckets):.1%} with {seen.buckets}"
-            if seen.buckets
-            else "none compiled"
-        )
-        print(f"  padding {seen.waste(sizes):.1%} of {sum(seen.seen.values())} steps; now {before}")
+buckets_app = typer.Typer(no_args_is_help=True, help="Commands for the sizes of buckets.")
+buckets_app.command()(artifact_commands.suggest)
+app.add_typer(buckets_app, name="buckets")
 
 
 @app.command(
@@ -273,20 +157,21 @@ def suggest(
     },
 )
 def bench(context: typer.Context) -> None:
-    """Run the benchmark suite; `compiled-llm bench --help` lists its commands."""
+    """Run a benchmark; `compiled-llm bench --help` lists them."""
     try:
         from bench.cli import app as suite
     except ModuleNotFoundError as error:
         if error.name not in {"bench", "bench.cli"}:
             raise
         raise ValueError(
-            "the benchmark suite is not installed: run this from a checkout of the project, or install one"
+            "the benchmarks are not installed: run this from a checkout of the project, or "
+            "install one"
         ) from None
     invoke(suite, context.args, prog_name="compiled-llm bench")
 
 
 def main() -> None:
-    """Run the command that the arguments name, and exit with its status."""
+    """Run the command of the process's arguments and exit with its status."""
     raise SystemExit(run_command(app, sys.argv[1:], prog_name="compiled-llm"))
 
 

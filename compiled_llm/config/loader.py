@@ -1,4 +1,4 @@
-"""Configs read from YAML files and `--set a.b=c`. Unknown keys are refused, with the nearest right name."""
+"""Read configs from YAML files and `--set a.b=c`; refuse unknown keys, naming the nearest key."""
 
 import os
 import re
@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from compiled_llm.config.schema import Config, excerpt, nearest
+from compiled_llm.config.messages import excerpt, suggestion
+from compiled_llm.config.schema import Config
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML, refuses a key that is given twice, and takes 1e3 for a number, as YAML 1.2 and JSON do."""
+    """A YAML loader that refuses duplicate keys and reads 1e3 as a number, as YAML 1.2 does."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -23,7 +24,8 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     raise ValueError(
-                        f"key {excerpt(key.value)} is given twice, in lines {lines[key.value]} and {line}"
+                        f"key {excerpt(key.value)} is given twice, in lines {lines[key.value]} "
+                        f"and {line}"
                     )
                 lines[key.value] = line
         return node
@@ -37,10 +39,14 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and the files it extends, and apply overrides of the form `a.b=c`, c being YAML.
+    """Read a config file and the files that it extends, and apply overrides.
+
+    Args:
+        path: a YAML file; None for the defaults.
+        overrides: texts of the form `a.b=c`, where c is YAML. Later ones win.
 
     Raises:
-        ValueError: the file or a key cannot be used; the message is one line.
+        ValueError: a file or key cannot be used; the message is one line.
     """
     try:
         values = {} if path is None else _read(Path(path), ())
@@ -48,28 +54,34 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             values = _merge(values, _parse_override(override))
     except RecursionError:
         raise ValueError(
-            "the config nests or extends too deeply: expected at most some hundred levels"
+            "the config nests or extends too deeply: expected at most a few hundred levels"
         ) from None
     return parse_config(values)
 
 
 def parse_config(values: dict[str, Any]) -> Config:
-    """Validate plain values. Raises a one-line ValueError."""
+    """Return the config of nested plain values, such as a parsed YAML file.
+
+    Raises:
+        ValueError: a key or value is not valid; the message is one line and names all of them.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(_describe(error)) from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the values of a file, merged over those of the files it extends.
+
+    Args:
+        path: the file.
+        seen: the files that extend it, to detect a circle.
+    """
     try:
         path = path.resolve()
         text = path.read_bytes().decode()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a RuntimeError tells of links that form a circle
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a circle of symlinks
         raise ValueError(f"config file {path} cannot be read: {_reason(error)}") from None
     if path in seen:
         raise ValueError(
@@ -82,22 +94,20 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if not isinstance(parent, str | None):
         raise ValueError(
-            f"config file {path}: extends must be the path of one other config file, got {excerpt(parent)}"
+            f"config file {path}: extends must be the path of one other config file, "
+            f"got {excerpt(parent)}"
         )
     _resolve_model_path(values, path.parent)
     return values if parent is None else _merge(_read(path.parent / parent, (*seen, path)), values)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
-    """Parse one YAML document; raises a one-line ValueError that begins with the source."""
+    """Parse one YAML document; the message of a ValueError begins with `source`."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError(f"{source} is not valid YAML: it nests too deeply") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # a ValueError tells of a date or number that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -108,14 +118,11 @@ def _reason(error: Exception) -> str:
 
 
 def _resolve_model_path(values: dict[str, Any], directory: Path) -> None:
-    """A model path is relative to the file that names it."""
+    """Make the path of a model relative to the directory of the config that names it."""
     model = values.get("model")
-    if (
-        isinstance(model, dict)
-        and isinstance(model.get("name"), str)
-        and os.path.exists(directory / model["name"])
-    ):
-        model["name"] = str(directory / model["name"])
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(name, str) and os.path.exists(directory / name):
+        model["name"] = str(directory / name)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -130,23 +137,24 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`; nested mappings are merged key by key."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old or {}, value) if nested else value
     return merged
 
 
-def _explain(error: ValidationError) -> str:
-    """One line for all that is wrong; the alternatives of one key are joined."""
+def _describe(error: ValidationError) -> str:
+    """Return all errors as one line; those of one key's alternatives are joined by "or"."""
     complaints: dict[str, list[str]] = {}
     for detail in error.errors():
         section, path = _locate(detail["loc"])
         if detail["type"] == "extra_forbidden":
-            complaint = f"it is unknown{nearest(path.rpartition('.')[2], section.model_fields)}"
-        elif detail["type"] == "value_error":  # one of ours, which says what came
+            near = suggestion(path.rpartition(".")[2], section.model_fields)
+            complaint = f"it is unknown{near}"
+        elif detail["type"] == "value_error":  # raised by the schema; its text has the value
             complaint = str(detail["ctx"]["error"])
         else:
             complaint = f"{detail['msg']}, got {excerpt(detail['input'])}"
@@ -158,15 +166,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
-    """The section that an error stands in, and the key's path, without what pydantic adds for the alternatives of a union."""
+    """Return an error's section and key, without the parts that pydantic adds for a union."""
     section: type[BaseModel] = Config
     path: list[str] = []
     for part in location:
         path.append(str(part))
         field = section.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        kind = None if field is None else field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             break
-        section = field.annotation
+        section = kind
     return section, ".".join(path)

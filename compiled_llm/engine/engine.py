@@ -28,9 +28,9 @@ from compiled_llm.engine.scheduler import OutOfBlocksError, Scheduler, Scheduler
 from compiled_llm.engine.scheduler_output import SchedulerOutput
 from compiled_llm.errors import EngineBrokenError, QueueFullError
 from compiled_llm.outputs import FinishReason, by_token
-from compiled_llm.runtime.model_runner import Logprobs, ModelRunner
+from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch, PrefillBatch
-from compiled_llm.runtime.step.readback import StepHandle
+from compiled_llm.runtime.step.readback import Logprobs, StepHandle
 from compiled_llm.runtime.step.sampler_state import SamplerState
 
 _AHEAD = 1  # steps launched before the one whose tokens are learned
@@ -289,11 +289,13 @@ class Engine:
             request = self._withdrawn.popleft()
             if request.finish_reason is None:
                 self._end(request, "abort")
-        if self._captures_now():
-            if self._launched or self._news:
-                self._learn_all()
-                return self._take_news()
-            self._model_runner.capture_next()
+        prompts = self.num_waiting or self._rows.prefilling
+        outputs = self._launched or self._news
+        if self._model_runner.maybe_capture(
+            prompts_pending=bool(prompts), steps_in_flight=bool(outputs)
+        ):
+            self._learn_all()
+            return self._take_news()
         began, waited = time.perf_counter(), self._stats.wait_seconds
         self._expire(began)
         plan = self._plan()
@@ -310,13 +312,6 @@ class Engine:
     def _has_room_for(self, count: int) -> bool:
         limit = self._limits.max_waiting
         return limit is None or self.num_waiting + count <= limit + len(self._rows.free)
-
-    def _captures_now(self) -> bool:
-        """A capture may take long, so prompts are computed before it, unless they go on and on."""
-        prompts = self.num_waiting or self._rows.prefilling
-        return self._model_runner.capture_overdue or (
-            self._model_runner.capture_due and not prompts
-        )
 
     def _take_news(self) -> list[Request]:
         news, self._news = self._news, []
@@ -353,10 +348,10 @@ class Engine:
         for row in plan.joined:
             request = self._rows.requests[row]
             if request is not None and request.params.sampler == "full":
-                self._model_runner.set_extras(row, extras_of(request, self._vocab_size))
+                self._model_runner.write_sampler_state(row, extras_of(request, self._vocab_size))
         for row in plan.lifted:
             request = self._rows.request(row)
-            self._model_runner.set_extras(
+            self._model_runner.write_sampler_state(
                 row, SamplerState(bias=bias_of(request, self._vocab_size, may_stop=True))
             )
 
@@ -441,7 +436,7 @@ class Engine:
         except BaseException as error:  # SystemExit, too, is the request's own
             self._end(request, "error", f"{type(error).__name__}: {error}")
             return
-        sampled[row], chosen = model_runner.choose(row, logits)
+        sampled[row], chosen = model_runner.sample_from_logits(row, logits)
         if logprobs is not None:
             logprobs.values[row], logprobs.ids[row] = chosen
 
@@ -451,7 +446,7 @@ class Engine:
         assert isinstance(batch, PrefillBatch)
         found = self._model_runner.prompt_logprobs(len(batch.ids))
         beyond = (
-            batch.targets >= self._vocab_size
+            batch.logprob_targets >= self._vocab_size
         )  # the output head has no logit for these: their probability is 0
         found.values[beyond, 0], found.ids[beyond, 0] = -np.inf, self._vocab_size + 1
         for chunk, begin in plan.scored:
@@ -462,9 +457,9 @@ class Engine:
             count = request.params.prompt_logprobs
             try:
                 for at in range(begin, begin + chunk.count):
-                    if batch.scores[at] >= 0:
+                    if batch.num_logprobs[at] >= 0:
                         entry = by_token(
-                            int(batch.targets[at]),
+                            int(batch.logprob_targets[at]),
                             found.values[at],
                             found.ids[at],
                             count,

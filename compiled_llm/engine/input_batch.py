@@ -11,7 +11,7 @@ from compiled_llm.engine.request import Request
 from compiled_llm.engine.sampling_rows import pack_params
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.step.batch_inputs import RECENT
-from compiled_llm.runtime.step.sampler import RowParams
+from compiled_llm.runtime.step.sampler import SamplingTensors
 
 _MAX_STOP_IDS = 16
 
@@ -43,7 +43,7 @@ class InputBatch:
             int
         ] = []  # rows whose prompt is not computed yet, in the order of admission
         self.tokens = np.zeros((max_num_seqs, max_model_len), np.int32)
-        self.params = np.zeros((max_num_seqs, len(RowParams._fields)), np.int64)
+        self.params = np.zeros((max_num_seqs, len(SamplingTensors._fields)), np.int64)
         self.stop_ids = np.full((max_num_seqs, _MAX_STOP_IDS), -1, np.int64)
         self.decoding = np.zeros(max_num_seqs, bool)
         self.watched = np.zeros(max_num_seqs, bool)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE, Int64
-from passes.ops.paged_attention import first_visible_token
+from passes.attention_reach import AttentionReach
 
 Tokens = NDArray[np.int32]
 
@@ -68,7 +68,7 @@ class KVCacheManager:
         sharing: bool,
     ) -> None:
         self.block_size, self._sharing = block_size, sharing
-        self._windows = [group.window for group in groups]
+        self._reaches = [group.reach for group in groups]
         self.pools = [BlockPool(group.num_pages) for group in groups]
         self.tables = np.full((len(groups), max_num_seqs, max_blocks), TRASH_PAGE, np.int32)
         self._begin = np.zeros(
@@ -117,9 +117,9 @@ class KVCacheManager:
             return None
         self._refused = None
         self._keys[row], self._registered[row] = keys, shared
-        for group, window in enumerate(self._windows):
+        for group, reach in enumerate(self._reaches):
             self._share(group, row, keys, shared)
-            if not window:
+            if reach.is_full:
                 self._extend(group, row, length)
         return shared * self.block_size
 
@@ -150,8 +150,8 @@ class KVCacheManager:
         """
         crossing = positions % self.block_size == 0
         rows, blocks = rows[crossing], positions[crossing] // self.block_size
-        for group, window in enumerate(self._windows):
-            if window:
+        for group, reach in enumerate(self._reaches):
+            if not reach.is_full:
                 for row, position in zip(rows.tolist(), positions[crossing].tolist(), strict=True):
                     self._let_go(group, row, position)
         if any(len(rows) > pool.num_free for pool in self.pools):
@@ -216,16 +216,16 @@ class KVCacheManager:
         No key is looked up twice in a group, so this takes time in proportion to the keys.
         """
         count = len(keys)
-        for pool, window in zip(self.pools, self._windows, strict=True):
-            if not window:
+        for pool, reach in zip(self.pools, self._reaches, strict=True):
+            if reach.is_full:
                 count = pool.num_found(keys[:count])
         begins = [
-            count if window else 0 for window in self._windows
+            0 if reach.is_full else count for reach in self._reaches
         ]  # each group has the blocks from here to `count`
         group = 0
         while count and group < len(begins):
             needed = range(
-                self._first_needed(self._windows[group], count * self.block_size),
+                self._first_needed(self._reaches[group], count * self.block_size),
                 min(begins[group], count),
             )
             missing = next(
@@ -245,10 +245,10 @@ class KVCacheManager:
     def _touch(self, candidate: Candidate, *, windowed: bool) -> None:
         """Keep the blocks that the next attempt may share: few of them where there is a window, whose pages change hands often."""
         count = candidate.num_shared
-        for pool, window in zip(self.pools, self._windows, strict=True):
-            if bool(window) == windowed:
+        for pool, reach in zip(self.pools, self._reaches, strict=True):
+            if reach.is_full != windowed:
                 pool.touch(
-                    candidate.keys[self._first_needed(window, count * self.block_size) : count]
+                    candidate.keys[self._first_needed(reach, count * self.block_size) : count]
                 )
 
     def _suffices(self, needs: list[int], margin: int) -> bool:
@@ -259,7 +259,7 @@ class KVCacheManager:
     def _share(self, group: int, row: int, keys: list[bytes], count: int) -> None:
         pool, begin = (
             self.pools[group],
-            self._first_needed(self._windows[group], count * self.block_size),
+            self._first_needed(self._reaches[group], count * self.block_size),
         )
         for block in range(begin, count):
             page = pool.find(keys[block])
@@ -268,9 +268,9 @@ class KVCacheManager:
             self.tables[group, row, block] = page
         self._begin[group, row], self._end[group, row] = begin, count
 
-    def _first_needed(self, window: int, position: int) -> int:
+    def _first_needed(self, reach: AttentionReach, position: int) -> int:
         """The first block that a query at the position sees."""
-        return max(0, first_visible_token(position, window)) // self.block_size
+        return max(0, reach.first_visible(position)) // self.block_size
 
     def _needs(self, group: int, row: int, end: int) -> int:
         """How many more pages the row needs for its tokens up to `end`."""
@@ -281,10 +281,10 @@ class KVCacheManager:
 
         Where a window lets go of pages on the way, it holds so many at a time, the shared ones included.
         """
-        window, needs = self._windows[group], -(-end // self.block_size) - num_shared
-        begin = self._first_needed(window, num_shared * self.block_size)
-        if window:
-            needs = min(needs, abs(window) // self.block_size + 2 - (num_shared - begin))
+        reach, needs = self._reaches[group], -(-end // self.block_size) - num_shared
+        begin = self._first_needed(reach, num_shared * self.block_size)
+        if not reach.is_full:
+            needs = min(needs, reach.size // self.block_size + 2 - (num_shared - begin))
         return needs + self.pools[group].num_idle(keys[begin:num_shared])
 
     def _extend(self, group: int, row: int, end: int) -> None:
@@ -295,8 +295,8 @@ class KVCacheManager:
 
     def _let_go(self, group: int, row: int, position: int) -> None:
         """Give back what the window does not reach from this position on."""
-        if self._windows[group]:
-            self._drop(group, row, self._first_needed(self._windows[group], position))
+        if not self._reaches[group].is_full:
+            self._drop(group, row, self._first_needed(self._reaches[group], position))
 
     def _drop(self, group: int, row: int, before: int) -> None:
         begin = int(self._begin[group, row])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from compiled_llm.config.schema import excerpt
+from compiled_llm.config.messages import excerpt
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]

@@ -4,14 +4,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled_llm.engine.request import Request
-from compiled_llm.runtime.step.sampler import RowParams
+from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
 
 
 def pack_params(request: Request) -> NDArray[np.int64]:
-    """[C], see `RowParams`."""
+    """[C], see `SamplingTensors`."""
     params = request.params
-    return RowParams.pack(
+    return SamplingTensors.pack(
         seed=request.seed,
         temperature=params.temperature,
         top_k=params.top_k,
@@ -24,7 +24,7 @@ def pack_params(request: Request) -> NDArray[np.int64]:
         biased=_is_biased(request),
         counted=_is_counted(request),
         bad_words=any(len(word) > 1 for word in request.bad_words),
-        external=bool(params.logits_processors),
+        host_sampled=bool(params.logits_processors),
     )
 
 

@@ -41,7 +41,7 @@ class SchedulerLimits:
         return cls(
             max_num_batched_tokens=tokens,
             prefill_sizes=model_runner.prefill_sizes,
-            decodes_apart=model_runner.decodes_apart,
+            decodes_apart=model_runner.separate_decode,
             prefills_alone=model_runner.has_states,
         )
 

@@ -77,16 +77,16 @@ def plan_prefill(
     ]
     batch = PrefillBatch(
         ids=np.concatenate([np.full(len(decoding), -1), *prompts]).astype(np.int64),
-        targets=targets,
-        scores=scores,
+        logprob_targets=targets,
+        num_logprobs=scores,
         seq_rows=seq_rows,
         starts=np.concatenate([rows.computed[decoding], starts]),
         lengths=np.concatenate([np.ones_like(decoding), counts]),
-        tables=cache.tables[:, seq_rows],
+        block_tables=cache.tables[:, seq_rows],
         params=rows.params[seq_rows],
         recent=np.concatenate(recent),
-        fresh=np.concatenate([np.zeros_like(decoding), np.ones_like(chunk_rows)]),
-        samples=np.concatenate([np.ones_like(decoding), ends.astype(np.int64)]),
+        is_prompt=np.concatenate([np.zeros_like(decoding), np.ones_like(chunk_rows)]),
+        sample_mask=np.concatenate([np.ones_like(decoding), ends.astype(np.int64)]),
         sampler="scoring" if scored else rows.batch_sampler(sampling),
     )
     return SchedulerOutput(batch=batch, rows=sampling, owners=rows.owner[sampling], scored=scored)

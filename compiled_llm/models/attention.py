@@ -1,11 +1,12 @@
-"""The first door into a model: an attention function in transformers' public registry.
+"""The attention function that models call while an engine uses them.
 
-While a step runs, `CURRENT.attention` says what an attention call does: emit the marker that the passes rewrite, or
-(when a model is being examined) write down what was asked for. The function learns nothing from the keyword arguments
-that a model may forget to hand on; it reads them only to refuse what it cannot serve.
+It is registered with transformers' public attention interface. `CURRENT.attention` holds what a
+call does: emit the marker op that the passes lower, or record the call while the model is examined.
+Of the keyword arguments, which a model may fail to pass on, the function uses only what it needs to
+reject unsupported calls.
 
-The function has two names. Under the one that steps use, transformers builds no mask; under the one for examining, masks are built
-only to learn how far back they reach (see `masks`), and steps then know that for each call.
+The function has two names. Under the first, used in steps, transformers builds no mask. Under the
+second, used to examine a model, masks are built so that their reach is known (see `mask_probe`).
 """
 
 import threading
@@ -18,11 +19,12 @@ from transformers import AttentionInterface
 
 import passes.ops.attention_marker  # noqa: F401  # registers the op
 from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME, probed_reach
+from passes.attention_reach import FULL, AttentionReach
 
 ATTENTION_NAME = "compiled_llm"
 
-# Arguments that say nothing which the step's own metadata does not say.
+# Arguments with information that a step has anyway.
 _REDUNDANT = {
     "position_ids",
     "cache_position",
@@ -35,25 +37,23 @@ _REDUNDANT = {
 }
 
 
-class UndecidedError(ValueError):
-    """On the meta device a forward asked for values, so that nothing can be told of it without weights."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """The options of one attention call.
 
     Attributes:
         scale: factor of q k^T.
-        reach: while a model is examined, how far back its mask, or else the call, lets queries see (see `AttentionLayer.window`).
+        reach: the keys that a query sees, according to the mask or, without one, to the call's
+            arguments. Read only while a model is examined.
         softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
-        sinks: [H] a score for each head that takes weight and gives no value, or None.
-        slopes: [H] float32, what each head's scores lose for each token that lies between query and key (ALiBi), or None.
-        is_causal: what the call and its module say, where no mask says more.
+        sinks: [H] a score per head that takes part in the softmax and has no value, or None.
+        slopes: [H] float32, the decrease of each head's scores per token of distance between query
+            and key (ALiBi, arXiv:2108.12409), or None.
+        is_causal: whether the call is causal, according to its mask, its arguments or its module.
     """
 
     scale: float
-    reach: int = 0
+    reach: AttentionReach = FULL
     softcap: float = 0.0
     sinks: Tensor | None = None
     slopes: Tensor | None = None
@@ -61,7 +61,7 @@ class AttentionCall:
 
 
 class Attention(Protocol):
-    """What an attention call does. Shapes: q [1, H, T, D], k [1, G, T, D], v [1, G, T, E] -> [1, T, H, E]."""
+    """An implementation: q [1, H, T, D], k [1, G, T, D], v [1, G, T, E] -> [1, T, H, E]."""
 
     def __call__(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
@@ -69,9 +69,10 @@ class Attention(Protocol):
 
 
 class Current(threading.local):
-    """What attention calls of this thread do now: a step sets it on entry and clears it on exit, inside the trace.
+    """The implementation that attention calls of this thread use.
 
-    Each engine has a thread of its own, so it is read and written without a lock.
+    A step sets it when it starts and clears it when it ends, inside the trace. Each engine has a
+    thread of its own, so no lock is needed.
     """
 
     attention: Attention | None = None
@@ -94,11 +95,35 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: k and v come after RoPE and before repetition, for the new tokens only."""
-    reach = reach_of(attention_mask)
+    """Implement transformers' attention interface.
+
+    Args:
+        module: the module that calls.
+        query: [1, H, T, D], after the rotary embedding.
+        key: [1, G, T, D], of the new tokens alone, after the rotary embedding and not repeated for
+            the heads that share it.
+        value: [1, G, T, E], of the new tokens alone.
+        attention_mask: None, or a placeholder made by `mask_probe`.
+        scaling: factor of q k^T; D^-0.5 by default.
+        dropout: must be 0.
+        sliding_window: size of the window, without a mask.
+        softcap: see `AttentionCall`.
+        s_aux: [H] sink scores.
+        is_causal: whether the attention is causal, without a mask.
+        **kwargs: arguments that have no effect or are None.
+
+    Returns:
+        [1, T, H, E], and None in place of the attention weights.
+
+    Raises:
+        UnsupportedModelError: an argument requests another kind of attention.
+        RuntimeError: no engine runs a step of the model.
+    """
+    reach = probed_reach(attention_mask)
     if attention_mask is not None and reach is None:
         raise UnsupportedModelError(
-            "attention with an explicit attention_mask is not supported: only causal masks and windows are"
+            "attention with an explicit attention_mask is not supported: only causal masks and "
+            "windows are"
         )
     if dropout:
         raise UnsupportedModelError(
@@ -109,26 +134,31 @@ def attention_forward(
             raise UnsupportedModelError(f"attention argument {name!r} is not supported")
     if CURRENT.attention is None:
         raise RuntimeError(
-            "this model's attention belongs to a CompiledLLM: call it through that, or set_attn_implementation"
+            "this model's attention belongs to a CompiledLLM: call the model through that, or "
+            "select another implementation with set_attn_implementation"
         )
+    is_declared_causal = is_causal is not False and getattr(module, "is_causal", True) is not False
     call = AttentionCall(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        reach=(sliding_window or 0) if reach is None else reach,
+        reach=AttentionReach.decode(sliding_window or 0) if reach is None else reach,
         softcap=softcap or 0.0,
         sinks=s_aux,
-        is_causal=reach is not None
-        or (is_causal is not False and getattr(module, "is_causal", True) is not False),
+        is_causal=reach is not None or is_declared_causal,
     )
     return CURRENT.attention(module, query, key, value, call), None
 
 
-# No mask function is registered under the first name, so transformers builds no mask at all.
+# No mask function is registered under the first name, so transformers builds no mask for it.
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
-AttentionInterface.register(EXAMINING_NAME, attention_forward)
+AttentionInterface.register(MASK_PROBE_NAME, attention_forward)
 
 
 class LayerCache(nn.Module):
-    """The paged keys [P, B, G, D] and values [P, B, G, E] of one attention call, as buffers: their addresses never change."""
+    """The paged KV cache of one attention layer.
+
+    Keys [P, B, G, D] and values [P, B, G, E] of P blocks of B tokens are buffers, so that their
+    addresses stay the same.
+    """
 
     k: Tensor
     v: Tensor
@@ -141,15 +171,20 @@ class LayerCache(nn.Module):
 
 @dataclass(kw_only=True)
 class PagedAttention:
-    """Attention over the paged caches, for the tokens of one step; the caches go to the calls in their order.
+    """Attention over the paged caches for the tokens of one step.
+
+    The n-th attention call of a step uses the n-th cache.
 
     Attributes:
-        groups: for each call the group whose pages it uses; the group's number indexes `slots` and `block_tables`.
-        windows: for each call how far back its queries see, as in `passes.ops.paged_attention`.
-        slots: [G, T] int64, where each token's key and value go.
-        block_tables: [G, S, N] int32, query_start: [S + 1] int32, seq_lens: [S] int32, split_counters: int32, as in
-            `passes.ops.paged_attention`.
-        max_query_len: the most queries a sequence brings; 1 in decode.
+        caches: a `LayerCache` for each call.
+        groups: for each call the KV cache group, an index into `slots` and `block_tables`.
+        windows: for each call its encoded reach (see `AttentionReach.encode`).
+        slots: [G, T] int64, where each token's key and value are written.
+        block_tables: [G, S, N] int32, as in `passes.ops.paged_attention`.
+        query_start: [S + 1] int32, likewise.
+        seq_lens: [S] int32, likewise.
+        split_counters: int32, likewise.
+        max_query_len: the most queries of a sequence; 1 in decode.
     """
 
     caches: nn.ModuleList
@@ -166,13 +201,16 @@ class PagedAttention:
     def __call__(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> Tensor:
-        if q.shape[0] > 1:  # a row for each token
+        """Return [1, T, H, E]; or [T, 1, H, E] where each token is a row, as in [T, H, 1, D]."""
+        if q.shape[0] > 1:
             q, k, v = (tensor.permute(2, 1, 0, 3) for tensor in (q, k, v))
             return self(module, q, k, v, call).transpose(0, 1)
-        layer, cache, group = self.calls, self.caches[self.calls], self.groups[self.calls]
+        layer = self.calls
+        cache, group = self.caches[layer], self.groups[layer]
         self.calls += 1
         attended: Tensor = torch.ops.compiled_llm.attention_marker(
-            q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group], self.query_start, self.seq_lens,
-            self.split_counters, call.sinks, call.slopes, layer, call.scale, self.windows[layer], call.softcap, self.max_query_len,
+            q, k, v, cache.k, cache.v, self.slots[group], self.block_tables[group],
+            self.query_start, self.seq_lens, self.split_counters, call.sinks, call.slopes, layer,
+            call.scale, self.windows[layer], call.softcap, self.max_query_len,
         )  # fmt: skip
         return attended

@@ -1,4 +1,4 @@
-"""A model whose attention calls us, for as long as an engine works on it."""
+"""Route a model's attention calls to the engine, and restore the model afterwards."""
 
 import logging
 from collections.abc import Iterator
@@ -10,50 +10,54 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME
-from compiled_llm.models.held_attributes import Hold
+from compiled_llm.models.attribute_overrides import AttributeOverrides
 
-# Where a config keeps its choices. The properties in front of them also write those of its sub-configs.
-ATTENTION_CHOICE, _EXPERTS_CHOICE = (
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
-)
+logger = logging.getLogger(__name__)
+
+# The attributes of a config that store its implementations. The public properties in front of them
+# also write those of its sub-configs.
+ATTENTION_ATTRIBUTE = "_attn_implementation_internal"
+_EXPERTS_ATTRIBUTE = "_experts_implementation_internal"
 
 
 def route(model: nn.Module, attention: str) -> None:
-    """Let the model's attention go to the function of this name; where it goes through no such function, leave it."""
+    """Set the model's attention implementation, without transformers' warnings.
+
+    A model that is not a `PreTrainedModel`, such as an exported one, is left as it is.
+    """
     if not isinstance(model, PreTrainedModel):
         return
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    level = transformers_logger.level
     try:
-        logger.setLevel(logging.ERROR)  # it would say of some that they cannot be told
+        transformers_logger.setLevel(logging.ERROR)  # it warns of models that ignore the setting
         model.set_attn_implementation(attention)
     finally:
-        logger.setLevel(level)
+        transformers_logger.setLevel(level)
 
 
 @contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention to us, in eval mode and without gradients.
+def attention_routed(model: PreTrainedModel) -> Iterator[None]:
+    """Route the model's attention to the engine, in eval mode and without gradients.
 
-    At the end everything is put back that was changed here, unless another engine still works on the model, or on one that
-    shares its config or its modules: then the last of them does so.
+    On exit all changed attributes are restored, unless another engine still uses the model, or one
+    that shares its config or modules; then the last of them restores them.
     """
-    hold = Hold(_attributes(model))
+    overrides = AttributeOverrides(_attributes(model))
     try:
         try:
             route(model, ATTENTION_NAME)
-            model.set_experts_implementation(_experts(model))
+            model.set_experts_implementation(_experts_implementation(model))
             model.eval().requires_grad_(False)
         finally:
-            hold.note_changes()
+            overrides.record()
         yield
     finally:
-        hold.release()
+        overrides.release()
 
 
 def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Those of the model and its modules, and their sub-configs, each once."""
+    """Return the configs of the model and its modules, with their sub-configs, each once."""
     found: dict[int, PretrainedConfig] = {}
     remaining = [getattr(module, "config", None) for module in model.modules()]
     while remaining:
@@ -65,21 +69,31 @@ def configs_of(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 def _attributes(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
-    """All that `attached` changes."""
+    """Yield every attribute that `attention_routed` changes."""
     for config in configs_of(model):
-        yield config, ATTENTION_CHOICE
-        yield config, _EXPERTS_CHOICE
+        yield config, ATTENTION_ATTRIBUTE
+        yield config, _EXPERTS_ATTRIBUTE
     for module in model.modules():
         yield module, "training"
     for parameter in model.parameters():
         yield parameter, "requires_grad"
 
 
-def _experts(model: PreTrainedModel) -> dict[str, str | None]:
-    """The model's choice of experts, unless that waits for the device, as the grouped one does when compiled without bfloat16."""
+def _experts_implementation(model: PreTrainedModel) -> dict[str, str | None]:
+    """Return the model's own choice, with `grouped_mm` replaced where it cannot be captured.
+
+    Compiled for another dtype than bfloat16, `grouped_mm` synchronises with the GPU.
+    """
     chosen = model.get_experts_implementation()
     if model.device.type == "cpu" or model.dtype == torch.bfloat16:
         return chosen
-    return {
+    replaced = {
         name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()
     }
+    if replaced != chosen:
+        logger.warning(
+            "the experts implementation is batched_mm instead of grouped_mm: compiled in %s, the "
+            "latter synchronises with the GPU",
+            model.dtype,
+        )
+    return replaced

@@ -1,4 +1,7 @@
-"""Reading a GGUF file once: transformers reads its metadata four times, element by element, which takes seconds each time."""
+"""Parse a GGUF file once.
+
+transformers parses a file's metadata four times, element by element, which takes seconds each time.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +13,23 @@ import numpy as np
 
 
 @contextmanager
-def read_once() -> Iterator[None]:
-    """While this is open, a file is parsed when it is first asked for, and so are its values and the map of its tensors' names."""
+def gguf_parsed_once() -> Iterator[None]:
+    """Cache parsed files, their values and the maps of tensor names until exit."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
     class Reader(gguf.GGUFReader):
-        """Slices of a memory map are memory maps, which cost several times as much to make as views of an array do."""
+        """A reader that slices an array instead of a memory map.
+
+        A slice of a memory map is a memory map, which takes several times as long to create as a
+        view of an array.
+        """
 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    values: dict[
-        int, Any
-    ] = {}  # by the identity of what they are parsed from, which the reader holds with its types
+    # Parsed values by the id of their source, which the cached reader keeps alive.
+    values: dict[int, Any] = {}
     parse: Any = vars(loader)["_gguf_parse_value"]
 
     def parse_once(value: Any, types: Any) -> Any:

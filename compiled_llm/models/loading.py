@@ -1,4 +1,4 @@
-"""Checkpoint -> transformers model and tokenizer, on the device, in the dtype asked for."""
+"""Load a checkpoint as a transformers model and tokenizer, on a device and in a dtype."""
 
 import re
 import warnings
@@ -24,8 +24,8 @@ from transformers import (
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.default_model import default_model
-from compiled_llm.models.gguf_file import read_once
-from compiled_llm.models.preflight import code_arguments, refuse_unsupported
+from compiled_llm.models.gguf_file import gguf_parsed_once
+from compiled_llm.models.preflight import check_supported, code_arguments
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|spiece|sentencepiece|merges|tekken|\.(model|spm|bpe)$")
@@ -33,11 +33,13 @@ _TOKENIZER_FILE = re.compile(r"token|vocab|spiece|sentencepiece|merges|tekken|\.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model in eval mode, and its tokenizer.
+    """A loaded checkpoint.
 
     Attributes:
-        tokenizer: None when the checkpoint has none that can be loaded, and prompts are then token ids.
-        tokenizer_failure: why the checkpoint's tokenizer could not be loaded; None where it could, or where there is none.
+        model: the model, in eval mode.
+        tokenizer: None if the checkpoint has none that can be loaded; prompts are then token ids.
+        tokenizer_failure: why the tokenizer could not be loaded; None if it was loaded, or if the
+            checkpoint has none.
     """
 
     model: PreTrainedModel
@@ -46,11 +48,11 @@ class LoadedModel:
 
 
 def load(config: ModelConfig) -> LoadedModel:
-    """Load what the config names, one model at a time.
+    """Load the config's model; only one model is loaded at a time.
 
     Raises:
-        UnsupportedModelError: its config tells that it is not served; no weight was read.
-        ValueError: the checkpoint is missing or incomplete; the message says what was expected.
+        UnsupportedModelError: the model's config shows that it is not supported; no weight is read.
+        ValueError: the checkpoint is missing or incomplete.
     """
     with COMPILER_LOCK, _default_dtype_guarded():
         return _load(config)
@@ -58,7 +60,10 @@ def load(config: ModelConfig) -> LoadedModel:
 
 @contextmanager
 def _default_dtype_guarded() -> Iterator[None]:
-    """Exclude eager steps where transformers builds a model: meanwhile its dtype is torch's default, in all threads."""
+    """Exclude eager steps while transformers builds a model.
+
+    transformers then sets torch's default dtype to the model's, in all threads.
+    """
     set_default = modeling_utils.local_torch_dtype
 
     @contextmanager
@@ -76,9 +81,9 @@ def _load(config: ModelConfig) -> LoadedModel:
     if config.weights == "random":
         return _initialise(config, device, dtype)
     path, files = _locate(config)
-    with read_once() if "gguf_file" in files else nullcontext():
+    with gguf_parsed_once() if "gguf_file" in files else nullcontext():
         model_config = _read_config(config, path, files)
-        refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
+        check_supported(model_config, dtype, trust_remote_code=config.trust_remote_code)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map={"": device}, **files
@@ -92,16 +97,18 @@ def _load(config: ModelConfig) -> LoadedModel:
 
 
 def read_config(config: ModelConfig) -> PretrainedConfig:
-    """The transformers config of what the config names; no weights are read.
+    """Return the transformers config of the config's model, without reading weights.
 
     Raises:
-        UnsupportedModelError: it needs code of the checkpoint's own, which `trust_remote_code` does not allow.
-        ValueError: there is no such config.
+        UnsupportedModelError: the model needs code from its checkpoint, and `trust_remote_code` is
+            not set.
+        ValueError: the model has no config, or it cannot be read.
     """
     if config.weights == "random":
         if config.name is None:
             raise ValueError(
-                "model.weights=random needs model.name: a config.json, or a directory that holds one"
+                "model.weights=random needs model.name: expected a config.json or a directory that "
+                "holds one, got none"
             )
         is_local = Path(config.name).exists()
         return _read_config(
@@ -110,7 +117,7 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
             {"trust_remote_code": config.trust_remote_code, **_revision(config, is_local)},
         )
     path, files = _locate(config)
-    with read_once() if "gguf_file" in files else nullcontext():
+    with gguf_parsed_once() if "gguf_file" in files else nullcontext():
         return _read_config(config, path, files)
 
 
@@ -120,7 +127,8 @@ def _read_config(config: ModelConfig, path: str, files: dict[str, Any]) -> Pretr
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
-                f"model {config.name!r} needs code of its own, which is run only where model.trust_remote_code=true asks for that"
+                f"model {config.name!r} needs code from its checkpoint, which runs only with "
+                "model.trust_remote_code=true"
             ) from error
         raise ValueError(
             f"model config {config.name!r} cannot be read: {_first_line(error)}"
@@ -129,21 +137,19 @@ def _read_config(config: ModelConfig, path: str, files: dict[str, Any]) -> Pretr
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """The device of `auto` is the GPU when there is one."""
+    """Return the device; `auto` is the current GPU if there is one, else the CPU."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ValueError(
             "model.device=cuda, but torch sees no GPU here: use model.device=cpu or auto"
         )
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if available and config.device != "cpu"
-        else torch.device("cpu")
-    )
+    if available and config.device != "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU, and on a GPU what the checkpoint says (bfloat16 where it says float32 or nothing)."""
+    """Return the dtype; `auto` is float32 on a CPU and bfloat16 on a GPU."""
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
@@ -151,7 +157,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The path or hub id for transformers, and the arguments that say what to do with it."""
+    """Return the path or hub id for transformers' `from_pretrained`, and its other arguments."""
     revision = _revision(config, is_local=config.name is None or Path(config.name).exists())
     trust = {"trust_remote_code": config.trust_remote_code}
     path = default_model() if config.name is None else Path(config.name)
@@ -159,36 +165,40 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name, **trust}
     if path.is_file():
         raise ValueError(
-            f"model {config.name!r} is a file but not a .gguf: expected a directory, or model.weights=random for a config"
+            f"model {config.name!r} is a file but not a .gguf: expected a directory, or "
+            "model.weights=random for a config"
         )
     if path.is_dir():
         if not list(path.glob("*.safetensors")):
             raise ValueError(
-                f"model directory {config.name!r} holds no *.safetensors: add the weights, or set model.weights=random"
+                f"model directory {config.name!r} holds no *.safetensors: add the weights, or set "
+                "model.weights=random"
             )
         return str(path), trust
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(config.name)):
         raise ValueError(
-            f"model {config.name!r} is neither an existing path nor a hub id such as Qwen/Qwen3-0.6B"
+            f"model {config.name!r} is neither an existing path nor a hub id such as "
+            "Qwen/Qwen3-0.6B"
         )
     return str(config.name), {**trust, **revision}
 
 
 def _revision(config: ModelConfig, is_local: bool) -> dict[str, str]:
-    """The argument that names a hub model's version; files that are here have none."""
+    """Return the `revision` argument of a hub id; local files have none."""
     if config.revision is None:
         return {}
     if is_local:
         name = "the default model" if config.name is None else f"model {config.name!r}"
         raise ValueError(
-            f"model.revision={config.revision} names a version of a hub id, but {name} is a local path: drop it"
+            f"model.revision={config.revision} names a version of a hub id, but {name} is a local "
+            "path: drop model.revision"
         )
     return {"revision": config.revision}
 
 
 def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     model_config = read_config(config)
-    refuse_unsupported(model_config, dtype, trust_remote_code=config.trust_remote_code)
+    check_supported(model_config, dtype, trust_remote_code=config.trust_remote_code)
     code = code_arguments(model_config, config.trust_remote_code)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
@@ -200,19 +210,16 @@ def _initialise(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 def _load_tokenizer(
     path: str, files: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """Return the checkpoint's tokenizer, or None and the reason; a checkpoint without one needs no reason."""
-    names = [entry.name for entry in Path(path).iterdir()] if Path(path).is_dir() else None
-    if (
-        names is not None
-        and "gguf_file" not in files
-        and not any(map(_TOKENIZER_FILE.search, names))
-    ):
-        return None, None
+    """Return the tokenizer, or None and the reason; no reason if the checkpoint has none."""
+    if Path(path).is_dir() and "gguf_file" not in files:
+        names = [entry.name for entry in Path(path).iterdir()]
+        if not any(map(_TOKENIZER_FILE.search, names)):
+            return None, None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **files)
         if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
-            raise ValueError("its files hold no vocabulary")  # transformers makes an empty one up
-    except Exception as error:  # whatever the libraries raise for files that they do not understand
+            raise ValueError("its files hold no vocabulary")  # transformers creates an empty one
+    except Exception as error:  # the libraries raise errors of many classes for invalid files
         failure = f"{type(error).__name__}: {_first_line(error)}"
         warnings.warn(
             f"the tokenizer in {path} cannot be loaded, so prompts must be token ids: {failure}",

@@ -1,7 +1,8 @@
-"""What layers other than attention remember of a sequence: the states of convolutions and recurrences, one slot for each row.
+"""Recurrent states: what convolutions and recurrences keep of a sequence, one slot per row.
 
-transformers keeps such states in the layers of its cache. A step gathers the slots of its rows into cache layers of transformers'
-own, calls the model on them, and puts them back; rows at their first token start from zeros.
+transformers keeps such states in the layers of its cache. A step gathers the slots of its rows into
+cache layers, calls the model on them, and scatters them back. Rows at their first token start from
+zeros.
 """
 
 from collections.abc import Sequence
@@ -17,150 +18,161 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-Kind = Literal["conv", "recurrent"]
+StateKind = Literal["conv", "recurrent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecurrentState:
-    """One state of a cache layer: `index` is its number there, `shape` is that of one sequence."""
+    """One state of a cache layer.
+
+    Attributes:
+        layer: index of the cache layer.
+        index: the state's key among those of its kind in the layer.
+        kind: `conv` for the last inputs of a convolution, `recurrent` for a recurrence.
+        shape: of one sequence's state.
+        dtype: of the state.
+    """
 
     layer: int
     index: int
-    kind: Kind
+    kind: StateKind
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one sequence's state."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def fresh_cache(config: PretrainedConfig) -> Cache | None:
-    """An empty cache for a model with states; None for one without."""
+def empty_state_cache(config: PretrainedConfig) -> Cache | None:
+    """Return an empty cache for a model with recurrent states; None for a model without."""
     try:
         cache = DynamicCache(config=config)
-    except (
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ):  # a config that says nothing of its layers
+    except (AttributeError, KeyError, TypeError, ValueError):  # the config lists no layers
         return None
-    return (
-        cache
-        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
-        else None
-    )
+    has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    return cache if has_states else None
 
 
 def states_of(cache: Cache) -> list[RecurrentState]:
-    """The states that a forward of one sequence left in its cache."""
+    """Return the states that a forward of one sequence has left in its cache."""
     states = []
     for number, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            kinds: list[tuple[Kind, dict[int, Tensor | None]]] = [
-                ("conv", layer.conv_states),
-                ("recurrent", layer.recurrent_states),
-            ]
-            for kind, held in kinds:
-                for index, tensor in held.items():
-                    if tensor is not None:
-                        states.append(
-                            RecurrentState(
-                                layer=number,
-                                index=index,
-                                kind=kind,
-                                shape=tuple(tensor.shape[1:]),
-                                dtype=tensor.dtype,
-                            )
-                        )
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            continue
+        states += _states_of_layer(number, "conv", layer.conv_states)
+        states += _states_of_layer(number, "recurrent", layer.recurrent_states)
     return states
 
 
+def _states_of_layer(
+    layer: int, kind: StateKind, tensors: dict[int, Tensor | None]
+) -> list[RecurrentState]:
+    return [
+        RecurrentState(
+            layer=layer, index=index, kind=kind, shape=tuple(tensor.shape[1:]), dtype=tensor.dtype
+        )
+        for index, tensor in tensors.items()
+        if tensor is not None
+    ]
+
+
 class RecurrentStates(nn.Module):
-    """The states of R rows and one more, the trash row, as buffers [R + 1, ...] in the order of `states`."""
+    """Buffers [R + 1, ...] with the states of R rows and of one more, the trash row of padding.
+
+    Args:
+        states: the states of the model.
+        num_layers: layers of the model's cache.
+        num_rows: R.
+        device: where the buffers are allocated.
+    """
 
     def __init__(
         self, states: Sequence[RecurrentState], num_layers: int, num_rows: int, device: torch.device
     ) -> None:
         super().__init__()
-        self._states, self._num_layers = tuple(states), num_layers
+        self._states = tuple(states)
+        self._num_layers = num_layers
         for number, state in enumerate(states):
             slots = torch.zeros(num_rows + 1, *state.shape, dtype=state.dtype, device=device)
             self.register_buffer(f"state_{number}", slots, persistent=False)
 
     @property
     def slots(self) -> list[Tensor]:
-        """The buffers."""
+        """The buffers, in the order of the states."""
         return [getattr(self, f"state_{number}") for number in range(len(self._states))]
 
     def gather(self, rows: Tensor, known: Tensor) -> Cache:
-        """The states of these rows [B], as a cache; zeros where `known` [B], the tokens that they know, is 0."""
+        """Return a cache with the states of rows [B].
+
+        Args:
+            rows: [B] indices of rows.
+            known: [B] tokens that each row's states include; where 0, the states are zeros.
+        """
         with_states = {state.layer: StatesLayer() for state in self._states}
         for state, slots in zip(self._states, self.slots, strict=True):
-            begun = (known > 0).view(-1, *[1] * len(state.shape))
-            with_states[state.layer].put(state, torch.where(begun, slots[rows], 0))
+            has_begun = (known > 0).view(-1, *[1] * len(state.shape))
+            with_states[state.layer].put(state, torch.where(has_begun, slots[rows], 0))
         return Cache(
-            layers=[with_states.get(number) or PassingLayer() for number in range(self._num_layers)]
+            layers=[
+                with_states.get(number) or PassThroughLayer() for number in range(self._num_layers)
+            ]
         )
 
     def scatter(self, rows: Tensor, cache: Cache) -> None:
-        """Keep what the cache holds now."""
+        """Store the states in the cache as those of rows [B]."""
         for state, slots in zip(self._states, self.slots, strict=True):
             layer = cache.layers[state.layer]
             assert isinstance(layer, StatesLayer)
-            held = (layer.conv_states if state.kind == "conv" else layer.recurrent_states)[
-                state.index
-            ]
-            assert held is not None
-            slots[rows] = held
+            is_conv = state.kind == "conv"
+            tensors = layer.conv_states if is_conv else layer.recurrent_states
+            updated = tensors[state.index]
+            assert updated is not None
+            slots[rows] = updated
 
 
-class PassingLayer(CacheLayerMixin):
-    """A cache layer that lets keys and values pass, since attention happens elsewhere."""
+class PassThroughLayer(CacheLayerMixin):
+    """A cache layer that stores nothing, since attention calls use the engine's cache."""
 
     is_sliding = False
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
-        """There is nothing to initialise."""
+        """Do nothing."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """The new keys and values alone."""
+        """Return the new keys and values alone."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As many keys as queries, from the first on."""
+        """Return as many keys as queries, from the first one on."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Positions are given."""
+        """Return 0; the forward is given positions."""
         return 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1, which stands for no limit."""
         return -1
 
 
-class StatesLayer(LinearAttentionLayer, PassingLayer):  # type: ignore[override]
-    """The same, and states that are there already."""
+class StatesLayer(LinearAttentionLayer, PassThroughLayer):  # type: ignore[override]
+    """A cache layer with states that stores no keys and values."""
 
     def __init__(self) -> None:
         LinearAttentionLayer.__init__(self)
 
     def put(self, state: RecurrentState, rows: Tensor) -> None:
-        """Let the layer hold this state [B, ...]."""
+        """Set one state [B, ...] of the layer."""
+        index = state.index
         if state.kind == "conv":
-            self.conv_states[state.index], self.conv_kernel_size[state.index] = (
-                rows,
-                state.shape[-1],
-            )
-            self.is_conv_states_initialized[state.index] = True
+            self.conv_states[index] = rows
+            self.conv_kernel_size[index] = state.shape[-1]
+            self.is_conv_states_initialized[index] = True
         else:
-            (
-                self.recurrent_states[state.index],
-                self.is_recurrent_states_initialized[state.index],
-            ) = rows, True
-        self.has_previous_state[state.index] = True
+            self.recurrent_states[index] = rows
+            self.is_recurrent_states_initialized[index] = True
+        self.has_previous_state[index] = True

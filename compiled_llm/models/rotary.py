@@ -1,22 +1,22 @@
-"""Rotary embeddings with position-dependent frequencies, fixed at those of short sequences while an engine runs.
+"""Rotary embeddings with position-dependent frequencies, fixed at those of short sequences.
 
-transformers selects the frequencies of the rope types `longrope` and `dynamic` by the largest position of a call, so in a
-batch one long sequence changes them for all others, and the branch on that position cannot be traced. Up to a length that the
-config gives they never change. `fixed_frequencies` sets the rotary modules to those frequencies through their attributes, and
-`rotary_limit` is the length that no sequence may exceed.
+transformers selects the frequencies of the rope types `longrope` and `dynamic` by the largest
+position of a call. In a batch one long sequence would change them for all others, and the branch on
+that position cannot be traced. Up to a length that the config gives they never change.
+`fixed_frequencies` sets the rotary modules' attributes to those frequencies while an engine runs,
+and `rotary_limit` returns the length that no sequence may exceed.
 """
 
 import copy
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+
+from compiled_llm.models.attribute_overrides import AttributeOverrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class RotaryLimit:
 
 
 def rotary_limit(config: PretrainedConfig) -> RotaryLimit | None:
-    """Return the lowest limit of a model's rope types, or None where no frequency depends on the positions of a call."""
+    """Return the lowest limit of a model's rope types; None if its frequencies are constant."""
     text = config.get_text_config()
     limits = [limit for parameters in _rope_parameters(text) for limit in _limits(parameters, text)]
     return min(limits, key=lambda limit: limit.length, default=None)
@@ -36,35 +36,22 @@ def rotary_limit(config: PretrainedConfig) -> RotaryLimit | None:
 
 @contextmanager
 def fixed_frequencies(model: nn.Module) -> Iterator[None]:
-    """Fix the frequencies of the model's rotary modules; restore the modules when the last user of the model has left."""
-    with _LOCK:
-        users = _USERS.setdefault(model, _Users())
-        if not users.count:
-            users.restore = _fix(model)
-        users.count += 1
+    """Fix the frequencies of the model's rotary modules; the last user to exit restores them."""
+    overrides = AttributeOverrides(_attributes(model))
     try:
+        try:
+            for module in model.modules():
+                _fix_scale(module)
+                _fix_frequencies(module)
+        finally:
+            overrides.record()
         yield
     finally:
-        with _LOCK:
-            users.count -= 1
-            if not users.count:
-                users.restore.close()
-
-
-@dataclass(slots=True)
-class _Users:
-    """How many users of a model there are, and what restores it."""
-
-    count: int = 0
-    restore: ExitStack = field(default_factory=ExitStack)
-
-
-_LOCK = threading.Lock()
-_USERS: WeakKeyDictionary[nn.Module, _Users] = WeakKeyDictionary()
+        overrides.release()
 
 
 class _FixedFrequencies(nn.Module):
-    """Takes the place of a rotary module's `rope_init_fn` where the forward itself calls that."""
+    """Replacement of a rotary module's `rope_init_fn` where the forward itself calls that."""
 
     inv_freq: Tensor
 
@@ -74,12 +61,12 @@ class _FixedFrequencies(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, config: object) -> tuple[Tensor, float]:
-        """The frequencies, and what sines and cosines are multiplied by."""
+        """Return the frequencies, and the factor of sines and cosines."""
         return self.inv_freq, self._scale
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The parameters of all layers, or of each type of layer."""
+    """Return the parameters that all layers share, or those of each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
 
@@ -94,51 +81,55 @@ def _limits(parameters: dict[str, Any], config: PretrainedConfig) -> Iterator[Ro
 
 
 def _has_scales(parameters: dict[str, Any]) -> bool:
-    """Whether sines and cosines of long sequences are scaled in another way, as in phimoe."""
+    """Return whether sines and cosines of long sequences have a scale of their own (phimoe)."""
     return parameters.get("rope_type", "default") != "default" and "long_mscale" in parameters
 
 
-def _fix(model: nn.Module) -> ExitStack:
-    """Fix all rotary modules; returns what restores them."""
-    with ExitStack() as restore:
-        for module in model.modules():
-            _fix_scale(module, restore)
-            _fix_frequencies(module, restore)
-        return restore.pop_all()
+def _attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the attributes of all rotary modules that `fixed_frequencies` may change.
+
+    Attributes that need no change are included: once the first user has changed the modules, a
+    second user finds nothing to change, but must hold the same attributes.
+    """
+    for module in model.modules():
+        names = {"rope_type", "config", "rope_init_fn"} | {
+            f"{prefix}inv_freq" for prefix in _rope_types(module)
+        }
+        if hasattr(module, "rope_type") or hasattr(module, "rope_init_fn"):
+            yield from ((module, name) for name in sorted(names) if hasattr(module, name))
 
 
-def _fix_frequencies(module: nn.Module, restore: ExitStack) -> None:
-    """Skip the updates of transformers' `dynamic_rope_update`, which depend on the module's `rope_type` alone."""
-    rope_type = getattr(module, "rope_type", None)
-    by_layer = isinstance(rope_type, dict)
-    kinds = (
-        {f"{name}_": kind for name, kind in rope_type.items()}
-        if isinstance(rope_type, dict)
-        else {"": rope_type}
-    )
+def _rope_types(module: nn.Module) -> dict[str, Any]:
+    """Return the module's rope types by the prefix that the names of their buffers have."""
+    rope_type: Any = getattr(module, "rope_type", None)
+    if isinstance(rope_type, dict):  # one for each type of layer
+        return {f"{name}_": kind for name, kind in rope_type.items()}
+    return {"": rope_type}
+
+
+def _fix_frequencies(module: nn.Module) -> None:
+    """Disable transformers' `dynamic_rope_update`, which depends on the module's `rope_type`."""
+    kinds = _rope_types(module)
     changing = [
         prefix for prefix, kind in kinds.items() if isinstance(kind, str) and _changes(kind)
     ]
-    if not changing or not all(
-        hasattr(module, f"{prefix}original_inv_freq") for prefix in changing
-    ):
+    has_original = [hasattr(module, f"{prefix}original_inv_freq") for prefix in changing]
+    if not changing or not all(has_original):
         return
     for prefix in changing:
-        current, original = (
-            getattr(module, f"{prefix}{name}") for name in ("inv_freq", "original_inv_freq")
-        )
-        _replace(module, f"{prefix}inv_freq", original.to(current.device), restore)
+        device = getattr(module, f"{prefix}inv_freq").device
+        original = getattr(module, f"{prefix}original_inv_freq")
+        setattr(module, f"{prefix}inv_freq", original.to(device))
     fixed = {prefix: "default" if prefix in changing else kind for prefix, kind in kinds.items()}
-    _replace(
-        module,
-        "rope_type",
-        {prefix[:-1]: kind for prefix, kind in fixed.items()} if by_layer else fixed[""],
-        restore,
-    )
+    if isinstance(module.rope_type, dict):
+        fixed_type: Any = {prefix[:-1]: kind for prefix, kind in fixed.items()}
+    else:
+        fixed_type = fixed[""]
+    module.rope_type = fixed_type
 
 
-def _fix_scale(module: nn.Module, restore: ExitStack) -> None:
-    """phimoe selects a scale by the largest position, and computes its frequencies anew in each call."""
+def _fix_scale(module: nn.Module) -> None:
+    """Fix the scale and frequencies of phimoe, whose forward recomputes both in each call."""
     config: Any = getattr(module, "config", None)
     initialise: Any = getattr(module, "rope_init_fn", None)
     parameters = getattr(config, "rope_parameters", None)
@@ -147,25 +138,9 @@ def _fix_scale(module: nn.Module, restore: ExitStack) -> None:
     inv_freq = initialise(config)[0].to(module.get_buffer("inv_freq").device)
     fixed = copy.deepcopy(config)
     fixed.rope_parameters["rope_type"] = "default"
-    _replace(module, "config", fixed, restore)
-    _replace(
-        module, "rope_init_fn", _FixedFrequencies(inv_freq, parameters["short_mscale"]), restore
-    )
+    module.config = fixed
+    module.rope_init_fn = _FixedFrequencies(inv_freq, parameters["short_mscale"])
 
 
 def _changes(rope_type: str) -> bool:
     return "dynamic" in rope_type or rope_type == "longrope"
-
-
-def _replace(module: nn.Module, name: str, value: Any, restore: ExitStack) -> None:
-    """Set an attribute or buffer; a module takes the place of a function."""
-    before = getattr(module, name)
-
-    def put_back() -> None:
-        if name in module._modules:
-            delattr(module, name)
-        setattr(module, name, before)
-
-    restore.callback(put_back)
-    with torch.no_grad():
-        setattr(module, name, value)

@@ -1,44 +1,48 @@
-"""A report into a file, in the form that its name asks for."""
+"""Write a report to a file, in the format of its suffix."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from compiled_llm.report.html import report_page
+from compiled_llm.report.html import render_html
 from compiled_llm.report.report import Report
-from compiled_llm.system.atomic_file import write_whole
+from compiled_llm.system.atomic_file import write_atomic
 
-FORMS = (".html", ".json", ".txt")
+
+def _render_json(report: Report) -> str:
+    return json.dumps(report.to_dict(), indent=1)
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    ".html": render_html,
+    ".json": _render_json,
+    ".txt": str,
+}
 
 
 def write_report(report: Report, path: Path) -> None:
-    """A page with plots, plain data, or tables; raises ValueError for another ending, and where it cannot be written."""
-    check_ending(path)
-    forms: dict[str, Callable[[Report], str]] = {
-        ".html": report_page,
-        ".json": _plain_data,
-        ".txt": str,
-    }
+    """Write an HTML page with plots (.html), plain data (.json) or tables (.txt).
+
+    Raises:
+        ValueError: the suffix is another one, or the file cannot be written.
+    """
+    check_report_path(path)
     try:
-        write_whole(path, forms[path.suffix](report).encode())
+        write_atomic(path, FORMATS[path.suffix](report).encode())
     except OSError as error:
         raise ValueError(f"the report cannot be written to {path}: {error.strerror}") from None
 
 
-def hand_out(report: Report, *, printed: bool, file: Path | None) -> None:
-    """Print a report on standard error, and write it, as wanted."""
+def output_report(report: Report, *, printed: bool, file: Path | None) -> None:
+    """Print a report on standard error, write it to a file, or both."""
     if printed:
         print(report, file=sys.stderr)
     if file is not None:
         write_report(report, file)
 
 
-def check_ending(path: Path | None) -> None:
-    """Before anything is started; raises ValueError."""
-    if path is not None and path.suffix not in FORMS:
-        raise ValueError(f"a report file must end in {', '.join(FORMS)}, got {path}")
-
-
-def _plain_data(report: Report) -> str:
-    return json.dumps(report.to_dict(), indent=1)
+def check_report_path(path: Path | None) -> None:
+    """Raise ValueError if no report can have this path's suffix."""
+    if path is not None and path.suffix not in FORMATS:
+        raise ValueError(f"a report file must end in {', '.join(FORMATS)}, got {path}")

@@ -1,22 +1,31 @@
-"""What an engine did and what it cost: phases, buckets, passes, fallbacks."""
+"""What an engine did and what it cost: start-up, buckets, step counters and warnings."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 
-from compiled_llm.report.tables import ReportTable, printed
-from compiled_llm.runtime.memory.kv_cache import used_bytes
+from compiled_llm.system.device_memory import used_bytes
 from passes import PassReport
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
 class PhaseReport:
-    """One phase of the start: wall time, and how much more memory was in use at its end (see `used_bytes`); 0 for a part of one."""
+    """One phase of the start-up.
+
+    Attributes:
+        name: of the phase.
+        seconds: wall time.
+        bytes: growth of the memory in use (see `used_bytes`); 0 for a part of a phase.
+    """
 
     name: str
     seconds: float
@@ -25,17 +34,21 @@ class PhaseReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """A bucket against the same steps uncompiled, on random batches.
+    """Comparison of a bucket with the same steps run eagerly, on random batches.
 
     Attributes:
-        batches, rows: tried; the rows of all batches together.
-        agreement: the share of rows for which both chose the same token (top-1, where a row is greedy).
-        logit_difference: the largest; None where the bucket's step keeps no logits and so shows its choices alone.
-        choice_gap: how far a token that the bucket chose lay below the one that it should have, at most; half of it is the
-            least that the logits must have differed by.
-        cache_difference: the largest among the keys and values written.
-        error, allowed: the largest of these differences (of the gap, half), in standard deviations of what was compared.
-        failure: why the bucket is not used, or None.
+        batches: number of batches.
+        rows: number of rows in all batches.
+        agreement: the fraction of rows with the same token (top-1, where a row is greedy).
+        logit_difference: the largest difference; None if the bucket's step stores no logits, so
+            that only its tokens can be compared.
+        choice_gap: the largest difference between the logit of the token that the bucket chose and
+            the logit of the right token; the logits differ by at least half of it.
+        cache_difference: the largest difference among the keys and values written.
+        error: the largest of these differences (half of the gap), in standard deviations of the
+            compared values.
+        allowed: the largest `error` that passes.
+        failure: the reason why the bucket is not used, or None.
     """
 
     batches: int
@@ -49,30 +62,46 @@ class Verification:
     failure: str | None
 
 
+class BucketState(StrEnum):
+    """State of a bucket. `BucketReport.failure` gives the reason for the last three."""
+
+    GRAPH = "graph"  # a step replays its CUDA graph
+    COMPILED = "compiled"  # a step calls its compiled function
+    PENDING = "pending"  # compiled when a step first needs it (compile.capture: lazy)
+    LEFT_OUT = "left out"  # memory.graphs has no space for its CUDA graph
+    FAILED = "failed"  # compilation, capture or verification failed
+
+
 @dataclass(slots=True, kw_only=True)
 class BucketReport:
     """One bucket.
 
     Attributes:
+        bucket: the name.
         size: tokens of a step.
-        mode: `graph` replays a CUDA graph; `compiled` calls compiled code; `eager` could not be compiled, `left out` had no room,
-            and `pending` no step has asked for, see `failure`.
-        kept: whether an artifact has it now; unkept: why it could not be kept there, if it could not.
-        loaded: whether it had it before; `compile_seconds` is then what loading took.
-        trace_seconds, compile_seconds, autotune_seconds, capture_seconds: one after another; capture is two warm calls.
-        bytes: device memory that its recording took: what the pool grew by, and what the driver holds for the graph.
-        replays, padded: steps served by its compiled code, and the tokens of these steps that were padding.
-        failure: why it is not used, if it is not.
-        verification: what `verify` found.
-        passes: reports of its graph passes, when they ran; empty when Inductor's cache served the graph.
+        state: see `BucketState`.
+        loaded: whether an artifact held it; `compile_seconds` is then the time to load it.
+        saved: whether an artifact holds it now.
+        save_failure: the reason why it could not be saved, or None.
+        trace_seconds: time to trace the step.
+        compile_seconds: time to compile it, without autotuning.
+        autotune_seconds: time to autotune its kernels.
+        capture_seconds: time of two calls, in which the CUDA graph is recorded.
+        bytes: device memory of its recording: the growth of the memory pool, and the driver's
+            memory for the graph.
+        replays: number of steps that ran in it.
+        padded: number of padding tokens in these steps.
+        failure: the reason why it is not used, or None.
+        verification: the result of `verify`, or None.
+        passes: the reports of its graph passes; empty if Inductor's cache held the graph.
     """
 
     bucket: str
     size: int
-    mode: str = "eager"
+    state: BucketState = BucketState.FAILED
     loaded: bool = False
-    kept: bool = False
-    unkept: str | None = None
+    saved: bool = False
+    save_failure: str | None = None
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
     autotune_seconds: float = 0.0
@@ -87,16 +116,19 @@ class BucketReport:
 
 @dataclass(slots=True)
 class SchedulingReport:
-    """What the engine's scheduler did.
+    """Counts of the scheduler.
 
     Attributes:
-        steps, decode_steps: launched; those that only decoded.
-        tokens: computed, prompts and outputs.
-        cached_tokens: prompt tokens that were found in shared pages instead.
-        preemptions: times that a request made room and was computed again.
-        processor_calls: tokens chosen outside the graph, by requests' own logits processors.
-        recoveries: calls that an exception cut short, after which running requests ended with an error.
-        host_seconds, wait_seconds: of the thread that steps: its own work, and waiting for the device.
+        steps: steps launched.
+        decode_steps: steps with decoding rows only.
+        tokens: tokens computed, of prompts and outputs.
+        cached_tokens: prompt tokens whose blocks were found in the prefix cache.
+        preemptions: number of times that a request lost its blocks and was computed again.
+        processor_calls: tokens sampled outside the graph, by logits processors of requests.
+        recoveries: calls that an exception interrupted, after which running requests ended with
+            an error.
+        host_seconds: CPU time of the thread that runs the steps.
+        wait_seconds: time that it waited for the device.
     """
 
     steps: int = 0
@@ -111,178 +143,128 @@ class SchedulingReport:
 
 
 @dataclass(slots=True)
-class Report:
-    """Everything an engine counts. Prints as tables; `to_dict()` is plain data.
+class StartupReport:
+    """What the start-up did.
 
     Attributes:
-        facts: what was built, in words and numbers.
-        warnings: what the start did otherwise than it was told, and why.
-        artifact_refusal: why an artifact was not used, the named one's reason first; None where none was refused.
-        graphs, pool_bytes: CUDA graphs recorded, and the memory pool that they share.
-        fallbacks: steps that ran eagerly, by reason.
-        stand_ins: steps that ran in a larger or dearer bucket than the one that fits, by reason.
-        graph_events: graph skips, recompiles and re-records during steps; all zero in a healthy engine. A direct replay can
-            cause none, so it is not counted.
+        facts: descriptions of the engine, by name.
+        phases: in order.
+        artifact_refusal: the reason why an artifact was not used, that of the configured one
+            first; None if none was refused.
     """
 
     facts: dict[str, str | int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    artifact_refusal: str | None = None
     phases: list[PhaseReport] = field(default_factory=list)
-    buckets: list[BucketReport] = field(default_factory=list)
+    artifact_refusal: str | None = None
+
+
+@dataclass(slots=True)
+class StepCounters:
+    """Counts of steps that no bucket or another bucket served, and of CUDA graphs.
+
+    Attributes:
+        graphs: number of recorded CUDA graphs.
+        pool_bytes: the memory pool that they share.
+        fallbacks: steps that ran eagerly, by reason.
+        stand_ins: steps that ran in a larger or more expensive bucket than necessary, by reason.
+        graph_events: graph skips, recompiles and re-records during steps; all zero in a healthy
+            engine. A direct replay cannot cause any and is not counted.
+    """
+
     graphs: int = 0
     pool_bytes: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     stand_ins: Counter[str] = field(default_factory=Counter)
     graph_events: dict[str, int] = field(default_factory=dict)
+
+    def count_fallback(self, reason: str, *, expected: bool) -> None:
+        """Count a step that runs eagerly; log a reason once, as a warning unless `expected`."""
+        if reason not in self.fallbacks:
+            level = logging.INFO if expected else logging.WARNING
+            _log.log(level, "a step runs eagerly: %s", reason)
+        self.fallbacks[reason] += 1
+
+    def count_stand_in(self, reason: str) -> None:
+        """Count a step that runs in another bucket than the best one; log a reason once."""
+        if reason not in self.stand_ins:
+            _log.info("a step runs in another bucket: %s", reason)
+        self.stand_ins[reason] += 1
+
+
+@dataclass(slots=True)
+class Report:
+    """All that an engine reports. `str()` formats it as tables; `to_dict()` is plain data.
+
+    Attributes:
+        startup: the start-up's facts and phases.
+        buckets: the buckets, in any state.
+        counters: counts of steps and CUDA graphs.
+        scheduling: counts of the scheduler.
+        warnings: settings that are not followed, and why.
+    """
+
+    startup: StartupReport = field(default_factory=StartupReport)
+    buckets: list[BucketReport] = field(default_factory=list)
+    counters: StepCounters = field(default_factory=StepCounters)
     scheduling: SchedulingReport = field(default_factory=SchedulingReport)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        return self.startup.facts
+
+    @property
+    def phases(self) -> list[PhaseReport]:
+        return self.startup.phases
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        return self.counters.fallbacks
+
+    @property
+    def stand_ins(self) -> Counter[str]:
+        return self.counters.stand_ins
+
+    @property
+    def graph_events(self) -> dict[str, int]:
+        return self.counters.graph_events
 
     @property
     def padding_waste(self) -> float:
-        """The share of padding in all tokens that the buckets' steps computed."""
+        """The fraction of padding in all tokens that steps in buckets computed."""
         padded = sum(bucket.padded for bucket in self.buckets)
         return padded / max(1, sum(bucket.replays * bucket.size for bucket in self.buckets))
 
+    def warn(self, message: str) -> None:
+        """Add a warning and log it."""
+        self.warnings.append(message)
+        _log.warning(message)
+
     @contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time a phase of the start and measure the memory it takes."""
+        """Measure the time and the memory of a phase of the start-up."""
         begin, used = time.perf_counter(), used_bytes(device)
         yield
-        self.phases.append(
-            PhaseReport(
-                name=name, seconds=time.perf_counter() - begin, bytes=used_bytes(device) - used
-            )
-        )
+        seconds = time.perf_counter() - begin
+        self.phases.append(PhaseReport(name=name, seconds=seconds, bytes=used_bytes(device) - used))
+        _log.info("%s: %.2f s", name, seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "fallbacks": dict(self.fallbacks),
-            "stand_ins": dict(self.stand_ins),
-        }
+        """Return plain data for JSON; the fields of `startup` and `counters` are not nested."""
+        values = asdict(self)
+        startup, counters = values.pop("startup"), values.pop("counters")
+        # `asdict` does not copy a Counter correctly.
+        counters["fallbacks"] = dict(self.fallbacks)
+        counters["stand_ins"] = dict(self.stand_ins)
+        return {**startup, **values, **counters}
 
     def __str__(self) -> str:
-        return printed([*self.headlines(), *self.sheets()])
+        from compiled_llm.report.tables import render_report
 
-    def verification(self) -> str:
-        """The table of the buckets that were verified, and of those that could not be compiled, why."""
-        failed = [
-            bucket
-            for bucket in self.buckets
-            if bucket.verification is None and bucket.failure is not None
-        ]
-        reasons = [f"{bucket.bucket} could not be verified: {bucket.failure}" for bucket in failed]
-        return printed([self._verification_sheet(), *reasons])
+        return render_report(self)
 
-    def headlines(self) -> list[str]:
-        """Facts, warnings, and what sums the tables up."""
-        return [
-            *(f"{name}: {value}" for name, value in self.facts.items()),
-            *(f"warning: {warning}" for warning in self.warnings),
-            f"CUDA graphs: {self.graphs}, in a pool of {_mib(self.pool_bytes)} MiB",
-            f"padding: {self.padding_waste:.1%} of the tokens computed in buckets",
-        ]
+    def render_verification(self) -> str:
+        """Return the verified buckets as a table, followed by those that could not be compiled."""
+        from compiled_llm.report.tables import render_verification
 
-    def sheets(self) -> Iterator[ReportTable]:
-        """All that is counted, as tables."""
-        phases = [(phase.name, f"{phase.seconds:.2f}", _mib(phase.bytes)) for phase in self.phases]
-        yield ReportTable("phases", ["phase", "seconds", "MiB"], phases)
-        yield ReportTable("buckets", _BUCKET, [_bucket_row(bucket) for bucket in self.buckets])
-        columns = ["pass", "bucket", "matches", "expected", "seconds", "ops before", "ops after"]
-        yield ReportTable(
-            "passes", columns, [_pass_row(b.bucket, p) for b in self.buckets for p in b.passes]
-        )
-        if any(bucket.verification for bucket in self.buckets):
-            yield self._verification_sheet()
-        yield ReportTable(
-            "eager fallbacks",
-            ["reason", "steps"],
-            [(r, str(n)) for r, n in self.fallbacks.items()] or [("none", "0")],
-        )
-        if self.stand_ins:
-            yield ReportTable(
-                "other buckets",
-                ["reason", "steps"],
-                [(r, str(n)) for r, n in self.stand_ins.items()],
-            )
-        counts = [
-            (name.replace("_", " "), f"{value:.6g}")
-            for name, value in asdict(self.scheduling).items()
-        ]
-        yield ReportTable("scheduling", ["what", "count"], counts)
-        yield ReportTable(
-            "graph events",
-            ["event", "count"],
-            [(name, str(count)) for name, count in self.graph_events.items()],
-        )
-
-    def _verification_sheet(self) -> ReportTable:
-        found = [
-            _verified_row(bucket.bucket, bucket.verification)
-            for bucket in self.buckets
-            if bucket.verification is not None
-        ]
-        return ReportTable("verification", _VERIFIED, found)
-
-
-_SECONDS = ["trace s", "compile s", "tune s", "capture s"]
-_BUCKET = ["bucket", "mode", "made by", *_SECONDS, "MiB", "replays", "padded tokens", "failure"]
-
-
-def _bucket_row(bucket: BucketReport) -> list[str]:
-    spent = (
-        bucket.trace_seconds,
-        bucket.compile_seconds,
-        bucket.autotune_seconds,
-        bucket.capture_seconds,
-    )
-    seconds = [f"{part:.2f}" for part in spent]
-    counts = (_mib(bucket.bytes), str(bucket.replays), str(bucket.padded))
-    maker = (
-        "artifact"
-        if bucket.loaded
-        else "compiling"
-        if bucket.mode not in ("pending", "left out")
-        else ""
-    )
-    return [bucket.bucket, bucket.mode, maker, *seconds, *counts, bucket.failure or ""]
-
-
-_VERIFIED = [
-    "bucket",
-    "rows",
-    "top-1",
-    "logit difference",
-    "choice gap",
-    "KV difference",
-    "in std",
-    "allowed",
-    "outcome",
-]
-
-
-def _verified_row(bucket: str, found: Verification) -> list[str]:
-    logits = "not kept" if found.logit_difference is None else f"{found.logit_difference:.2g}"
-    errors = (
-        logits,
-        *(
-            f"{value:.2g}"
-            for value in (found.choice_gap, found.cache_difference, found.error, found.allowed)
-        ),
-    )
-    return [bucket, str(found.rows), f"{found.agreement:.1%}", *errors, found.failure or "equal"]
-
-
-def _pass_row(bucket: str, report: PassReport) -> list[str]:
-    counts = (
-        str(report.matches),
-        str(report.expected),
-        f"{report.seconds:.3f}",
-        str(report.ops_before),
-        str(report.ops_after),
-    )
-    return [report.name, bucket, *counts]
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f}"
+        return render_verification(self)

@@ -1,118 +1,103 @@
-"""An engine's buckets, made: compiled or loaded, captured, and verified where the config says so."""
+"""Builds the buckets of an engine: compiles or loads, captures, and verifies them."""
 
-import warnings
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
-from compiled_llm.config.schema import Config
-from compiled_llm.models.discovery import AttentionLayer
-from compiled_llm.models.exported_model import ServedModel, model_itself
-from compiled_llm.report.report import BucketReport, Report
-from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import refuse_artifact, tidy
+from compiled_llm.models.exported_model import underlying_model
+from compiled_llm.report.report import BucketReport
+from compiled_llm.runtime.artifacts.cache import evict_lru, refuse_artifact
 from compiled_llm.runtime.artifacts.model_source import snapshot
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.lazy import pending
-from compiled_llm.runtime.capture.warmup import CapturedBucket, compile_buckets, graph_budget
-from compiled_llm.runtime.compilation.timing import phases_of
+from compiled_llm.runtime.build_context import BuildContext
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
+from compiled_llm.runtime.capture.lazy import pending_buckets
+from compiled_llm.runtime.capture.warmup import compile_buckets, make_graph_budget
+from compiled_llm.runtime.compilation.timing import split_phase
 from compiled_llm.runtime.compilation.worker_pool import CompilePool
-from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.verify.verify import check_entry
+from compiled_llm.runtime.verify.verify import verify_bucket
+
+_log = logging.getLogger(__name__)
 
 
 class BucketBuilder:
-    """Makes buckets for one engine, all at its start or one at a time later.
+    """Builds the buckets of one engine, all at its start or one at a time later."""
 
-    Args:
-        model: whose steps they are.
-        layers: its attention layers.
-        memory: what the steps work on.
-        config: what is wanted of them.
-        limits: of the engine's batches.
-        artifact: where they are kept, if they are.
-        report: where phases and warnings go.
-    """
-
-    def __init__(
-        self, model: ServedModel, layers: list[AttentionLayer], memory: Memory, config: Config, limits: Limits,
-        artifact: Artifact | None, report: Report,
-    ) -> None:  # fmt: skip
-        self._model, self._layers, self._memory, self._limits = model, layers, memory, limits
-        self._config, self._artifact, self._report = config, artifact, report
-        self._budget = graph_budget(config, model.device)
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
+        self._budget = make_graph_budget(context.config, context.device)
+        artifact = context.artifact
         by_source = artifact is not None and not artifact.by_graph
-        self._snapshot = snapshot(model_itself(model)) if by_source else None
+        self._model_snapshot = snapshot(underlying_model(context.model)) if by_source else None
 
-    def make_all(
+    def build_all(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None
     ) -> list[CapturedBucket]:
-        """The entries of a start; with `compile.capture: lazy` all of them are to come. Raises what `compile_buckets` does."""
-        if self._config.compile.capture == "lazy":
-            self._tidy()
-            return pending(buckets)
-        with self._report.phase("compile and capture", self._model.device):
-            entries = self._compile(buckets, progress=progress, pool=pool)
-        self._report.phases[-1:] = phases_of(
-            self._report.phases[-1], [entry.report for entry in entries]
-        )
-        self._tidy()
-        if self._config.verify:
-            with self._report.phase("verify", self._model.device):
-                self._verify(entries)
-        return entries
+        """Build all buckets, or, with `compile.capture: lazy`, return them all as pending.
 
-    def make_one(self, bucket: Bucket) -> CapturedBucket:
-        """The entry of a bucket that was pending. A failure costs this bucket alone; its report and a warning give the reason."""
-        if self._snapshot is not None and self._snapshot != snapshot(model_itself(self._model)):
-            self._snapshot = self._artifact = None
-            refuse_artifact(
-                self._report,
-                "the model was changed since it was loaded: what is compiled from now on is not kept",
-            )
+        Raises:
+            ValueError, PassError, StrictError: see `compile_buckets` and `verify_bucket`.
+        """
+        config, report, device = self._context.config, self._context.report, self._context.device
+        if config.compile.capture == "lazy":
+            self._evict_artifacts()
+            return pending_buckets(buckets)
+        with report.phase("compile and capture", device):
+            built = self._compile(buckets, progress=progress, pool=pool)
+        report.phases[-1:] = split_phase(report.phases[-1], [bucket.report for bucket in built])
+        self._evict_artifacts()
+        if config.verify:
+            with report.phase("verify", device):
+                self._verify(built)
+        return built
+
+    def build(self, bucket: Bucket) -> CapturedBucket:
+        """Build a pending bucket.
+
+        A failure affects this bucket alone: its report and a warning give the reason.
+        """
+        self._check_model_source()
         try:
-            entries = self._compile([bucket], progress=False)
-            if self._config.verify:
-                self._verify(entries)
+            built = self._compile([bucket], progress=False)
+            if self._context.config.verify:
+                self._verify(built)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-            warnings.warn(f"bucket {bucket} is not used: {failure}", stacklevel=2)
-            return CapturedBucket(
-                bucket=bucket,
-                report=BucketReport(bucket=str(bucket), size=bucket.size, failure=failure),
-            )
-        return entries[0]
+            _log.warning("bucket %s is not used: %s", bucket, failure)
+            report = BucketReport(bucket=str(bucket), size=bucket.size, failure=failure)
+            return CapturedBucket(bucket=bucket, report=report)
+        return built[0]
+
+    def _check_model_source(self) -> None:
+        """Stop saving buckets if the model was changed since it was loaded."""
+        model = underlying_model(self._context.model)
+        if self._model_snapshot is None or self._model_snapshot == snapshot(model):
+            return
+        self._model_snapshot = None
+        self._context = replace(self._context, artifact=None)
+        refuse_artifact(
+            self._context.report,
+            "the model was changed since it was loaded: "
+            "buckets that are compiled from now on are not saved",
+        )
 
     def _compile(
         self, buckets: Sequence[Bucket], *, progress: bool, pool: CompilePool | None = None
     ) -> list[CapturedBucket]:
-        model, layers, memory, config, artifact = (
-            self._model,
-            self._layers,
-            self._memory,
-            self._config,
-            self._artifact,
-        )
         return compile_buckets(
-            buckets,
-            model,
-            layers,
-            memory,
-            config,
-            artifact,
-            self._report,
-            progress=progress,
-            budget=self._budget,
-            pool=pool,
+            buckets, self._context, progress=progress, budget=self._budget, pool=pool
         )
 
-    def _tidy(self) -> None:
-        if self._artifact is not None:
-            tidy(self._artifact, self._config.compile.cache_limit, self._report)
+    def _evict_artifacts(self) -> None:
+        artifact, config = self._context.artifact, self._context.config
+        if artifact is not None:
+            evict_lru(artifact, config.compile.cache_limit, self._context.report)
 
-    def _verify(self, entries: Sequence[CapturedBucket]) -> None:
-        """Give up the buckets that differ from eager, and what is kept of them."""
-        for entry in entries:
-            check_entry(entry, self._model, self._memory, self._limits, strict=self._config.strict)
-            if self._artifact is not None and entry.report.verification and entry.compiled is None:
-                self._artifact.drop(str(entry.bucket))
-                entry.report.kept = False
+    def _verify(self, built: Sequence[CapturedBucket]) -> None:
+        """Verify the buckets, and remove those that fail from the artifact."""
+        artifact = self._context.artifact
+        for bucket in built:
+            verify_bucket(bucket, self._context)
+            if artifact is not None and bucket.report.verification and bucket.compiled is None:
+                artifact.drop(str(bucket.bucket))
+                bucket.report.saved = False

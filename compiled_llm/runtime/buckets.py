@@ -1,27 +1,32 @@
-"""Static shapes: which are compiled, and which one serves a batch."""
+"""Static shapes: which are compiled, and which is the smallest that holds a batch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from compiled_llm.config.schema import Sampler
+from compiled_llm.config.schema import BucketsConfig, Sampler
+from compiled_llm.runtime.limits import Limits
 
-Kind = Literal["decode", "prefill"]
+BucketKind = Literal["decode", "prefill"]
 
-# Each serves everything that those before it serve, at a higher price.
+# In order of cost: each serves everything that the samplers before it serve.
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-_SMALLEST: dict[Kind, int] = {"decode": 1, "prefill": 64}
+_SMALLEST: dict[BucketKind, int] = {"decode": 1, "prefill": 64}
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A shape: `size` sequences of a decode step, or `size` tokens of a prefill step, and how it samples.
+    """A static shape of a step. Printed as, for example, `decode-8-greedy`.
 
-    Samplers: `greedy` takes the most likely token; `random` adds temperature and seed; `full` everything that
-    `SamplingParams` has; `scoring`, for prefill alone, also gives logprobs of the prompt. Printed as e.g. `decode-8-greedy`.
+    Attributes:
+        kind: whether the step decodes or prefills.
+        size: sequences of a decode step, or tokens of a prefill step.
+        sampler: `greedy` takes the most likely token; `random` adds temperature and seed; `full`
+            supports all of `SamplingParams`; `scoring`, for prefill alone, also returns logprobs of
+            the prompt.
     """
 
-    kind: Kind
+    kind: BucketKind
     size: int
     sampler: Sampler = "greedy"
 
@@ -30,53 +35,90 @@ class Bucket:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """Orders buckets by what a step of theirs costs."""
+        """Sort key by which buckets are ordered from cheap to expensive."""
         return self.size, SAMPLERS.index(self.sampler)
 
 
 def make_buckets(
-    kind: Kind,
+    kind: BucketKind,
     sizes: Sequence[int] | str,
     samplers: Iterable[Sampler],
     *,
     limit: int,
     growth: float,
 ) -> list[Bucket]:
-    """The buckets of one kind, cheap to dear, `limit` always among the sizes; none at all where an empty list asks for that.
+    """Return the buckets of one kind, cheap to expensive.
+
+    Args:
+        kind: of all buckets.
+        sizes: a list, to which `limit` is added, or "auto". An empty list gives no buckets.
+        samplers: one bucket of each size is made for each; decode buckets leave out `scoring`.
+        limit: the largest size of a batch.
+        growth: the ratio between successive sizes for "auto".
 
     Raises:
-        ValueError: a listed size is above the limit.
+        ValueError: a listed size exceeds the limit.
     """
     if isinstance(sizes, str):  # "auto"
-        sizes = _geometric(min(_SMALLEST[kind], limit), limit, growth)
-    above = [size for size in sizes if size > limit]
-    if above:
+        sizes = _geometric_sizes(min(_SMALLEST[kind], limit), limit, growth)
+    too_large = [size for size in sizes if size > limit]
+    if too_large:
         raise ValueError(
-            f"buckets.{kind} lists {above}, above the limit of {limit}: raise the limit or drop them"
+            f"buckets.{kind} must not exceed the limit of {limit}, got {too_large}: "
+            "raise the limit or remove these sizes"
         )
-    serving = [sampler for sampler in samplers if kind == "prefill" or sampler != "scoring"]
+    supported = [sampler for sampler in samplers if kind == "prefill" or sampler != "scoring"]
     buckets = [
         Bucket(kind, size, sampler)
         for size in ({*sizes, limit} if sizes else ())
-        for sampler in serving
+        for sampler in supported
     ]
     return sorted(buckets, key=lambda bucket: bucket.cost)
 
 
-def match(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:
-    """The first of the buckets, given cheap to dear, that holds `size` and samples as asked, or None."""
-    wanted = SAMPLERS.index(sampler)
+def plan_buckets(
+    config: BucketsConfig, limits: Limits, *, prefill_chunks: bool
+) -> dict[BucketKind, list[Bucket]]:
+    """Return the buckets of each kind that the config lists.
+
+    Args:
+        config: sizes, samplers and growth.
+        limits: the largest sizes.
+        prefill_chunks: whether a prefill step may have several tokens; otherwise the only prefill
+            size is 1.
+
+    Raises:
+        ValueError: see `make_buckets`.
+    """
+    samplers, growth = config.listed_samplers(), config.growth
+    prefill = config.prefill if prefill_chunks else config.prefill and [1]
+    return {
+        "decode": make_buckets(
+            "decode", config.decode, samplers, limit=limits.max_num_seqs, growth=growth
+        ),
+        "prefill": make_buckets(
+            "prefill", prefill, samplers, limit=limits.max_num_batched_tokens, growth=growth
+        ),
+    }
+
+
+def smallest_bucket(buckets: Sequence[Bucket], size: int, sampler: Sampler) -> Bucket | None:
+    """Return the first bucket that holds `size` with `sampler`, or None.
+
+    The buckets must be ordered cheap to expensive.
+    """
+    cost = SAMPLERS.index(sampler)
     return next(
         (
             bucket
             for bucket in buckets
-            if bucket.size >= size and SAMPLERS.index(bucket.sampler) >= wanted
+            if bucket.size >= size and SAMPLERS.index(bucket.sampler) >= cost
         ),
         None,
     )
 
 
-def _geometric(smallest: int, largest: int, growth: float) -> list[int]:
+def _geometric_sizes(smallest: int, largest: int, growth: float) -> list[int]:
     sizes, size = [largest], float(smallest)
     while size < largest:
         sizes.append(int(size))

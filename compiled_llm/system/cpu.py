@@ -1,4 +1,4 @@
-"""The instruction set of this machine's processor, which C++ compiled with `-march=native` depends on."""
+"""The instruction set of this machine's processor, for which `-march=native` compiles."""
 
 import hashlib
 import platform
@@ -11,10 +11,10 @@ _FEATURES = ("flags", "features")  # of x86 and of ARM
 
 @cache
 def instruction_set() -> str:
-    """A digest of all features that the processor reports, in 12 hexadecimal digits.
+    """Return a digest of the features that the processor reports, in 12 hexadecimal digits.
 
-    All of them count, not only those that compilers are known to use: code with an instruction that is missing here ends the
-    process, while a difference that does not matter costs a compilation.
+    All features count, not only those that compilers are known to use: an instruction that this
+    processor lacks ends the process, while an irrelevant difference costs one compilation.
     """
     return hashlib.sha256(" ".join(sorted(_features())).encode()).hexdigest()[:12]
 
@@ -22,12 +22,12 @@ def instruction_set() -> str:
 def _features() -> set[str]:
     try:
         lines = _CPUINFO.read_text().splitlines()
-    except OSError:  # not Linux
-        return {platform.processor(), platform.node()}  # and what was compiled here stays here
+    except OSError:  # not Linux: compiled code is not shared with other machines
+        return {platform.processor(), platform.node()}
     pairs = (line.partition(":") for line in lines)
     return {
         feature
-        for name, _, found in pairs
+        for name, _, features in pairs
         if name.strip().lower() in _FEATURES
-        for feature in found.split()
+        for feature in features.split()
     }

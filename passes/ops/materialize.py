@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from passes.ops.library import define_op
+from passes.torch_internals import REGISTER_LOWERING
 
 
 def materialize_reference(value: Tensor) -> Tensor:
@@ -22,10 +23,8 @@ def register_materialize_lowering() -> None:
 
     Without it, the op is a kernel launch of its own.
     """
-    # Imported here because it imports the compiler, which takes seconds.
-    from torch._inductor.lowering import register_lowering
 
-    @register_lowering(materialize, type_promotion_kind=None)
+    @REGISTER_LOWERING.get()(materialize, type_promotion_kind=None)
     def _(value):  # type: ignore[no-untyped-def]
         value.realize()
         return value

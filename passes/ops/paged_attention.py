@@ -33,17 +33,14 @@ Arguments of the op:
 Output rows of sequences with `seq_lens[s] == 0` and of tokens past `query_start[S]` are zeros.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
+from passes.attention_reach import AttentionReach
 from passes.ops import cpu
 from passes.ops.decode_attention import decode_attention
 from passes.ops.library import define_op
 from passes.ops.prefill_attention import prefill_attention
-
-Positions = TypeVar("Positions", int, Tensor)
 
 # Upper bound on the elements of an intermediate tensor of the reference: 256 MiB in float32.
 _MAX_ELEMENTS = 2**26
@@ -115,16 +112,6 @@ def _slices(begin: int, end: int, size: int) -> list[slice]:
     return [slice(first, min(end, first + size)) for first in range(begin, end, size)]
 
 
-def first_visible_token(positions: Positions, window: int) -> Positions:
-    """Return the first token to which a query at each position attends.
-
-    With a sliding window it is negative at positions before the end of the first window.
-    """
-    if window < 0:
-        return positions // -window * -window
-    return positions - window + 1 if window else positions * 0
-
-
 def _gather(
     cache_PBGD: Tensor, block_table_SN: Tensor, positions_SQ: Tensor, window: int
 ) -> Tensor:
@@ -135,7 +122,7 @@ def _gather(
     """
     page_size = cache_PBGD.shape[1]
     last_S1 = positions_SQ[:, -1:].clamp(min=0)
-    first_S1 = first_visible_token(positions_SQ[:, :1], window).clamp(min=0)
+    first_S1 = AttentionReach.decode(window).first_visible(positions_SQ[:, :1]).clamp(min=0)
     tokens_K = torch.arange(int(last_S1.max()) + 1, device=last_S1.device)
     tokens_SK = tokens_K.minimum(last_S1).maximum(first_S1)
     pages_SK = block_table_SN.long().gather(1, tokens_SK // page_size)
@@ -168,7 +155,7 @@ def dense_attention(
         distance_SQK = keys_K - positions_SQ[..., None]
         scores += slopes_H.float().view(1, G, H // G, 1, 1) * distance_SQK[:, None, None]
     mask_SQK = (keys_K <= positions_SQ[..., None]) & (keys_K < lens_S[:, None, None])
-    mask_SQK &= keys_K >= first_visible_token(positions_SQ, window)[..., None]
+    mask_SQK &= keys_K >= AttentionReach.decode(window).first_visible(positions_SQ)[..., None]
     scores = scores.masked_fill(~mask_SQK[:, None, None], float("-inf"))
     if sinks_H is not None:
         sink = sinks_H.float().view(1, G, H // G, 1, 1).expand(S, G, H // G, Q, 1)

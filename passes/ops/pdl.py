@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
+
+from passes.torch_internals import PDL_WAIT, TRITON_KERNEL
 
 # Kernels over more tokens fill the GPU, and a kernel that waits occupies it: at 128 tokens PDL
 # cost 2 to 5 % on an H200.
@@ -45,8 +46,6 @@ def inductor_pdl_waits() -> Iterator[None]:
     it. A third kernel, which waits for that one alone, could then run while an earlier kernel
     still does.
     """
-    # Imported here because it imports the compiler, which takes seconds.
-    from torch._inductor.codegen.triton import TritonKernel
 
     def wait(kernel: Any, buffer: Any, *accessed: str, consider_reads: bool = False) -> None:
         if kernel._enable_pdl_codegen():
@@ -54,5 +53,6 @@ def inductor_pdl_waits() -> Iterator[None]:
             target = kernel.body if in_loop else buffer
             target.writeline(kernel.GDC_WAIT)  # Inductor drops all but the first later
 
-    with patch.object(TritonKernel, "_handle_pdl_before_access", wait):
+    TRITON_KERNEL.get()
+    with PDL_WAIT.patch(wait):
         yield

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.ops.library import KERNELS
+from passes.torch_internals import JIT_RUN, LAUNCHER_CACHE
 
 # Contents of a kernel's files, by file name, by the name of its folder in Triton's cache.
 KernelFiles = dict[str, dict[str, bytes]]
@@ -111,11 +111,11 @@ def compile_without_launching(files: KernelFiles) -> Iterator[None]:
 
     The launcher of each kernel, a C extension, is compiled as well.
     """
-    from triton.runtime import build, driver
+    from triton.runtime import driver
     from triton.runtime.cache import FileCacheManager, get_cache_manager
-    from triton.runtime.jit import JITFunction, MockTensor
+    from triton.runtime.jit import MockTensor
 
-    run = JITFunction.run
+    run = JIT_RUN.get()
     folders = list[str]()
     thread = threading.get_ident()
 
@@ -126,7 +126,7 @@ def compile_without_launching(files: KernelFiles) -> Iterator[None]:
             Tensor, lambda tensor: MockTensor(tensor.dtype, list(tensor.shape)), (args, kwargs)
         )
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        with patch.object(build, "get_cache_manager", record_folder):
+        with LAUNCHER_CACHE.patch(record_folder):
             driver.active.launcher_cls(kernel.src, kernel.metadata)
         folders.append(kernel.hash)
         return kernel
@@ -136,7 +136,7 @@ def compile_without_launching(files: KernelFiles) -> Iterator[None]:
             folders.append(folder)
         return get_cache_manager(folder)
 
-    with patch.object(JITFunction, "run", compile_only):
+    with JIT_RUN.patch(compile_only):
         yield
     for folder in dict.fromkeys(folders):
         files[folder] = _read(Path(FileCacheManager(folder).cache_dir))

@@ -1,29 +1,29 @@
-"""Systems without a model, for tests of what runs them."""
+"""Systems without a model, for tests of the processes and commands around them."""
 
 import os
 import time
 from dataclasses import asdict
 from typing import Any
 
-from bench.systems import Generated
+from bench.systems import GenerateResult
 
 
 class Fake:
-    """Takes 10 ms for a prompt and 2 ms for a step, as far as it says; prints where it should not."""
+    """Reports 10 ms per prompt and 2 ms per step; prints to standard output."""
 
     def __init__(self, **setup: Any) -> None:
         self.setup = setup
 
     def start(self) -> float:
-        print("starting, on standard output")
-        os.write(1, b"and from beneath Python\n")
+        print("printed by Python")
+        os.write(1, b"written to the file descriptor\n")
         return 1.5
 
     def generate(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float
     ) -> dict[str, Any]:
         seconds = 0.010 * len(prompts) + 0.002 * max(output_lengths)
-        return asdict(Generated(counts=list(output_lengths), seconds=seconds, counters={}))
+        return asdict(GenerateResult(counts=list(output_lengths), seconds=seconds, counters={}))
 
     def describe(self) -> dict[str, Any]:
         return {"version": "1"}
@@ -32,33 +32,33 @@ class Fake:
         time.sleep(seconds)
 
     def fail(self) -> None:
-        raise ValueError("it cannot\ndo this")
+        raise ValueError("first line\nsecond line")
 
     def close(self) -> None:
-        print("let go")
+        print("closed")
 
 
 class Crashing(Fake):
-    """Its process dies at the first request of two prompts."""
+    """A system whose process exits at a request of two prompts."""
 
     def generate(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float
     ) -> dict[str, Any]:
         if len(prompts) == 2:
-            os.write(2, b"a last word\n")
+            os.write(2, b"last line of the log\n")
             os._exit(3)
         return super().generate(prompts, output_lengths, temperature)
 
 
 class Unstartable(Fake):
-    """Has no such device."""
+    """A system that fails to start."""
 
     def start(self) -> float:
         raise RuntimeError("no device")
 
 
 class Short(Fake):
-    """Gives less than was asked for."""
+    """A system that generates one token less than requested."""
 
     def generate(
         self, prompts: list[list[int]], output_lengths: list[int], temperature: float

@@ -1,32 +1,46 @@
-"""A tiny model on the CPU, and systems in this process instead of one of their own."""
+"""A tiny model on the CPU, and systems in this process instead of worker processes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from bench.roofline import Roofline
+from bench.run import BenchRun
 from bench.systems import Setup
+from bench.systems.ours_stepped import OursStepped
 from bench.worker_client import WorkerError
+from bench.worker_group import WorkerOptions
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import Config
 
 _ARCHITECTURE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def write_architecture(directory: Path, **changes: Any) -> Path:
-    """A config.json of two layers."""
+    """Write the config.json of a model with two layers and return its path."""
     path = directory / "tiny.json"
     path.write_text(json.dumps(_ARCHITECTURE | changes))
     return path
 
 
 def tiny_config(directory: Path, **changes: Any) -> Config:
-    """Uncompiled, on the CPU: 4 sequences, 64 tokens a step, 128 a sequence."""
+    """Return an eager config with 4 sequences, 64 tokens per step and 128 per sequence."""
     model = {
         "name": str(write_architecture(directory)),
         "weights": "random",
@@ -39,27 +53,43 @@ def tiny_config(directory: Path, **changes: Any) -> Config:
     )
 
 
-def made_up_card(**changes: Any) -> Roofline:
-    """A card of nothing that exists."""
+def fake_roofline(**changes: Any) -> Roofline:
+    """Return a roofline with round numbers."""
     values: dict[str, Any] = {
-        "model": "Tiny", "device": "cpu", "device_name": "a CPU", "dtype": "float32", "vocab_size": 160, "parameters": 1000,
-        "weight_bytes": 4000, "kv_bytes": 16, "copy_bandwidth": 2e6, "read_bandwidth": 1e6, "max_num_seqs": 4,
-        "max_num_batched_tokens": 64, "max_model_len": 128,
-    }  # fmt: skip
+        "model": "Tiny",
+        "device": "cpu",
+        "device_name": "a CPU",
+        "dtype": "float32",
+        "vocab_size": 160,
+        "parameters": 1000,
+        "weight_bytes": 4000,
+        "kv_bytes": 16,
+        "copy_bandwidth": 2e6,
+        "read_bandwidth": 1e6,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 128,
+    }
     return Roofline(**(values | changes))
 
 
-class Local:
-    """As `bench.worker_client.WorkerClient`, without a process: values still pass through JSON."""
+def local_run(config: Config, **changes: Any) -> BenchRun:
+    """Return a run with the config and a fake roofline, whose results go nowhere."""
+    roofline = fake_roofline(**changes)
+    out = Path("/nonexistent")
+    return BenchRun(config=config, roofline=roofline, options=WorkerOptions(), out=out)
+
+
+class LocalClient:
+    """A `bench.worker_client.WorkerClient` without a process; values still pass through JSON."""
 
     def __init__(self, system: Any) -> None:
         self.system = system
 
     def call(self, method: str, **arguments: Any) -> Any:
         try:
-            return json.loads(
-                json.dumps(getattr(self.system, method)(**json.loads(json.dumps(arguments))))
-            )
+            result = getattr(self.system, method)(**json.loads(json.dumps(arguments)))
+            return json.loads(json.dumps(result))
         except Exception as error:
             raise WorkerError(f"{type(error).__name__}: {error}", alive=True) from error
 
@@ -78,10 +108,6 @@ class Local:
         self.close()
 
 
-def open_local(name: str, setup: Setup, options: object, **_: object) -> Local:
-    """In place of `bench.worker_group.open_worker`."""
-    from dataclasses import asdict
-
-    from bench.systems.ours_steps import Steps
-
-    return Local(Steps(**asdict(setup)))
+def open_local(name: str, setup: Setup, options: object, **_: object) -> LocalClient:
+    """Replace `bench.worker_group.open_worker`."""
+    return LocalClient(OursStepped(**asdict(setup)))

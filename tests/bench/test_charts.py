@@ -1,4 +1,4 @@
-"""Charts are drawn from the records that `bench latency` keeps."""
+"""Charts of the documentation, drawn from records of `bench latency`."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def _record(
         "date": date,
         "arguments": {"context": 128},
         "versions": {"torch": "2.11.0"},
-        "card": {"device_name": "NVIDIA H200", "dtype": "bfloat16", "weight_bytes": 2**30},
+        "roofline": {"device_name": "NVIDIA H200", "dtype": "bfloat16", "weight_bytes": 2**30},
         "config": {"model": {"name": "configs/architectures/tiny-1b.json"}},
         "rows": rows,
         "systems": {system: {"version": "0.26.0"} for system in systems},
@@ -49,7 +49,7 @@ def test_both_variants_of_each_chart_show_the_values_of_the_record(tmp_path: Pat
     written = {path.name for path in (tmp_path / "images").iterdir()}
     expected = {f"{chart.name}-{theme}.svg" for chart in CHARTS for theme in ("light", "dark")}
     assert written == expected
-    # Matplotlib keeps each text as a comment beside its outlines.
+    # Matplotlib writes each text as a comment beside its outlines.
     drawn = (tmp_path / "images" / "decode-latency-dark.svg").read_text()
     for text in ("Tiny-1B", "compiled_llm", "vLLM", "0.125", "0.250", "1.00", "2.00"):
         assert f"<!-- {text} -->" in drawn
@@ -66,6 +66,13 @@ def test_the_newest_record_that_compares_both_systems_is_drawn(tmp_path: Path) -
     assert newest_comparisons(tmp_path) == [newest]
 
 
+def test_records_that_name_the_roofline_card_are_drawn(tmp_path: Path) -> None:
+    old = _record("2026-11-23T10:00:00+00:00")
+    old["card"] = old.pop("roofline")
+    _write(tmp_path, old)
+    assert newest_comparisons(tmp_path) == [old]
+
+
 def test_without_records_nothing_is_drawn(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -75,6 +82,6 @@ def test_without_records_nothing_is_drawn(
     assert not (tmp_path / "images").exists()
 
 
-def test_the_kept_records_compare_two_models() -> None:
+def test_saved_records_compare_two_models() -> None:
     names = [model_name(record) for record in newest_comparisons(RESULTS)]
     assert names == ["Qwen3-0.6B", "Llama-3.1-8B"]

@@ -1,4 +1,4 @@
-"""The commands from end to end, with real processes, and how they refuse bad input."""
+"""Commands from end to end, with worker processes, and errors for bad input."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from bench import kernel_runs
 from bench.cli import app
 from compiled_llm.cli.main import app as main_app
-from tests.bench.local import made_up_card, tiny_config
+from tests.bench.local import fake_roofline, tiny_config
 from tests.conftest import DEVICE
 
 
@@ -21,22 +21,12 @@ def _write(directory: Path) -> str:
 
 
 def test_latency_from_end_to_end(tmp_path: Path) -> None:
-    """Through `compiled-llm bench`: a card, a table, a plot, a file, and the same object as the last line."""
-    arguments = [
-        "--config",
-        _write(tmp_path),
-        "--systems",
-        "ours-eager,transformers",
-        "--batch",
-        "1,4",
-        "--context",
-        "16",
-    ]
+    """`compiled-llm bench latency` prints the record that it saves as its last line."""
     out = tmp_path / "results"
-    done = CliRunner().invoke(
-        main_app,
-        ["bench", "latency", *arguments, "--steps", "4", "--rounds", "2", "--out", str(out)],
-    )
+    sizes = ["--batch", "1,4", "--context", "16", "--steps", "4", "--rounds", "2"]
+    systems = ["--systems", "ours-eager,transformers"]
+    files = ["--config", _write(tmp_path), "--out", str(out)]
+    done = CliRunner().invoke(main_app, ["bench", "latency", *systems, *sizes, *files])
     assert done.exit_code == 0, done.output
     assert "ceiling at batch 1" in done.stdout
     record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -49,7 +39,7 @@ def test_latency_from_end_to_end(tmp_path: Path) -> None:
     assert all(len(sample["step_ms"]) == 2 for sample in record["samples"])
     assert record["systems"]["transformers"]["attention"] == "sdpa"
     assert record["reports"]["ours-eager"]["fallbacks"]
-    assert record["card"]["kv_bytes"] == 512
+    assert record["roofline"]["kv_bytes"] == 512
 
 
 @pytest.mark.parametrize(
@@ -59,26 +49,28 @@ def test_latency_from_end_to_end(tmp_path: Path) -> None:
             ["latency", "--systems", "ours,theirs"],
             "unknown system theirs: expected some of ours, ours-eager, ours-torch, transf",
         ),
-        (["latency", "--batch", "1,x"], "--batch '1,x': expected positive numbers with commas"),
+        (
+            ["latency", "--batch", "1,x"],
+            "--batch '1,x': expected positive numbers separated by commas",
+        ),
         (
             ["throughput", "--prompt-lengths", "9-3"],
-            "--prompt-lengths '9-3': expected two numbers, the smaller first",
+            "--prompt-lengths '9-3': expected two numbers, smallest first",
         ),
         (["stream", "--systems", "transformers"], "expected some of ours, ours-eager, ours-torch"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+def test_bad_input_is_an_error(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, ValueError)
     assert message in str(done.exception)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the sizes are those of real models")
-def test_kernels_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(
-        "PYTEST_XDIST_WORKER", raising=False
-    )  # pytest-benchmark does not measure beside other tests
-    rows = kernel_runs.run(made_up_card(), only="sdpa or paged")
+def test_kernels_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # pytest-benchmark disables itself in a worker of pytest-xdist.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    rows = kernel_runs.measure(fake_roofline(), only="sdpa or paged")
     assert [(row["kind"], row["kernel"]) for row in rows] == [
         (kind, kernel) for kind in ("decode", "prefill") for kernel in ("paged", "sdpa")
     ]

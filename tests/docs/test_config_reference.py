@@ -1,4 +1,4 @@
-"""The configuration page lists every key of the schema."""
+"""Tests that the configuration page lists every key of the schema with its meaning."""
 
 import importlib.util
 from pathlib import Path
@@ -30,6 +30,12 @@ def test_every_key_has_a_row(hook: Any) -> None:
         assert (f"### `{name}`" in page) == (keys != {name: field})
 
 
+def test_every_key_has_a_meaning(hook: Any) -> None:
+    page = hook.on_page_markdown("<!-- config reference -->")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
 def test_a_row_gives_values_default_and_bounds(hook: Any) -> None:
     page = hook.on_page_markdown("<!-- config reference -->")
     assert "| `max_num_seqs` | `auto`, or integer from 1 to 65,536 | `auto` |" in page
@@ -45,5 +51,5 @@ def test_keys_are_separated_from_prose(hook: Any) -> None:
     assert meanings == {"first": "One thing, on two lines."}
 
 
-def test_other_pages_stay_as_they_are(hook: Any) -> None:
+def test_other_pages_are_unchanged(hook: Any) -> None:
     assert hook.on_page_markdown("# Page") == "# Page"

@@ -1,4 +1,4 @@
-"""The API pages list every public name once."""
+"""Tests that the API pages list every public name once."""
 
 import importlib.util
 from pathlib import Path

@@ -16,6 +16,7 @@ from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
+from passes.attention_reach import AttentionReach
 
 
 def scheduler_of(
@@ -27,7 +28,7 @@ def scheduler_of(
 ) -> Scheduler:
     """Blocks of 16 tokens, and 64 tokens a step."""
     groups = [
-        KVCacheGroup(window=window, layers=(n,), num_pages=1 + num_pages)
+        KVCacheGroup(reach=AttentionReach.decode(window), layers=(n,), num_pages=1 + num_pages)
         for n, window in enumerate(windows)
     ]
     cache = KVCacheManager(
@@ -192,7 +193,7 @@ def test_each_block_is_looked_up_once(windows: tuple[int, ...]) -> None:
         assert sum(pool._pages.lookups for pool in cache.pools) <= len(windows) * 1000  # type: ignore[attr-defined]
 
         def shared(count: int) -> bool:
-            begins = [cache._first_needed(window, 16 * count) for window in windows]
+            begins = [cache._first_needed(reach, 16 * count) for reach in cache._reaches]
             return all(
                 keys[b] in pool._pages
                 for pool, begin in zip(cache.pools, begins, strict=True)

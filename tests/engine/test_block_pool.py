@@ -14,6 +14,7 @@ from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.engine.kv_cache_manager import Candidate, Int64, KVCacheManager
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
+from passes.attention_reach import AttentionReach
 
 NUM_ROWS, BLOCK_SIZE, MAX_BLOCKS = 3, 2, 10
 LONGEST = MAX_BLOCKS * BLOCK_SIZE - 1
@@ -142,7 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
             for window, more in zip(windows, spare, strict=False)
         ]
         groups = [
-            KVCacheGroup(window=w, layers=(n,), num_pages=size)
+            KVCacheGroup(reach=AttentionReach.decode(w), layers=(n,), num_pages=size)
             for n, (w, size) in enumerate(zip(windows, sizes, strict=True))
         ]
         self.cache = KVCacheManager(

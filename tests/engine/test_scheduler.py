@@ -14,9 +14,10 @@ from compiled_llm.engine.kv_cache_manager import KVCacheManager
 from compiled_llm.engine.request import Request
 from compiled_llm.engine.scheduler import Scheduler, SchedulerLimits
 from compiled_llm.runtime.limits import Limits
-from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, _pages_of_a_sequence
+from compiled_llm.runtime.memory.kv_cache import KVCacheGroup, max_pages_per_seq
 from compiled_llm.runtime.step.batch_inputs import PrefillBatch
 from compiled_llm.sampling_params import SamplingParams
+from passes.attention_reach import FULL, AttentionReach
 from tests.helpers.simulated import VOCAB_SIZE, Sequences, SimulatedRuntime
 
 STOPS = {"none": (), "two": (3, 5), "many": tuple(range(18))}
@@ -56,9 +57,11 @@ class Setup:
         )
         groups = [
             KVCacheGroup(
-                window=window,
+                reach=AttentionReach.decode(window),
                 layers=(number,),
-                num_pages=1 + _pages_of_a_sequence(window, self.block_size, limits) + spare,
+                num_pages=1
+                + max_pages_per_seq(AttentionReach.decode(window), self.block_size, limits)
+                + spare,
             )
             for number, (window, spare) in enumerate(
                 zip(self.windows, self.spare_pages, strict=False)
@@ -306,7 +309,7 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
 def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> None:
     rows = InputBatch(max_num_seqs=4, max_model_len=128)
     cache = KVCacheManager(
-        [KVCacheGroup(window=0, layers=(0,), num_pages=100)],
+        [KVCacheGroup(reach=FULL, layers=(0,), num_pages=100)],
         block_size=16,
         max_num_seqs=4,
         max_blocks=8,
@@ -372,7 +375,7 @@ def test_a_full_bucket_is_preferred_to_a_slight_spill(
     num_decoding: int, lengths: list[int], expected: int
 ) -> None:
     rows = InputBatch(max_num_seqs=32, max_model_len=128)
-    group = KVCacheGroup(window=0, layers=(0,), num_pages=1000)
+    group = KVCacheGroup(reach=FULL, layers=(0,), num_pages=1000)
     cache = KVCacheManager([group], block_size=16, max_num_seqs=32, max_blocks=8, sharing=False)
     limits = SchedulerLimits(max_num_batched_tokens=64, prefill_sizes=[16, 64], decodes_apart=True)
     scheduler = Scheduler(rows, cache, limits)

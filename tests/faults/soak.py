@@ -102,7 +102,7 @@ async def serve(
             soak.counts[f"{name} rounds"] += 1
         report = await llm.report()
         soak.counts[f"{name} captures"] += sum(
-            bucket.mode in ("graph", "compiled") for bucket in report.buckets
+            bucket.state in ("graph", "compiled") for bucket in report.buckets
         )
         soak.counts[f"{name} preemptions"] += report.scheduling.preemptions
         await asyncio.to_thread(llm.close)

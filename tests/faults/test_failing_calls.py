@@ -12,7 +12,7 @@ from compiled_llm.engine.block_pool import BlockPool
 from compiled_llm.errors import EngineBrokenError
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.model_runner import ModelRunner
-from compiled_llm.runtime.step.buffers import StepBuffers, _Staging
+from compiled_llm.runtime.step.buffers import StepBuffers, _StagingBuffer
 from compiled_llm.runtime.step.readback import Readback
 from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.runtime.step.step import DecodeStep, PrefillStep
@@ -27,8 +27,8 @@ CALLS: dict[str, tuple[Any, str]] = {
     "shared pages": (BlockPool, "share"),
     "copy of a decode batch": (StepBuffers, "stage_decode"),
     "copy of a prefill batch": (StepBuffers, "stage_prefill"),
-    "pinned copy": (_Staging, "copy_to"),
-    "event": (_Staging, "wait"),
+    "pinned copy": (_StagingBuffer, "copy_to"),
+    "event": (_StagingBuffer, "wait"),
     "allocation of a step": (Memory, "step"),
     "decode launch": (DecodeStep, "forward"),
     "prefill launch": (PrefillStep, "forward"),
@@ -38,7 +38,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "extras": (SamplerState, "write"),
     "prompt logprobs": (ModelRunner, "prompt_logprobs"),
     "logits for a processor": (ModelRunner, "logits"),
-    "choice after a processor": (ModelRunner, "choose"),
+    "choice after a processor": (ModelRunner, "sample_from_logits"),
 }
 ERRORS = [torch.OutOfMemoryError, OSError, KeyboardInterrupt]
 PARAMS = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}

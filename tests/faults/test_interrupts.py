@@ -14,6 +14,7 @@ from compiled_llm.engine.request import Request
 from compiled_llm.running import run
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
+from passes.attention_reach import FULL, AttentionReach
 from tests.faults.injection import LineCounter
 from tests.helpers.simulated import VOCAB_SIZE, SimulatedRuntime
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -26,8 +27,8 @@ NUM_PAGES = 24
 def _simulated() -> Engine:
     """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
     groups = [
-        KVCacheGroup(window=0, layers=(0,), num_pages=NUM_PAGES),
-        KVCacheGroup(window=24, layers=(1,), num_pages=NUM_PAGES),
+        KVCacheGroup(reach=FULL, layers=(0,), num_pages=NUM_PAGES),
+        KVCacheGroup(reach=AttentionReach.sliding(24), layers=(1,), num_pages=NUM_PAGES),
     ]
     limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
     model_runner = SimulatedRuntime(

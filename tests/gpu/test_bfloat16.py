@@ -1,4 +1,7 @@
-"""In bfloat16 the same sum in another order is another number: what still holds, and what one bucket makes hold."""
+"""bfloat16: where tokens equal those of transformers, and when they are reproducible bit by bit.
+
+The same sum in another order is another number.
+"""
 
 import copy
 
@@ -15,7 +18,10 @@ MARGIN = 0.05
 
 
 def _reference_logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """What transformers' eager attention, in the same dtype, would choose each of these tokens from: [len(tokens), V]."""
+    """Return the logits [len(tokens), V] float32 that these tokens are chosen from.
+
+    They are computed by transformers' eager attention in the same dtype.
+    """
     ids = torch.tensor([prompt + tokens], device=model.device)
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits[0, len(prompt) - 1 : -1].float()
@@ -42,10 +48,13 @@ def test_greedy_tokens_equal_transformers_where_its_choice_is_clear(family: str)
 
 
 def test_one_bucket_gives_the_same_bits_in_any_order() -> None:
-    """Every step has one shape, so a token's numbers depend on its own sequence alone, whatever the batch or the chunks."""
+    """With one shape for all steps, a token's logits depend on its own sequence alone.
+
+    Neither the batch nor the chunks of the prompt change them.
+    """
     model = tiny_model("qwen3", max_position_embeddings=1024).to(torch.bfloat16)
     buckets = {"decode": [], "prefill": [64], "samplers": ["full"]}
-    cache = {"memory": 44 * 16 * 2 * 2 * 2 * 32 * 2}  # a sequence and a bit
+    cache = {"memory": 44 * 16 * 2 * 2 * 2 * 32 * 2}  # a little more than one sequence
     cases = random_cases(120, longest=500, max_tokens=80)
     with CompiledLLM(
         model, None, small_config(limits=LIMITS, buckets=buckets, cache=cache), progress=False

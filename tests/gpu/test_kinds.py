@@ -1,4 +1,4 @@
-"""A dozen kinds of models in bfloat16 through graphs: nothing falls back or is recorded twice, and logits are as good as eager's.
+"""Kinds of models in bfloat16 with CUDA graphs: no fallbacks, and logits as good as eager.
 
 `pytest tests/gpu/test_kinds.py -n 8` takes a few minutes, nearly all of it compiling.
 """
@@ -15,7 +15,7 @@ from compiled_llm.config.schema import Config
 from compiled_llm.report.report import Report
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import check_matches
-from tests.model_sweep.check import CASES, engine_config, generate, prompt_of
+from tests.model_sweep.check import CASES, engine_config, generate, random_prompt
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model
 
@@ -42,23 +42,26 @@ KINDS = {
 def test_a_kind_in_bfloat16(model_type: str) -> None:
     exact = tiny_model(tiny_config(model_type)).to(DEVICE)
     report = check_in_bfloat16(exact, engine_config("direct"))
-    assert {bucket.mode for bucket in report.buckets} == {"graph"}
+    assert {bucket.state for bucket in report.buckets} == {"graph"}
     assert all(bucket.replays for bucket in report.buckets)
-    assert report.graphs == len(report.buckets)
+    assert report.counters.graphs == len(report.buckets)
     assert not report.fallbacks
     assert not any(report.graph_events.values()), "skips, recompiles and re-records"
     check_matches(report)
 
 
 def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
-    """Greedy tokens of all cases: at each, our logits are about as far from float32's as those of transformers in bfloat16 are."""
+    """Compare the logits of all cases' greedy tokens with those of float32.
+
+    They must be about as close as those of transformers in bfloat16.
+    """
     model = copy.deepcopy(exact).to(torch.bfloat16)
     theirs = copy.deepcopy(model)
     theirs.set_attn_implementation("eager")
     errors: list[tuple[Tensor, Tensor]] = []
     with CompiledLLM(model, None, config, progress=False) as llm:
         for lengths in CASES.values():
-            prompts = [prompt_of(length) for length in lengths]
+            prompts = [random_prompt(length) for length in lengths]
             for prompt, (tokens, logits) in zip(prompts, generate(llm, prompts), strict=True):
                 right = _logits(exact, prompt, tokens)
                 errors.append(
@@ -74,7 +77,7 @@ def check_in_bfloat16(exact: PreTrainedModel, config: Config) -> Report:
 
 
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
-    """What a model would choose each of these tokens from: [len(tokens), V], float32."""
+    """Return the logits [len(tokens), V] float32 that these tokens are chosen from."""
     ids = torch.tensor([prompt + tokens], device=model.device)
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -82,5 +85,5 @@ def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Ten
 
 
 def _relative(logits: Tensor, right: Tensor) -> Tensor:
-    """[L] the largest difference over the largest value, row by row."""
+    """Return the largest difference of each row, relative to its largest value, [L]."""
     return (logits.to(right.device).float() - right).abs().amax(-1) / right.abs().amax(-1)

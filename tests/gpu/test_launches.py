@@ -1,4 +1,4 @@
-"""What only a GPU can show: one launch a step, nothing recorded twice, and graphs that say what eager says."""
+"""CUDA graphs: one launch per step, nothing recorded twice, and the results of eager steps."""
 
 import re
 import time
@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import Reference, greedy, poison, prompt_of, smal
 
 
 def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]
-    """Calls of the CUDA API that give the device work."""
+    """Count the calls of the CUDA API that give the device work."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
@@ -44,7 +44,10 @@ def _add(llm: CompiledLLM, lengths: list[int], **params: Any) -> list[Request]:
 
 
 def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
-    """Prefill brings one copy; decode one where rows join, leave or reach a new page, else none; each reads its ids back."""
+    """Prefill copies its inputs; decode does where rows join, leave or reach a new page.
+
+    Each step copies its ids back.
+    """
     config = small_config(buckets={"samplers": ["full"]})
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
         _add(llm, [20, 7, 33], temperature=0.8, top_p=0.9)
@@ -59,8 +62,8 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
         assert copies == Counter({1: 20 - copies[2], 2: copies[2]})
         assert 3 <= copies[2] <= 4, "each of three rows reaches a new page once or twice"
         report = llm.report()
-        assert report.graphs == len(report.buckets) == 4
-        assert {bucket.mode for bucket in report.buckets} == {"graph"}
+        assert report.counters.graphs == len(report.buckets) == 4
+        assert {bucket.state for bucket in report.buckets} == {"graph"}
         assert not any(report.graph_events.values())
 
 
@@ -69,7 +72,7 @@ def test_a_step_is_one_graph_launch_one_copy_up_and_one_down() -> None:
     reason="for Hopper and later",
 )
 def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes() -> None:
-    """All of a decode step's, so that none can overtake one that ran before the one before it."""
+    """All kernels of a decode step wait, so that none overtakes the last but one before it."""
     codes: list[str] = []
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_model_len": 128}
     config = small_config(
@@ -105,7 +108,7 @@ def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes() -> None:
 
 
 def test_the_host_runs_ahead_of_the_device() -> None:
-    """A step is planned and launched while the one before it still runs: no wait for its tokens stands between them."""
+    """A step is planned and launched while the one before it runs, without waiting for tokens."""
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
         _add(llm, [20, 7, 33])
         while llm.engine.num_waiting or not llm.report().scheduling.decode_steps:
@@ -140,14 +143,14 @@ def test_replay_equals_eager_as_lengths_tables_and_batches_change(dispatch: str)
             assert graph_events(model.device) == before
             assert not any(report.graph_events.values())
             assert bool(report.fallbacks) == (mode == "eager")
-    torch.compiler.reset()  # Dynamo holds what torch.compile made until it compiles the same code again
+    torch.compiler.reset()  # Dynamo keeps compiled code until it compiles the same code again
     assert tokens[dispatch] == tokens["eager"]
     assert tokens[dispatch] == [[reference(prompt, 20) for prompt in batch] for batch in prompts]
 
 
 @torch.library.custom_op("compiled_llm_tests::wait", mutates_args=())
 def wait(x: torch.Tensor) -> torch.Tensor:
-    """Waits for the device, which no capture survives."""
+    """Wait for the device, which makes a capture fail."""
     x.sum().item()
     return x.clone()
 
@@ -158,7 +161,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_failed_capture_leaves_the_other_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of its own engine that come after it, and those that another engine recorded before it."""
+    """Later graphs of its own engine, and earlier ones of another engine, still work."""
     model = tiny_model("llama")
     reference = Reference(model)
     prompt = prompt_of(12)
@@ -178,8 +181,9 @@ def _check_failed_captures(
         return sample(wait(logits) if logits.shape[0] == 4 else logits)
 
     monkeypatch.setattr(step, "sample_greedy", failing)
-    # The decode buckets are 4 (which fails), 2 and 1; of the prefill buckets, 8 fails too, since it has 4 sequences. Prompts
-    # of more than 3 tokens are prefilled eagerly, as many tokens a step as the limit allows, so only the last fits the other.
+    # The decode buckets are 4 (which fails), 2 and 1. Of the prefill buckets, 8 fails too, since it
+    # has 4 sequences. Prompts of more than 3 tokens are prefilled eagerly, with as many tokens per
+    # step as the limit allows, so only the last batch fits the other prefill bucket.
     config = small_config(
         limits={"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 128},
         buckets={"decode": [1, 2], "prefill": [3]},
@@ -189,22 +193,25 @@ def _check_failed_captures(
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 20) == [reference(prompt, 20) for prompt in prompts]
         report = llm.report()
-    modes = {bucket.bucket: bucket.mode for bucket in report.buckets}
+    states = {bucket.bucket: bucket.state for bucket in report.buckets}
     failures = [bucket.failure for bucket in report.buckets]
-    assert modes == {
-        "prefill-3-greedy": "graph", "prefill-8-greedy": "eager", "decode-1-greedy": "graph", "decode-2-greedy": "graph",
-        "decode-4-greedy": "eager",
-    }, failures  # fmt: skip
+    assert states == {
+        "prefill-3-greedy": "graph",
+        "prefill-8-greedy": "failed",
+        "decode-1-greedy": "graph",
+        "decode-2-greedy": "graph",
+        "decode-4-greedy": "failed",
+    }, failures
     assert sorted(reason[: reason.index(" failed: ")] for reason in report.fallbacks) == [
         "decode-4-greedy",
         "prefill-8-greedy",
     ]
     assert [
-        bucket.bucket for bucket in report.buckets if bucket.mode == "graph" and not bucket.replays
+        bucket.bucket for bucket in report.buckets if bucket.state == "graph" and not bucket.replays
     ] == []
 
 
-def test_closing_gives_the_memory_back() -> None:
+def test_closing_releases_the_memory() -> None:
     model = tiny_model("llama")
     reserved = []
     for _ in range(3):

@@ -16,16 +16,16 @@ from compiled_llm.report.report import Report
 from compiled_llm.runtime.buckets import SAMPLERS
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
-from compiled_llm.runtime.model_runner import Logprobs
 from compiled_llm.runtime.step.batch_inputs import RECENT, TRASH_PAGE, DecodeBatch, PrefillBatch
-from compiled_llm.runtime.step.buffers import RING
-from compiled_llm.runtime.step.readback import StepHandle
-from compiled_llm.runtime.step.sampler import MAX_LOGPROBS, RowParams
+from compiled_llm.runtime.step.buffers import RING_SIZE
+from compiled_llm.runtime.step.readback import Logprobs, StepHandle
+from compiled_llm.runtime.step.sampler import SamplingTensors
 from compiled_llm.runtime.step.sampler_state import SamplerState
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 24
 _BIASED, _EXTERNAL = 1, 8
-_SEED, _TEMPERATURE, _FLAGS = map(RowParams._fields.index, ("seed", "temperature", "flags"))
+_SEED, _TEMPERATURE, _FLAGS = map(SamplingTensors._fields.index, ("seed", "temperature", "flags"))
 
 
 class Sequences:
@@ -70,7 +70,6 @@ class SimulatedRuntime:
         num_tokens: computed so far; num_reads: steps whose tokens were read.
     """
 
-    capture_due = capture_overdue = False
     is_owner = True
 
     def __init__(
@@ -85,7 +84,7 @@ class SimulatedRuntime:
         states: bool = False,
     ) -> None:
         self.groups, self.limits, self.block_size = groups, limits, block_size
-        self.prefill_sizes, self.decodes_apart, self.has_states = (
+        self.prefill_sizes, self.separate_decode, self.has_states = (
             prefill_sizes,
             apart or states,
             states,
@@ -98,7 +97,7 @@ class SimulatedRuntime:
         self.num_tokens = self.num_reads = self._num_steps = 0
         num_rows = limits.max_num_seqs + 1
         self._tokens, self._positions, self._last = np.full((3, num_rows), -1, np.int64)
-        self._params = np.zeros((num_rows, len(RowParams._fields)), np.int64)
+        self._params = np.zeros((num_rows, len(SamplingTensors._fields)), np.int64)
         self._banned: list[set[int]] = [set() for _ in range(num_rows)]
         self._tables = np.zeros((len(groups), num_rows, self.max_blocks), np.int64)
         self._caches = [np.full((group.num_pages, block_size), -1, np.int64) for group in groups]
@@ -115,11 +114,14 @@ class SimulatedRuntime:
     def recover(self) -> None:
         """Steps are counted once they have run."""
 
+    def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
+        return False
+
     def check_model(self) -> None:
         """Nothing can change here."""
 
     def decode(self, batch: DecodeBatch) -> StepHandle:
-        assert self.decodes_apart
+        assert self.separate_decode
         assert len(batch.rows)
         if batch.unchanged:
             assert batch.rows.tolist() == self._staged.rows.tolist()
@@ -134,9 +136,9 @@ class SimulatedRuntime:
         return self._sample(rows, rows, batch.sampler)
 
     def prefill(self, batch: PrefillBatch) -> StepHandle:
-        rows, fresh = batch.seq_rows, batch.fresh > 0
+        rows, fresh = batch.seq_rows, batch.is_prompt > 0
         assert 0 < len(batch.ids) == batch.lengths.sum() <= self.limits.max_num_batched_tokens
-        assert fresh.any() or not self.decodes_apart
+        assert fresh.any() or not self.separate_decode
         assert (batch.lengths > 0).all()
         if self.has_states:
             assert len(rows) == 1, "tokens of other sequences"
@@ -145,7 +147,7 @@ class SimulatedRuntime:
         assert (batch.lengths[~fresh] == 1).all()
         assert (batch.starts[~fresh] == self._positions[rows[~fresh]]).all()
         assert ((batch.ids < 0) == ~np.repeat(fresh, batch.lengths)).all()
-        self._tables[:, rows], self._params[rows] = batch.tables, batch.params
+        self._tables[:, rows], self._params[rows] = batch.block_tables, batch.params
         ids = np.where(batch.ids < 0, self._tokens[np.repeat(rows, batch.lengths)], batch.ids)
         pieces = np.split(ids, np.cumsum(batch.lengths)[:-1])
         computed = self._compute(
@@ -153,15 +155,15 @@ class SimulatedRuntime:
             [piece.tolist() for piece in pieces],
             (batch.starts + batch.lengths).tolist(),
         )
-        for number in np.flatnonzero(fresh & (batch.samples > 0)):
+        for number in np.flatnonzero(fresh & (batch.sample_mask > 0)):
             assert batch.recent[number].tolist() == self.sequences.recent(
                 int(self._last[rows[number]])
             )
         self._scored = computed if batch.sampler == "scoring" else []
-        return self._sample(rows.tolist(), rows[batch.samples > 0].tolist(), batch.sampler)
+        return self._sample(rows.tolist(), rows[batch.sample_mask > 0].tolist(), batch.sampler)
 
     def tokens(self, ticket: StepHandle) -> NDArray[np.int64]:
-        assert self._num_steps - RING <= ticket.step
+        assert self._num_steps - RING_SIZE <= ticket.step
         self.num_reads += 1
         return self._ring[ticket.step].copy()
 
@@ -171,14 +173,14 @@ class SimulatedRuntime:
         values[:, 0] = self._scored
         return Logprobs(values, np.ones_like(values, np.int64))
 
-    def set_extras(self, row: int, extras: SamplerState) -> None:
+    def write_sampler_state(self, row: int, extras: SamplerState) -> None:
         if extras.bias is not None:
             self._banned[row] = set(np.flatnonzero(np.isneginf(extras.bias)).tolist())
 
     def logits(self, row: int) -> torch.Tensor:
         return torch.zeros(1, VOCAB_SIZE)
 
-    def choose(self, row: int, logits: torch.Tensor) -> tuple[int, None]:
+    def sample_from_logits(self, row: int, logits: torch.Tensor) -> tuple[int, None]:
         self._tokens[row] = self._draw(row)
         return int(self._tokens[row]), None
 
@@ -196,7 +198,7 @@ class SimulatedRuntime:
         for row, piece, end in zip(rows, pieces, ends, strict=True):
             path = self.sequences.path(int(self._last[row]))
             for number, group in enumerate(self.groups):
-                first = max(0, end - len(piece) - group.window + 1) if group.window else 0
+                first = max(0, group.reach.first_visible(end - len(piece)))
                 assert self._look(number, row, first, end).tolist() == path[first:end].tolist(), (
                     "a query sees what is not its own"
                 )

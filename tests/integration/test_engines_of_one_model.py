@@ -1,4 +1,4 @@
-"""Several engines on one model, one after the other or at the same time, and a model that is changed under them."""
+"""Several engines on one model, in turn or at the same time, and models that change meanwhile."""
 
 import gc
 import threading
@@ -13,14 +13,14 @@ from compiled_llm.models.attention import ATTENTION_NAME
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 EAGER = {"dispatch": "eager"}
-LAZY = {"capture": "lazy"}  # nothing is compiled until steps have asked for it
+LAZY = {"capture": "lazy"}  # nothing is compiled until steps need it
 
 
 def _engine(model: PreTrainedModel, **compiling: str) -> CompiledLLM:
     return CompiledLLM(model, None, small_config(compile=compiling or EAGER), progress=False)
 
 
-def _is_given_back(model: PreTrainedModel) -> bool:
+def _is_restored(model: PreTrainedModel) -> bool:
     ids = torch.tensor([prompt_of(5)], device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     return model.config._attn_implementation != ATTENTION_NAME and all(
@@ -29,7 +29,7 @@ def _is_given_back(model: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("first_to_close", [0, 1])
-def test_an_engine_closes_and_the_other_goes_on(first_to_close: int) -> None:
+def test_one_engine_closes_and_the_other_continues(first_to_close: int) -> None:
     model = tiny_model("llama")
     reference, prompts = Reference(model), [prompt_of(40), prompt_of(20)]
     engines = [_engine(model), _engine(model)]
@@ -37,12 +37,12 @@ def test_an_engine_closes_and_the_other_goes_on(first_to_close: int) -> None:
     (other,) = engines
     assert greedy(other, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
     other.close()
-    assert _is_given_back(model)
+    assert _is_restored(model)
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
-    """As a notebook does whose cell runs twice; the collection may be in any thread."""
+def test_an_engine_is_replaced_and_collected(in_thread: bool) -> None:
+    """As when a cell of a notebook runs twice; the collection may run in any thread."""
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
     llm = _engine(model)
@@ -56,12 +56,12 @@ def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
     assert greedy(llm, [prompt], 8) == [reference(prompt, 8)]
     del llm
     gc.collect()
-    assert _is_given_back(model)
+    assert _is_restored(model)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("phase", ["examine", "merged", "ModelRunner", "_facts"])
-def test_a_start_that_fails_gives_the_model_back(
+def test_a_start_that_fails_restores_the_model(
     phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
@@ -72,7 +72,7 @@ def test_a_start_that_fails_gives_the_model_back(
     monkeypatch.setattr(startup, phase, fail)
     with pytest.raises(error, match="here"):
         _engine(model)
-    assert _is_given_back(model)
+    assert _is_restored(model)
 
 
 def _moved(model: PreTrainedModel) -> None:
@@ -103,18 +103,18 @@ def _training(model: PreTrainedModel) -> None:
 CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
     _moved: "the model's weight model.layers.0.self_attn.k_proj.weight was moved",
     _new_parameter: "the model's weight lm_head.weight was moved",
-    _converted: "was moved while an engine works on it: close this engine and make a new one",
+    _converted: "was moved while an engine uses it: close this engine and create a new one",
     _replaced: "the model's module model.layers.1.mlp.up_proj was replaced",
-    _other_attention: "the model's attention was changed",
-    _training: "the model was put into training mode",
+    _other_attention: "the model's attention implementation was changed",
+    _training: "expected the model in eval mode",
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_was_changed_under_its_engine_is_refused(
+def test_a_model_that_was_changed_is_refused(
     change: Callable[[PreTrainedModel], None],
 ) -> None:
-    """Recorded graphs know weights by their addresses, and would go on with what lies there."""
+    """Recorded graphs hold the addresses of the weights and would read what is there now."""
     model, prompt = tiny_model("llama"), prompt_of(20)
     with _engine(model, **LAZY) as llm:
         change(model)
@@ -124,7 +124,7 @@ def test_a_model_that_was_changed_under_its_engine_is_refused(
             llm.model_runner.capture_next()
 
 
-def test_weights_that_get_other_values_in_place_are_served() -> None:
+def test_weights_may_change_in_place() -> None:
     model, prompt = tiny_model("llama"), prompt_of(20)
     with _engine(model, **LAZY) as llm:
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_weights_that_get_other_values_in_place_are_served() -> None:
         assert greedy(llm, [prompt], 4) == [Reference(model)(prompt, 4)]
 
 
-def test_an_eager_engine_follows_weights_wherever_they_are() -> None:
+def test_an_eager_engine_uses_replaced_weights() -> None:
     model, prompt = tiny_model("llama"), prompt_of(20)
     with _engine(model) as llm:
         model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""The default model end to end: real weights, real text, each front end."""
+"""The default model end to end: real weights and text, Python API and command line."""
 
 import sys
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def test_chat_answers_and_stops(llm: CompiledLLM) -> None:
     assert len(pieces) > 3
 
 
-def test_streams_split_no_character_and_may_be_abandoned(llm: CompiledLLM) -> None:
+def test_streams_split_no_character_and_can_be_closed_early(llm: CompiledLLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompt = "Translate to Chinese and add emoji 🙂🙃: good morning, 早上"
     (output,) = llm.generate(prompt, params)

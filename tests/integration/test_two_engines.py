@@ -1,4 +1,7 @@
-"""Two engines in one process, each in a thread of its own: one starts, compiles or captures while the other serves."""
+"""Two engines in one process, each in a thread of its own.
+
+One starts, compiles or captures while the other runs requests.
+"""
 
 import asyncio
 import sys
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, Config, SamplingParams
 from compiled_llm.runtime.capture import warmup
 from compiled_llm.runtime.compilation.compiler import CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -29,7 +32,7 @@ FAMILIES = ("llama", "olmo2")
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
-    """Let threads meet at many places, not only where one waits."""
+    """Switch between threads at many places, not only where one waits."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -60,7 +63,7 @@ async def _complete_all(
 async def _until(
     done: asyncio.Future[Any], llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int
 ) -> list[list[int]]:
-    """Complete the prompt again and again, at least once, until something is done."""
+    """Complete the prompt repeatedly, at least once, until `done`."""
     found = [await _complete(llm, prompt, num_tokens)]
     while not done.done():
         found.append(await _complete(llm, prompt, num_tokens))
@@ -72,13 +75,13 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
-    now = Moment.now()
+    now = Timestamp.now()
     return CompiledStep(
-        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+        launch=step, graph=False, recording=None, function=None, seconds=durations(now, now, now)
     )
 
 
-def test_both_serve() -> None:
+def test_both_run_requests() -> None:
     models = [tiny_model(family) for family in FAMILIES]
     prompts = [prompt_of(20 + number, number) for number in range(6)]
     expected = [[Reference(model)(prompt, 24) for prompt in prompts] for model in models]
@@ -110,7 +113,7 @@ def test_both_start() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["another model", "the same model"])
-def test_one_starts_while_the_other_serves(shared: bool) -> None:
+def test_one_starts_while_the_other_runs_requests(shared: bool) -> None:
     serving = tiny_model("llama")
     starting = serving if shared else tiny_model("olmo2")
     expected, others = Reference(serving)(prompt_of(20), 40), Reference(starting)(prompt_of(9), 8)
@@ -131,8 +134,8 @@ def test_one_starts_while_the_other_serves(shared: bool) -> None:
     assert other == others
 
 
-def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
-    """The capture of one begins when the other's start has ended, or that start waits for it."""
+def test_one_compiles_while_the_other_runs_eagerly_and_captures() -> None:
+    """A capture of one waits for the other's start, or that start waits for it."""
     models = [tiny_model(family) for family in FAMILIES]
     expected = [Reference(model)(prompt_of(20), 12) for model in models]
     buckets = {"decode": [], "prefill": [48], "samplers": ["greedy"]}
@@ -146,7 +149,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
         try:
             found = await _until(start, first, prompt_of(20), 12)
             second = await start
-            while await first.call(lambda llm: llm.model_runner.capture_wanted):
+            while await first.call(lambda llm: llm.model_runner.capture_pending):
                 found.append(await _complete(first, prompt_of(20), 12))
             both = await asyncio.gather(
                 *(_complete(llm, prompt_of(20), 12) for llm in (first, second))
@@ -155,7 +158,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
             for llm in (first, second):
                 report = await llm.report()
                 assert [
-                    (b.mode in ("compiled", "graph"), b.failure, b.replays > 0)
+                    (b.state in ("compiled", "graph"), b.failure, b.replays > 0)
                     for b in report.buckets
                 ] == [(True, None, True)]
         finally:
@@ -166,7 +169,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
 
 
 def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lazy capture waits for that; nothing else does, and an idle engine still obeys."""
+    """Only a lazy capture waits for it; an idle engine still handles calls."""
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
     model = tiny_model("llama")
     expected = Reference(model)(prompt_of(20), 12)
@@ -175,28 +178,34 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
     async def serve() -> None:
         llm = await _start(model, config)
         try:
-            with COMPILER_LOCK:  # another thread's than the engine's
+            with COMPILER_LOCK:  # held by this thread, not the engine's
                 for _ in range(3):
                     assert await _complete(llm, prompt_of(20), 12) == expected
                 assert await llm.call(
                     lambda engine: (
-                        engine.model_runner.capture_wanted and not engine.model_runner.capture_due
+                        engine.model_runner.capture_pending
+                        and not engine.model_runner.maybe_capture(
+                            prompts_pending=False, steps_in_flight=True
+                        )
                     )
                 )
-                assert [bucket.mode for bucket in (await llm.report()).buckets] == ["pending"]
-            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
+                assert [bucket.state for bucket in (await llm.report()).buckets] == ["pending"]
+            while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
-            assert [bucket.mode for bucket in (await llm.report()).buckets] == ["compiled"]
+            assert [bucket.state for bucket in (await llm.report()).buckets] == ["compiled"]
         finally:
             llm.close()
 
     _run(serve())
 
 
-def test_another_engines_compilations_are_not_an_engines_own(
+def test_compilations_of_another_engine_are_not_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where a launch cannot compile, it is not blamed for what is compiled meanwhile; where it can, nothing else compiles."""
+    """A launch that cannot compile is not charged with compilations that run meanwhile.
+
+    While one that can compile runs, nothing else compiles.
+    """
 
     def _while_another_compiles(
         step: Step, *arguments: object, guarded: bool, **options: object
@@ -212,13 +221,13 @@ def test_another_engines_compilations_are_not_an_engines_own(
             step()
             other.join()
 
-        now = Moment.now()
+        now = Timestamp.now()
         return CompiledStep(
             launch=launch,
             graph=False,
             guarded=guarded,
             recording=None,
-            owner=None,
+            function=None,
             seconds=durations(now, now, now),
         )
 

@@ -1,0 +1,1 @@
+"""Sweep over all causal LMs of transformers: each is compared with transformers' own generation."""

@@ -1,25 +1,25 @@
-"""A spread of families, uncompiled, as `make sweep` checks all of them compiled; and what the sweep makes of what it finds."""
+"""Checks of a spread of model types, uncompiled; `make sweep` checks all of them compiled."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
-import yaml
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.conftest import DEVICE
 from tests.model_sweep.check import MismatchError, check
-from tests.model_sweep.outcome import Outcome
-from tests.model_sweep.record import DATA, ROOT, TABLE, differences, table, to_data
 from tests.model_sweep.tiny_configs import tiny_config, variants
 from tests.model_sweep.tiny_model import tiny_model
-from tests.model_sweep.worker import _untraceable, outcome_of, run_apart
+from tests.model_sweep.worker import (
+    _data_dependent_reason,
+    check_in_subprocess,
+    check_model_type,
+)
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the sweep is of a CPU")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the sweep runs on a CPU")
 
-# Each for something that the others lack.
+# Model types with the features that they exercise; each has one that the others lack.
 SPREAD = {
     "llama": "2 calls, shared key heads",
     "bert": "2 calls",
@@ -49,26 +49,24 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("model_type", SPREAD)
-def test_the_spread_works(model_type: str) -> None:
-    outcome = outcome_of(model_type, "eager")
-    assert (outcome.status, outcome.reason) == ("works", "")
-    assert outcome.exercised == SPREAD[model_type]
+def test_spread_works(model_type: str) -> None:
+    result = check_model_type(model_type, "eager")
+    assert (result.status, result.reason) == ("works", "")
+    assert result.exercised == SPREAD[model_type]
 
 
 @pytest.mark.parametrize("name", variants())
 def test_variants_work(name: str) -> None:
-    outcome = outcome_of(name, "eager")
-    assert (outcome.status, outcome.reason) == ("works", "")
+    result = check_model_type(name, "eager")
+    assert (result.status, result.reason) == ("works", "")
 
 
 def test_every_rope_type_has_a_variant() -> None:
-    assert {name.partition("+")[2] for name in variants() if name.startswith("llama+")} == set(
-        ROPE_INIT_FUNCTIONS
-    )
+    rope_types = {name.partition("+")[2] for name in variants() if name.startswith("llama+")}
+    assert rope_types == set(ROPE_INIT_FUNCTIONS)
 
 
 def test_a_wrong_window_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweep can fail: an engine that sees one token more or less is found out."""
     from compiled_llm.runtime.step.step import Step
 
     original = Step.__init__
@@ -89,63 +87,40 @@ def test_wrong_positions_are_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         ModelCall,
         "__call__",
-        lambda self, ids, positions, *wanted: original(self, ids, positions // 2, *wanted),
+        lambda self, ids, positions, *rest: original(self, ids, positions // 2, *rest),
     )
     with pytest.raises(MismatchError, match="differ"):
         check(tiny_model(tiny_config("bart")), "eager")
 
 
-def test_a_model_that_tells_nothing_is_not_taken_for_one_that_works() -> None:
+def test_an_insensitive_model_is_a_mismatch() -> None:
     model = tiny_model(tiny_config("llama"))
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    with pytest.raises(MismatchError, match="tells nothing"):
+    with pytest.raises(MismatchError, match="the tiny model is insensitive"):
         check(model, "eager")
 
 
-def test_a_process_that_hangs_is_a_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    outcome = run_apart("llama", "eager", timeout=0.01, log=tmp_path / "log")
-    assert outcome.status == "fails"
-    assert "took more than" in outcome.reason
+def test_a_process_that_exceeds_its_timeout_fails(tmp_path: Path) -> None:
+    result = check_in_subprocess("llama", "eager", timeout=0.01, log=tmp_path / "log")
+    assert result.status == "fails"
+    assert "took more than" in result.reason
 
 
-def test_results_are_kept_and_compared() -> None:
-    outcomes = {
-        "a": Outcome(status="works", difference=1e-6, exercised="2 calls"),
-        "b": Outcome(status="unsupported", reason="b: no"),
-        "c": Outcome(status="fails", reason="it broke"),
-    }
-    data = to_data(outcomes)
-    assert differences({name: outcomes[name] for name in "ab"}, data) == []
-    assert differences(outcomes, data) == ["c: fails: it broke"]
-    assert "b" in differences({"b": Outcome(status="works")}, data)[0]
-    page = table({"transformers": "5", "models": data, "variants": {}})
-    assert "1 works, 1 unsupported, 1 fails, of 3" in page
-    assert "| `b` | unsupported | b: no |" in page
+def test_known_unsupported_types_are_not_checked() -> None:
+    result = check_model_type("blt", "eager")
+    assert result.status == "unsupported"
+    assert result.reason.startswith("blt: ")
 
 
-def test_a_forward_that_is_no_graph_is_unsupported_and_a_broken_compiler_is_not() -> None:
+def test_only_data_dependent_control_flow_is_unsupported() -> None:
     error = "bucket prefill-24-full could not be compiled: {}"
-    guards = error.format(
-        "UserError: Consider this. Could not guard on data-dependent expression Eq(u4, u2) (unhinted: Eq(u4, u2))."
+    guard = (
+        "UserError: Consider this. Could not guard on data-dependent expression Eq(u4, u2) "
+        "(unhinted: Eq(u4, u2))."
     )
-    for said in (guards, error.format("Unsupported: Data-dependent branching")):
-        assert str(_untraceable("dbrx", said)).startswith("dbrx: its forward branches on values")
-    assert _untraceable("llama", error.format("InductorError: LoweringException: no")) is None
-    assert (
-        _untraceable("llama", error.format("Unsupported: a call that torch does not know")) is None
-    )
-
-
-def test_the_record_is_whole_and_its_table_says_the_same() -> None:
-    values = yaml.safe_load(DATA.read_text())
-    models = values["models"]
-    if values["transformers"] == transformers.__version__:
-        assert set(models) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert set(values["variants"]) == set(variants())
-    assert all(kept["status"] == "works" for kept in values["variants"].values())
-    assert all(kept["status"] in ("works", "unsupported") for kept in models.values())
-    assert all(kept["reason"] for kept in models.values() if kept["status"] == "unsupported")
-    assert TABLE.read_text() == table(values)
-    count = sum(kept["status"] == "works" for kept in models.values())
-    assert f"{count} work and {len(models) - count} do not" in (ROOT / "README.md").read_text()
+    for text in (guard, "Unsupported: Data-dependent branching"):
+        reason = _data_dependent_reason("dbrx", error.format(text))
+        assert str(reason).startswith("dbrx: its forward has data-dependent control flow")
+    for text in ("InductorError: LoweringException: no", "Unsupported: an unknown call"):
+        assert _data_dependent_reason("llama", error.format(text)) is None

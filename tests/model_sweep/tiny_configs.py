@@ -1,46 +1,36 @@
-"""Any config class -> the smallest legal config with every kind of layer: sizes by the names of its fields, then overrides.
+"""Tiny configs: the smallest valid config of any config class, with every kind of layer.
 
-A variant of a model type, such as `llama+yarn`, has the overrides of its type and then its own.
+Sizes follow from the names of the config's fields, and overrides.yaml replaces some. A variant of a
+model type, such as `llama+yarn`, has the overrides of its type and then its own.
 """
 
 import copy
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 VOCAB_SIZE = 160
-FIRST_TOKEN = 10  # special ids lie below
+FIRST_TOKEN = 10  # ids of special tokens are smaller
 MAX_LAYERS = 4
 
-# The first pattern that matches all of a field's name gives its size; None leaves the default.
-_SIZES: list[tuple[str, int | None]] = [
+# Sizes of fields by name; the first pattern that matches the whole name applies.
+_SIZES: list[tuple[str, int]] = [
     (r"vocab_size|vocab_size_per_layer_input", VOCAB_SIZE),
-    (
-        r"hidden_size|d_model|n_embd|dim_model|embedding_size|word_embed_proj_dim|emb_dim|lru_width",
-        64,
-    ),
+    (r"hidden_size|d_model|n_embd|dim_model|embedding_size", 64),
+    (r"word_embed_proj_dim|emb_dim|lru_width", 64),
     (r"(num_)?(encoder_|decoder_)?(hidden_)?layers|n_layers?", 2),
-    (
-        r"(num_|swa_num_)?(encoder_|decoder_)?attention_heads|n_heads?|num_heads|swa_num_attention_heads",
-        4,
-    ),
-    (r"(swa_)?num_(key_value|kv)_heads|num_key_value_heads", 2),
-    (
-        r"(swa_|global_)?head_dim|d_kv|dim_head|d_head|kv_channels|attention_head_dim|attention_head_size",
-        16,
-    ),
-    (
-        r"(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|n_inner|(\w+_)?ffn_hidden_size|dff|dim_ff|d_inner|feed_forward_size",
-        96,
-    ),
-    (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|context_length",
-        256,
-    ),
+    (r"(num_|swa_num_)?(encoder_|decoder_)?attention_heads|n_heads?|num_heads", 4),
+    (r"(swa_)?num_(key_value|kv)_heads", 2),
+    (r"(swa_|global_)?head_dim|d_kv|dim_head|d_head|kv_channels", 16),
+    (r"attention_head_dim|attention_head_size", 16),
+    (r"(\w+_)?intermediate_size(_mlp)?|(\w+_)?ffn_dim|n_inner|(\w+_)?ffn_hidden_size", 96),
+    (r"dff|dim_ff|d_inner|feed_forward_size", 96),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len", 256),
+    (r"max_target_positions|context_length", 256),
     (r"sliding_window(_size)?|attention_window_size|window_size", 24),
     (r"attention_chunk_size", 32),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
@@ -51,10 +41,8 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 8),
     (r"qk_head_dim", 16),
     (r"v_head_dim", 12),
-    (
-        r"linear_num_key_heads|linear_num_value_heads|linear_num_heads|mamba_n_heads|mamba_num_heads",
-        4,
-    ),
+    (r"linear_num_key_heads|linear_num_value_heads|linear_num_heads", 4),
+    (r"mamba_n_heads|mamba_num_heads", 4),
     (r"linear_key_head_dim|linear_value_head_dim|linear_head_dim", 16),
     (r"(mamba_d_state|state_size|ssm_state_size)", 8),
     (r"(mamba_)?chunk_size", 16),
@@ -63,9 +51,10 @@ _SIZES: list[tuple[str, int | None]] = [
     (r"index_topk|index_block_size|floor_scale", 8),
     (r"index_topk_blocks|moe_num_shared_experts|num_shared_experts|n_shared_experts", 1),
 ]
-_SPECIAL = re.compile(
+_SPECIAL_TOKEN = re.compile(
     r"(\w+_)?(token_id|token_index)|unk_index|mask_index|pad_index|eos_index|bos_index|lang_id"
 )
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LAYER_COUNTS = (
     "num_hidden_layers",
     "n_layer",
@@ -77,23 +66,26 @@ _LAYER_COUNTS = (
 
 
 def tiny_config(name: str) -> PretrainedConfig:
-    """The tiny config of a model type or variant; raises what its class raises when the sizes do not fit each other."""
+    """Return the tiny config of a model type or variant.
+
+    Errors of the config class pass through, such as one for sizes that do not match.
+    """
     model_type = name.partition("+")[0]
     config_class = CONFIG_MAPPING[model_type]
-    values = _merged(_shrunk(config_class()), _overrides().get(model_type, {}))
-    config: PretrainedConfig = config_class(
-        **(_merged(values, _overrides()[name]) if is_variant(name) else values)
-    )
+    values = _merged(_tiny_values(config_class()), _overrides().get(model_type, {}))
+    if is_variant(name):
+        values = _merged(values, _overrides()[name])
+    config: PretrainedConfig = config_class(**values)
     return config
 
 
 def is_variant(name: str) -> bool:
-    """Whether a name is that of a variant and not of a model type."""
+    """Return whether a name is that of a variant rather than of a model type."""
     return "+" in name
 
 
 def variants() -> list[str]:
-    """The names of all variants."""
+    """Return the names of all variants."""
     return [name for name in _overrides() if is_variant(name)]
 
 
@@ -105,27 +97,32 @@ def _overrides() -> dict[str, dict[str, Any]]:
     return values
 
 
-def _shrunk(default: PretrainedConfig) -> dict[str, Any]:
-    """Constructor arguments: every field of the default that has a smaller size, and the nested configs, shrunk."""
+def _tiny_values(default: PretrainedConfig) -> dict[str, Any]:
+    """Return constructor arguments for the fields, and nested configs, that have a tiny size."""
     values = {name: value for name, value in default.to_dict().items() if name in _fields(default)}
-    layers = _kept_layers(values)
-    changes: dict[str, Any] = {}
+    layers = _selected_layers(values)
+    tiny: dict[str, Any] = {}
     for name, value in values.items():
         nested = vars(default).get(name)
         if isinstance(nested, PretrainedConfig):
-            changes[name] = {**_shrunk(nested), "model_type": nested.model_type}
+            tiny[name] = {**_tiny_values(nested), "model_type": nested.model_type}
         elif layers and isinstance(value, list | tuple) and len(value) == _num_layers(values):
-            changes[name] = [value[number] for number in layers]
+            tiny[name] = [value[number] for number in layers]
         elif (size := _size(name, value)) is not None:
-            changes[name] = size
+            tiny[name] = size
     for name in _LAYER_COUNTS:
-        if name in changes and layers:
-            changes[name] = len(layers)
-    if "qk_rope_head_dim" in changes and "head_dim" in changes:
-        changes["head_dim"] = changes["qk_rope_head_dim"]  # in latent attention, what is rotated
-    if "kv_lora_rank" in changes:
-        changes["num_key_value_heads"] = changes["num_attention_heads"]
-    return changes
+        if name in tiny and layers:
+            tiny[name] = len(layers)
+    _match_latent_attention(tiny)
+    return tiny
+
+
+def _match_latent_attention(tiny: dict[str, Any]) -> None:
+    """Make sizes consistent for latent attention (MLA), where `head_dim` is the rotated part."""
+    if "qk_rope_head_dim" in tiny and "head_dim" in tiny:
+        tiny["head_dim"] = tiny["qk_rope_head_dim"]
+    if "kv_lora_rank" in tiny:
+        tiny["num_key_value_heads"] = tiny["num_attention_heads"]
 
 
 def _fields(config: PretrainedConfig) -> set[str]:
@@ -139,35 +136,39 @@ def _fields(config: PretrainedConfig) -> set[str]:
     }
 
 
-def _size(name: str, value: object) -> object:
-    if _SPECIAL.fullmatch(name):
-        return _special(name, value)
-    if not isinstance(value, int) or isinstance(value, bool) or value == 0:
+def _size(name: str, value: object) -> int | None:
+    """Return the tiny value of a field, or None if its default stays."""
+    if _SPECIAL_TOKEN.fullmatch(name):
+        return _token_id(name, value)
+    if not _is_int(value) or value == 0:
         return None
     for pattern, size in _SIZES:
         if re.fullmatch(pattern, name):
-            return size if size is None or value > size or "vocab" in name else None
+            return size if value > size or "vocab" in name else None
     return None
 
 
-def _special(name: str, value: object) -> object:
-    """Ids that no prompt holds, and that the vocabulary has."""
-    known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if name in known:
-        return known[name]
-    return (
-        3 + len(name) % (FIRST_TOKEN - 3)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 2
-        else None
-    )
+def _token_id(name: str, value: object) -> int | None:
+    """Return an id within the vocabulary that random prompts do not contain."""
+    if name in _TOKENS:
+        return _TOKENS[name]
+    return 3 + len(name) % (FIRST_TOKEN - 3) if _is_int(value) and value > 2 else None
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _num_layers(values: dict[str, Any]) -> int:
     return next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), 0)
 
 
-def _kept_layers(values: dict[str, Any]) -> list[int]:
-    """The numbers of layers that show each kind of layer once, by all lists that say something of each layer; at least two."""
+def _selected_layers(values: dict[str, Any]) -> list[int]:
+    """Return the numbers of layers that cover each kind of layer once; at least two layers.
+
+    The kind of a layer follows from all lists that have an entry for each layer. Returns an empty
+    list without such lists.
+    """
     count = _num_layers(values)
     lists = [
         value
@@ -176,16 +177,17 @@ def _kept_layers(values: dict[str, Any]) -> list[int]:
     ]
     if not lists:
         return []
-    kept, seen = list[int](), set[str]()
+    selected = list[int]()
+    seen = set[str]()
     for number in range(count):
         kind = repr([value[number] for value in lists])
-        if kind not in seen and len(kept) < MAX_LAYERS:
+        if kind not in seen and len(selected) < MAX_LAYERS:
             seen.add(kind)
-            kept.append(number)
+            selected.append(number)
     for number in range(count):
-        if len(kept) < 2 and number not in kept:
-            kept.append(number)
-    return sorted(kept)
+        if len(selected) < 2 and number not in selected:
+            selected.append(number)
+    return sorted(selected)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

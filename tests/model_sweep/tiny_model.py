@@ -1,11 +1,14 @@
-"""A tiny random model whose output depends on all that it is told."""
+"""A tiny random model whose outputs depend on all of its inputs."""
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A float32 model with weights so large that attention, positions and every layer show in the logits."""
+    """Return a random float32 model.
+
+    Weights are large enough that attention, positions and every layer affect the logits.
+    """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"

@@ -1,4 +1,7 @@
-"""One model type in a process of its own, so that a crash, a hang or a lack of memory is one line of the table."""
+"""Check of one model type in a process of its own.
+
+A crash, a hang or a lack of memory is then the result of that type only.
+"""
 
 import os
 import re
@@ -10,88 +13,93 @@ from pathlib import Path
 from unittest.mock import patch
 
 from compiled_llm.errors import StrictError, UnsupportedModelError
-from tests.model_sweep.outcome import Outcome
+from tests.model_sweep.result import ModelResult
 
-# The models are tiny: threads that wait for each other cost more than they bring.
+# One thread each: the models are tiny, and synchronizing threads costs more than they save.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TRITON_INTERPRET": "1",
 }
+_DATA_DEPENDENT = re.compile(
+    r"could not be compiled: (UserError|Unsupported): .*data-dependent", re.IGNORECASE
+)
 
 
-def run_apart(model_type: str, dispatch: str, *, timeout: float, log: Path) -> Outcome:
-    """The outcome of one type; what its process prints goes to the log."""
+def check_in_subprocess(
+    model_type: str, dispatch: str, *, timeout: float, log: Path
+) -> ModelResult:
+    """Check one type in a new process, whose output goes to `log`; kill it after `timeout` s."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.model_sweep.worker_imports"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model_type, dispatch, str(log)))
+    process = context.Process(target=_run, args=(theirs, model_type, dispatch, str(log)))
     with patch.dict(os.environ, _ENVIRONMENT):
         process.start()
     theirs.close()
     try:
-        outcome: Outcome = (
-            ours.recv()
-            if ours.poll(timeout)
-            else Outcome(status="fails", reason=f"it took more than {timeout:.0f} s")
-        )
+        if ours.poll(timeout):
+            result: ModelResult = ours.recv()
+        else:
+            result = ModelResult(status="fails", reason=f"it took more than {timeout:.0f} s")
     except EOFError:
         process.join()
-        outcome = Outcome(status="fails", reason=f"its process died: {_manner(process.exitcode)}")
+        reason = f"its process died: {_exit_reason(process.exitcode)}"
+        result = ModelResult(status="fails", reason=reason)
     process.kill()
     process.join()
-    return outcome
+    return result
 
 
-def _manner(exitcode: int | None) -> str:
-    return (
-        signal.Signals(-exitcode).name
-        if exitcode is not None and exitcode < 0
-        else f"exit code {exitcode}"
-    )
+def _exit_reason(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"
 
 
-def _serve(connection: Connection, model_type: str, dispatch: str, log: str) -> None:
+def _run(connection: Connection, model_type: str, dispatch: str, log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    connection.send(outcome_of(model_type, dispatch))
+    connection.send(check_model_type(model_type, dispatch))
 
 
-def outcome_of(model_type: str, dispatch: str, excuses: dict[str, str] | None = None) -> Outcome:
-    """The outcome of one type, in this process."""
+def check_model_type(model_type: str, dispatch: str) -> ModelResult:
+    """Check one model type or variant in this process, with `compile.dispatch` as given."""
     from tests.model_sweep.check import MismatchError, check
-    from tests.model_sweep.record import read_excuses
+    from tests.model_sweep.record import read_known_unsupported
     from tests.model_sweep.tiny_configs import tiny_config
     from tests.model_sweep.tiny_model import tiny_model
 
-    excuse = (read_excuses() if excuses is None else excuses).get(model_type)
-    if excuse is not None:
-        return Outcome(status="unsupported", reason=excuse)
+    known_unsupported = read_known_unsupported()
+    if model_type in known_unsupported:
+        return ModelResult(status="unsupported", reason=known_unsupported[model_type])
     try:
-        found = check(tiny_model(tiny_config(model_type)), dispatch)
+        comparison = check(tiny_model(tiny_config(model_type)), dispatch)
     except UnsupportedModelError as error:
-        return Outcome(status="unsupported", reason=str(error))
+        return ModelResult(status="unsupported", reason=str(error))
     except MismatchError as error:
-        return Outcome(status="fails", reason=str(error))
+        return ModelResult(status="fails", reason=str(error))
     except StrictError as error:
-        reason = _untraceable(model_type, str(error))
-        return Outcome(
-            status="unsupported" if reason else "fails", reason=reason or _one_line(error)
-        )
+        if (reason := _data_dependent_reason(model_type, str(error))) is not None:
+            return ModelResult(status="unsupported", reason=reason)
+        return ModelResult(status="fails", reason=_one_line(error))
     except Exception as error:
         traceback.print_exc()
-        return Outcome(status="fails", reason=_one_line(error))
-    return Outcome(status="works", difference=found.largest, exercised=found.exercised)
+        return ModelResult(status="fails", reason=_one_line(error))
+    return ModelResult(
+        status="works", difference=comparison.max_difference, exercised=comparison.exercised
+    )
 
 
-def _untraceable(model_type: str, error: str) -> str | None:
-    """What is said of a forward of which torch can make no graph, if that is what failed."""
-    if not re.search(
-        r"could not be compiled: (UserError|Unsupported): .*data-dependent", error, re.IGNORECASE
-    ):
+def _data_dependent_reason(model_type: str, error: str) -> str | None:
+    """Return the reason if a compilation failed on data-dependent control flow, else None."""
+    if not _DATA_DEPENDENT.search(error):
         return None
-    return f"{model_type}: its forward branches on values, so that it is no single graph, and would run eagerly"
+    return (
+        f"{model_type}: its forward has data-dependent control flow, so it cannot be captured as "
+        "one graph and would run eagerly"
+    )
 
 
 def _one_line(error: Exception, limit: int = 200) -> str:

@@ -1,4 +1,4 @@
-"""What every worker needs, imported once and then shared by forking."""
+"""Imports that all worker processes share by forking."""
 
 import torch
 import transformers

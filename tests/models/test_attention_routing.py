@@ -1,7 +1,6 @@
-"""What engines change on a model is restored by the last of them, however they come and go, and nothing else is."""
+"""Tests of attention routing: the last engine of a model restores what engines have changed."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import permutations
 from typing import Any
@@ -11,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compiled_llm.models.attention import ATTENTION_NAME
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.held_attributes import Hold
+from compiled_llm.models.attention_routing import attention_routed
 from tests.helpers.tiny_models import tiny_model
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model as random_model
@@ -29,19 +27,19 @@ def _state(model: PreTrainedModel) -> list[object]:
 
 
 @pytest.mark.parametrize("order", permutations(range(3)), ids=str)
-def test_the_last_to_go_restores_what_the_first_found(order: tuple[int, ...]) -> None:
+def test_the_last_engine_restores_the_original_values(order: tuple[int, ...]) -> None:
     model = tiny_model("gpt_oss").train()
     model.model.layers[0].eval()
     model.model.embed_tokens.requires_grad_(False)
     before, stacks = _state(model), [ExitStack() for _ in order]
     for stack in stacks:
-        stack.enter_context(attached(model))
+        stack.enter_context(attention_routed(model))
     for number in order:
         assert model.config._attn_implementation == ATTENTION_NAME
         assert not any(parameter.requires_grad for parameter in model.parameters())
         stacks[number].close()
     assert _state(model) == before
-    with attached(model):
+    with attention_routed(model):
         assert model.config._attn_implementation == ATTENTION_NAME
     assert _state(model) == before
 
@@ -51,8 +49,8 @@ def test_models_that_share_a_config_and_modules() -> None:
     other = type(one)(one.config)
     other.model = one.model
     before, mine, theirs = _state(one), ExitStack(), ExitStack()
-    mine.enter_context(attached(one))
-    theirs.enter_context(attached(other))
+    mine.enter_context(attention_routed(one))
+    theirs.enter_context(attention_routed(other))
     mine.close()
     assert one.config._attn_implementation == ATTENTION_NAME
     assert not one.model.embed_tokens.weight.requires_grad
@@ -60,21 +58,21 @@ def test_models_that_share_a_config_and_modules() -> None:
     assert _state(one) == before
 
 
-def test_sub_configs_return_to_their_own_choices() -> None:
+def test_sub_configs_keep_their_own_implementations() -> None:
     model = random_model(tiny_config("gemma3"))
     model.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
     parts = [model.config, model.config.text_config, model.config.vision_config]
     before = [part._attn_implementation for part in parts]
     assert len(set(before)) == 2
-    with attached(model):
+    with attention_routed(model):
         assert model.config.text_config._attn_implementation == ATTENTION_NAME
     assert [part._attn_implementation for part in parts] == before
 
 
-def test_what_the_user_changes_meanwhile_stays() -> None:
+def test_changes_by_the_user_are_kept() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0]
-    with attached(model):
+    with attention_routed(model):
         model.set_attn_implementation("eager")
         layer.mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(96, 64), requires_grad=False)
         model.lm_head.weight.requires_grad_(True)
@@ -88,7 +86,7 @@ def test_what_the_user_changes_meanwhile_stays() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_model_that_cannot_be_attached_is_left_as_it_was(
+def test_a_failure_leaves_the_model_unchanged(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama").train()
@@ -100,58 +98,16 @@ def test_a_model_that_cannot_be_attached_is_left_as_it_was(
     for name in ("set_experts_implementation", "requires_grad_"):
         with monkeypatch.context() as patch:
             patch.setattr(type(model), name, fail)
-            with pytest.raises(error), attached(model):
+            with pytest.raises(error), attention_routed(model):
                 pass
         assert _state(model) == before
 
 
-class _Plain:
-    value = 0
-
-
-def test_a_hold_may_be_released_in_the_middle_of_another() -> None:
-    """As a garbage collection does, which may come at any allocation."""
-    shared = _Plain()
-    first = Hold([(shared, "value")])
-    shared.value = 1
-    first.note_changes()
-
-    def attributes() -> Iterator[tuple[object, str]]:
-        yield shared, "value"
-        first.release()
-        yield shared, "other"
-
-    second = Hold(attributes())
-    assert shared.value == 1, "the second holds it"
-    shared.other = 2  # type: ignore[attr-defined]
-    second.note_changes()
-    second.release()
-    second.release()
-    assert shared.value == 0
-    assert not hasattr(shared, "other")
-
-
-def test_an_interrupted_hold_holds_nothing() -> None:
-    shared = _Plain()
-
-    def attributes() -> Iterator[tuple[object, str]]:
-        yield shared, "value"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Hold(attributes())
-    hold = Hold([(shared, "value")])
-    shared.value = 1
-    hold.note_changes()
-    hold.release()
-    assert shared.value == 0
-
-
-def test_a_copy_of_an_attached_model_is_a_model_of_its_own() -> None:
+def test_a_copy_of_a_routed_model_is_independent() -> None:
     model = tiny_model("llama")
-    with attached(model):
+    with attention_routed(model):
         copied = copy.deepcopy(model)
     assert model.config._attn_implementation != ATTENTION_NAME
     copied.set_attn_implementation("eager")
-    with attached(copied):
+    with attention_routed(copied):
         assert model.config._attn_implementation != ATTENTION_NAME

@@ -1,4 +1,4 @@
-"""What a model asks of attention is found, or refused by name."""
+"""Tests of the discovery of attention layers and of refused models."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm.errors import UnsupportedModelError
 from compiled_llm.models.attention import attention_forward
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import (
-    check_tokens_meet_in_attention,
     count_rotary_embeddings,
-    discover,
-    examine,
+    discover_attention_layers,
+    examine_model,
 )
+from compiled_llm.models.token_independence import check_token_independence
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 
@@ -20,19 +20,19 @@ from tests.helpers.tiny_models import FAMILIES, tiny_model
 def test_layers_are_found(family: str) -> None:
     model = tiny_model(family)
     before = model.config._attn_implementation
-    with attached(model):
-        layers = discover(model)
+    with attention_routed(model):
+        layers = discover_attention_layers(model)
     assert model.config._attn_implementation == before
     assert len(layers) == 2
     assert len({layer.name for layer in layers}) == 2
     windows = {"gemma2": [24, 0], "gpt_oss": [24, 0], "phi3": [24, 24]}
-    assert [layer.window for layer in layers] == windows.get(family, [0, 0])
+    assert [layer.reach.encode() for layer in layers] == windows.get(family, [0, 0])
     assert count_rotary_embeddings(model) == (0 if family == "gpt2" else 1)
 
 
-def test_attaching_leaves_the_model_as_it_was() -> None:
+def test_routing_leaves_the_model_unchanged() -> None:
     model = tiny_model("llama").train()
-    with attached(model):
+    with attention_routed(model):
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.training
@@ -67,11 +67,11 @@ REFUSED = {
     ),
     "rwkv": (
         {"attention_hidden_size": 32},
-        "rwkv: .* interface, and its forward is another one for each number of tokens",
+        "rwkv: .* interface, and its graph depends on the number of tokens",
     ),
     "recurrent_gemma": (
         {"num_hidden_layers": 3, "lru_width": 32},
-        "recurrent_gemma: it keeps what it remembers in a cache of its own",
+        "recurrent_gemma: it needs a cache of its own class",
     ),
     "deepseek_v32": (
         {},
@@ -81,15 +81,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_served_is_named(kind: str) -> None:
+def test_an_unsupported_feature_is_named(kind: str) -> None:
     values, message = REFUSED[kind]
     model = _model(kind, **values)
-    with pytest.raises(UnsupportedModelError, match=message), attached(model):
-        examine(model)
+    with pytest.raises(UnsupportedModelError, match=message), attention_routed(model):
+        examine_model(model)
 
 
 def test_windows_are_found_in_masks() -> None:
-    """phimoe builds its window into the mask alone, llama4 its chunks; a sliding and a full layer of one model differ."""
+    """phimoe has its window in the mask alone, llama4 its chunks; layers of a model may differ."""
     values = {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8}
     kinds = {
         "layer_types": ["chunked_attention", "full_attention"],
@@ -108,21 +108,21 @@ def test_windows_are_found_in_masks() -> None:
         ("llama4_text", llama4, [-16, 0]),
     ]:
         model = _model(kind, **changes)
-        with attached(model):
-            assert [layer.window for layer in discover(model)] == windows
+        with attention_routed(model):
+            assert [layer.reach.encode() for layer in discover_attention_layers(model)] == windows
 
 
-def test_tokens_must_meet_in_attention_alone() -> None:
-    """Attention that a model does by itself, and positions that it counts by itself, show in what its logits depend on."""
+def test_tokens_must_interact_in_attention_alone() -> None:
+    """Logits reveal attention outside the interface and positions inferred by the model."""
     mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
     with (
-        pytest.raises(UnsupportedModelError, match="gptj: its tokens meet outside"),
-        attached(mixed),
+        pytest.raises(UnsupportedModelError, match="gptj: its tokens interact outside"),
+        attention_routed(mixed),
     ):
-        check_tokens_meet_in_attention(mixed, 128)
+        check_token_independence(mixed, 128)
     model = tiny_model("llama")
-    with attached(model):
-        check_tokens_meet_in_attention(model, 128)
+    with attention_routed(model):
+        check_token_independence(model, 128)
 
 
 def test_unknown_attention_arguments_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Models that compute attention by themselves: it is recognised in the graph of their forward, or refused in words."""
+"""Tests of models that compute attention themselves: it is recognised or refused."""
 
 import pickle
 from collections.abc import Callable
@@ -11,20 +11,26 @@ from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from compiled_llm import CompiledLLM
-from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models import exported_model
-from compiled_llm.models.attention import UndecidedError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import AttentionLayer, check_tokens_meet_in_attention, examine
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import AttentionLayer, examine_model
 from compiled_llm.models.exported_model import ExportedModel
+from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.models.weight_packing import linears_by_input
 from passes.export.score_mod import ScoreMod
 from tests.conftest import DEVICE
-from tests.model_sweep.check import Reference, engine_config, generate, prompt_of, relative
+from tests.model_sweep.check import (
+    Reference,
+    engine_config,
+    generate,
+    random_prompt,
+    relative_difference,
+)
 from tests.model_sweep.tiny_configs import tiny_config
 from tests.model_sweep.tiny_model import tiny_model
 
-# What each is of, and what it must be found to have: window of each layer, key heads, slopes of the first heads.
+# Config values, and the expected window of each layer, key heads, and slopes of the first heads.
 KINDS: dict[str, tuple[dict[str, Any], list[int], int, list[float]]] = {
     "bloom": ({"n_head": 4}, [0, 0], 4, [0.25, 0.0625]),
     "mpt": ({"n_heads": 4, "d_model": 64, "n_layers": 2}, [0, 0], 4, [0.25, 0.0625]),
@@ -67,9 +73,9 @@ def _model(
 
 
 def _examined(model: PreTrainedModel) -> tuple[ExportedModel, list[AttentionLayer]]:
-    with attached(model):
-        served, layers = examine(model)
-        check_tokens_meet_in_attention(served, 128)
+    with attention_routed(model):
+        served, layers = examine_model(model)
+        check_token_independence(served, 128)
     assert isinstance(served, ExportedModel)
     return served, layers
 
@@ -79,7 +85,7 @@ def _examined(model: PreTrainedModel) -> tuple[ExportedModel, list[AttentionLaye
 def test_attention_is_recognised(kind: str, dtype: torch.dtype) -> None:
     values, windows, kv_heads, slopes = KINDS[kind]
     served, layers = _examined(_model(kind.split(",")[0], dtype=dtype, **values))
-    assert [layer.window for layer in layers] == windows
+    assert [layer.reach.encode() for layer in layers] == windows
     assert {(layer.num_kv_heads, layer.key_dim, layer.dtype) for layer in layers} == {
         (kv_heads, 16, dtype)
     }
@@ -92,8 +98,8 @@ def test_attention_is_recognised(kind: str, dtype: torch.dtype) -> None:
     assert found == ([slopes] * 2 if slopes else [])
 
 
-def test_parameters_stay_the_models_own() -> None:
-    """So that weights are held once, and can be laid side by side."""
+def test_parameters_are_the_models_own() -> None:
+    """Otherwise weights would be in memory twice, and could not be packed."""
     model = _model("gptj", n_embd=64, n_head=4, n_layer=2, rotary_dim=8)
     with linears_by_input(model) as groups:
         served, _ = _examined(model)
@@ -101,10 +107,10 @@ def test_parameters_stay_the_models_own() -> None:
     assert [len(group) for group in groups] == [3, 3]
 
 
-def test_what_is_found_of_attention_is_on_the_models_device(
+def test_slopes_are_on_the_models_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Scores are evaluated on the CPU; slopes are read where queries are."""
+    """Scores are evaluated on the CPU, but slopes are read on the queries' device."""
     made = []
 
     def replace(
@@ -114,12 +120,12 @@ def test_what_is_found_of_attention_is_on_the_models_device(
         return ["attention"]
 
     monkeypatch.setattr(exported_model, "replace_attention_subgraphs", replace)
-    with pytest.raises(UndecidedError):
-        exported_model.trace(_model("bloom", n_head=4).to("meta"))
+    with pytest.raises(NeedsWeightsError):
+        exported_model.export_model(_model("bloom", n_head=4).to("meta"))
     assert [buffer.device.type for attend in made for buffer in attend.buffers()] == ["meta"]
 
 
-def test_it_goes_to_other_processes() -> None:
+def test_an_exported_model_can_be_pickled() -> None:
     served, _ = _examined(_model("bloom", n_head=4))
     sent = pickle.loads(pickle.dumps(served))
     here, there = (
@@ -131,27 +137,27 @@ def test_it_goes_to_other_processes() -> None:
 
 
 def test_scaled_dot_product_attention_is_recognised() -> None:
-    """Some models call torch's function themselves, as they were told when they were made."""
+    """Some models call torch's function themselves, if created with `sdpa`."""
     for values, kv_heads in ({}, 1), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2):
         layers = _examined(_model("falcon", "sdpa", **values))[1]
         assert [layer.num_kv_heads for layer in layers] == [kv_heads] * 2
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("gptj", 1e-4), ("mpt", 1e-4)])
-def test_replays_are_the_models_own_generation(kind: str, tolerance: float) -> None:
+def test_an_engine_matches_the_models_own_generation(kind: str, tolerance: float) -> None:
     model = tiny_model(tiny_config(kind))
-    reference, prompts = Reference(model), [prompt_of(length) for length in (3, 41, 24)]
+    reference, prompts = Reference(model), [random_prompt(length) for length in (3, 41, 24)]
     with CompiledLLM(model.to(DEVICE), None, engine_config("direct"), progress=False) as llm:
         outputs = generate(llm, prompts)
         assert not llm.report().fallbacks
     for prompt, (tokens, logits) in zip(prompts, outputs, strict=True):
         expected, expected_logits = reference(prompt)
         assert tokens == expected
-        assert relative(logits.cpu(), expected_logits) <= tolerance
+        assert relative_difference(logits.cpu(), expected_logits) <= tolerance
 
 
-def test_a_bias_in_low_precision_is_refused_where_logits_are_not() -> None:
-    """Falcon makes its ALiBi in bfloat16: in float32 no slopes give the same."""
+def test_a_bias_in_low_precision_is_refused_for_float32_logits() -> None:
+    """Falcon computes its ALiBi bias in bfloat16, which no slopes reproduce in float32."""
     _examined(_model("falcon", dtype=torch.bfloat16, alibi=True))
     with pytest.raises(UnsupportedModelError, match="bias to scores that is not linear"):
         _examined(_model("falcon", alibi=True))

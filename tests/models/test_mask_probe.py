@@ -1,4 +1,4 @@
-"""A mask is known by its answers: causal, a window, chunks, or none that is served."""
+"""Tests of mask probes: causal, sliding, chunked and unsupported masks."""
 
 from types import SimpleNamespace
 
@@ -11,28 +11,29 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from compiled_llm.models.mask_probe import EXAMINING_NAME, reach_of
+from compiled_llm.models.mask_probe import MASK_PROBE_NAME, probed_reach
+from passes.attention_reach import FULL, AttentionReach
 
 EMBEDS = torch.zeros(1, 4, 8)
 
 
 def _config(**values: object) -> SimpleNamespace:
     return SimpleNamespace(
-        _attn_implementation=EXAMINING_NAME, sliding_window=5, attention_chunk_size=6, **values
+        _attn_implementation=MASK_PROBE_NAME, sliding_window=5, attention_chunk_size=6, **values
     )
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 4)])
-def test_masks_of_transformers_are_known(mask: torch.Tensor | None) -> None:
+def test_masks_of_transformers_are_recognised(mask: torch.Tensor | None) -> None:
     for create, reach in [
-        (create_causal_mask, 0),
-        (create_sliding_window_causal_mask, 5),
-        (create_chunked_causal_mask, -6),
+        (create_causal_mask, FULL),
+        (create_sliding_window_causal_mask, AttentionReach.sliding(5)),
+        (create_chunked_causal_mask, AttentionReach.chunked(6)),
     ]:
-        assert reach_of(create(_config(), EMBEDS, mask, None)) == reach
+        assert probed_reach(create(_config(), EMBEDS, mask, None)) == reach
 
 
-def test_other_masks_are_not_taken_for_one() -> None:
+def test_other_masks_have_no_reach() -> None:
     def every_second(
         batch: object, head: object, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
@@ -40,32 +41,29 @@ def test_other_masks_are_not_taken_for_one() -> None:
 
     bidirectional = create_causal_mask(_config(is_causal=False), EMBEDS, None, None)
     gaps = create_causal_mask(_config(), EMBEDS, None, None, and_mask_function=every_second)
-    first_two = torch.tensor([[7, 7, -1, -1]])  # as of an image
+    first_two = torch.tensor([[7, 7, -1, -1]])  # as for an image
     block = create_causal_mask(
         _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=first_two
     )
-    assert [reach_of(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
+    assert [probed_reach(mask) for mask in (bidirectional, gaps, block)] == [None, None, None]
 
 
-def test_where_tokens_are_looked_up_a_row_of_text_stands_for_all() -> None:
+def test_a_mask_that_looks_up_token_types_is_probed_with_text() -> None:
     text = torch.full((1, 4), -1)
     assert (
-        reach_of(
+        probed_reach(
             create_causal_mask(_config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text)
         )
-        == 0
+        == FULL
     )
-    assert (
-        reach_of(
-            create_sliding_window_causal_mask(
-                _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text
-            )
+    assert probed_reach(
+        create_sliding_window_causal_mask(
+            _config(), EMBEDS, torch.ones(1, 4), None, block_sequence_ids=text
         )
-        == 5
-    )
+    ) == AttentionReach.sliding(5)
 
 
-def test_the_name_that_steps_use_has_no_mask() -> None:
+def test_steps_have_no_mask() -> None:
     assert "compiled_llm" not in ALL_MASK_ATTENTION_FUNCTIONS
     config = SimpleNamespace(_attn_implementation="compiled_llm")
     assert create_causal_mask(config, EMBEDS, torch.ones(1, 4), None) is None

@@ -1,11 +1,11 @@
-"""Any forward, with a position for each token: those that models take, and those that they count from their cache."""
+"""Tests of calls with a position per token, for models that accept or infer positions."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compiled_llm.models.attention import CURRENT
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.model_call import ModelCall
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
@@ -26,7 +26,7 @@ def _bart() -> torch.nn.Module:
 @pytest.mark.parametrize(
     "make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"]
 )
-def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # type: ignore[no-untyped-def]
+def test_logits_depend_on_a_tokens_position_and_not_on_its_index(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
     ids, rows = (
         torch.tensor([11, 12, 13], device=DEVICE),
@@ -39,7 +39,7 @@ def test_a_token_counts_by_its_position_and_not_by_its_place(make) -> None:  # t
         seen.append(k)
         return (q + k.repeat_interleave(q.shape[1] // k.shape[1], 1)).transpose(1, 2).contiguous()
 
-    with attached(model), torch.no_grad():
+    with attention_routed(model), torch.no_grad():
         CURRENT.attention = attend
         try:
             row = forward(ids, torch.tensor([7, 0, 30], device=DEVICE), rows)

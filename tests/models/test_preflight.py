@@ -1,4 +1,4 @@
-"""What a config alone tells: the same as the model itself, or why it is not served, before any weight is read."""
+"""Tests of examining a model by its config: as with weights, or refused before they are read."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import ModelConfig
-from compiled_llm.errors import UnsupportedModelError
+from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models import loading
-from compiled_llm.models.attention import UndecidedError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import count_rotary_embeddings, discover, discover_states
+from compiled_llm.models.attention_routing import attention_routed
+from compiled_llm.models.discovery import (
+    count_rotary_embeddings,
+    discover_attention_layers,
+)
 from compiled_llm.models.loading import load
-from compiled_llm.models.preflight import preflight, refuse_unsupported
+from compiled_llm.models.preflight import check_supported, examine_config
+from compiled_llm.models.state_discovery import discover_states
 from compiled_llm.models.weight_packing import linears_by_input
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import tiny_model
@@ -28,12 +31,12 @@ from tests.model_sweep.tiny_model import tiny_model as random_model
     "model_type",
     ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3", "gemma3n_text", "qwen3_next", "mamba"],
 )
-def test_a_config_tells_what_the_model_does(model_type: str) -> None:
+def test_a_config_gives_the_same_facts_as_its_model(model_type: str) -> None:
     config = tiny_config(model_type)
-    found, model = preflight(config, torch.float32), random_model(config).to(DEVICE)
-    with attached(model), linears_by_input(model) as groups:
-        assert found.layers == tuple(discover(model))
-    with attached(model):
+    found, model = examine_config(config, torch.float32), random_model(config).to(DEVICE)
+    with attention_routed(model), linears_by_input(model) as groups:
+        assert found.layers == tuple(discover_attention_layers(model))
+    with attention_routed(model):
         assert found.states == tuple(discover_states(model))
     assert found.rotary_embeddings == count_rotary_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
@@ -45,28 +48,31 @@ def test_a_config_tells_what_the_model_does(model_type: str) -> None:
 
 REFUSED = {
     "deepseek_v32": "layers of type deepseek_sparse_attention are not supported",
-    "rwkv": "its attention does not go through transformers' attention interface, and its forward is another one for each",
+    "rwkv": "its attention does not go through transformers' attention interface, and its graph "
+    "depends on the number",
     "inkling_text": "attention argument 'position_bias' is not supported",
 }
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_what_is_not_served_is_refused_by_its_config(model_type: str) -> None:
+def test_an_unsupported_model_is_refused_by_its_config(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
-        refuse_unsupported(tiny_config(model_type), torch.float32)
+        check_supported(tiny_config(model_type), torch.float32)
 
 
-def test_what_depends_on_values_is_left_to_the_start() -> None:
-    """dbrx loops over the experts that tokens chose."""
-    with pytest.raises(UndecidedError, match="dbrx: what its forward does depends on values"):
-        preflight(tiny_config("dbrx"), torch.float32)
-    refuse_unsupported(tiny_config("dbrx"), torch.float32)
+def test_a_model_that_depends_on_values_is_not_refused() -> None:
+    """dbrx loops over the experts that tokens select."""
+    with pytest.raises(
+        NeedsWeightsError, match="dbrx: its forward depends on the values of tensors"
+    ):
+        examine_config(tiny_config("dbrx"), torch.float32)
+    check_supported(tiny_config("dbrx"), torch.float32)
     for model_type in ("bloom", "falcon", "gpt_neo"):
-        with pytest.raises(UndecidedError, match=f"{model_type}: it computes attention by itself"):
-            preflight(tiny_config(model_type), torch.float32)
+        with pytest.raises(NeedsWeightsError, match=f"{model_type}: it computes attention itself"):
+            examine_config(tiny_config(model_type), torch.float32)
 
 
-def test_no_weight_is_read_of_a_model_that_is_refused(
+def test_a_model_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rwkv = AutoModelForCausalLM.from_config(
@@ -96,14 +102,17 @@ def test_no_weight_is_read_of_a_model_that_is_refused(
     for name, message in [
         ("rwkv", "rwkv: its attention does not go through"),
         ("quantised", "llama: weights quantised by awq are not supported"),
-        ("t5", "t5: transformers knows no causal LM of this type"),
-        ("own", "needs code of its own, which is run only where model.trust_remote_code=true"),
+        ("t5", "t5: transformers has no causal LM of this type"),
+        (
+            "own",
+            "needs code from its checkpoint, which runs only with model.trust_remote_code=true",
+        ),
     ]:
         with pytest.raises(UnsupportedModelError, match=message):
             load(ModelConfig(name=str(tmp_path / name)))
 
 
-def test_an_inspection_says_what_an_engine_would_do(tmp_path: Path) -> None:
+def test_an_inspection_describes_the_engine(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.config.save_pretrained(tmp_path)
     settings = {

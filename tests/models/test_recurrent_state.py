@@ -1,17 +1,19 @@
-"""The states of convolutions and recurrences: found, kept a row each, and zeros again for who comes next."""
+"""Tests of recurrent states: found, stored per row, and zeroed for the next sequence."""
 
 import pytest
 import torch
 
 from compiled_llm import CompiledLLM
-from compiled_llm.models.attention_routing import attached
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.discovery import (
-    allocate_states,
-    check_tokens_meet_in_attention,
-    continues_from_states,
-    discover,
-    discover_states,
+    discover_attention_layers,
 )
+from compiled_llm.models.state_discovery import (
+    allocate_states,
+    discover_states,
+    supports_state_continuation,
+)
+from compiled_llm.models.token_independence import check_token_independence
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config
 from tests.helpers.tiny_models import tiny_model as llama_like
@@ -27,27 +29,27 @@ def _model(model_type: str):  # type: ignore[no-untyped-def]
 
 def test_states_are_found() -> None:
     model = _model("lfm2")
-    with attached(model):
+    with attention_routed(model):
         (state,) = discover_states(model)
         assert (state.layer, state.kind, state.shape) == (0, "conv", (64, 3))
         assert state.num_bytes == 4 * 64 * 3
-        assert len(discover(model)) == 1
-        check_tokens_meet_in_attention(model, 128)
-        assert continues_from_states(model)
-    with attached(llama := llama_like("llama")):
+        assert len(discover_attention_layers(model)) == 1
+        check_token_independence(model, 128)
+        assert supports_state_continuation(model)
+    with attention_routed(llama := llama_like("llama")):
         assert discover_states(llama) == []
         assert allocate_states(llama, 4) is None
 
 
-def test_a_model_that_only_begins_with_several_tokens_is_told() -> None:
+def test_a_model_that_cannot_continue_with_a_chunk_is_detected() -> None:
     model = _model("mamba")
-    with attached(model):
-        assert not continues_from_states(model)
+    with attention_routed(model):
+        assert not supports_state_continuation(model)
 
 
-def test_rows_keep_their_states_and_begin_with_zeros() -> None:
+def test_rows_keep_their_states_and_start_from_zeros() -> None:
     model = _model("lfm2")
-    with attached(model), torch.no_grad():
+    with attention_routed(model), torch.no_grad():
         states = allocate_states(model, 3)
     assert states is not None
     rows, known = torch.tensor([2, 0], device=DEVICE), torch.tensor([5, 5], device=DEVICE)
@@ -63,14 +65,14 @@ def test_rows_keep_their_states_and_begin_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "mamba", "falcon_h1"])
-def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -> None:
-    """More requests than rows, and so few pages that some are preempted: rows and states change hands."""
+def test_requests_do_not_affect_each_other(model_type: str) -> None:
+    """With more requests than rows and few blocks, rows and states are reused."""
     model = _model(model_type)
     reference = Reference(model)
     prompts = [prompt_of(length, seed=1) for length in (5, 40, 17, 33, 3, 48, 20)]
     expected = [reference(prompt, 24) for prompt in prompts]
-    with attached(model):
-        bytes_per_token = sum(layer.bytes_per_token for layer in discover(model))
+    with attention_routed(model):
+        bytes_per_token = sum(layer.bytes_per_token for layer in discover_attention_layers(model))
     config = small_config(**EAGER, cache={"memory": 10 * 16 * (bytes_per_token or 1)})
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert greedy(llm, prompts, 24) == expected
@@ -79,5 +81,5 @@ def test_requests_that_come_and_go_know_nothing_of_each_other(model_type: str) -
         assert (report.scheduling.preemptions > 0) == bool(llm.model_runner.memory.groups), (
             "without pages, nobody lacks one"
         )
-    assert any("keeps states" in warning for warning in report.warnings)
+    assert any("has recurrent states" in warning for warning in report.warnings)
     assert report.scheduling.cached_tokens == 0

@@ -1,4 +1,4 @@
-"""Rope types whose frequencies depend on the largest position of a call: fixed up to a length, refused beyond it."""
+"""Tests of rope types whose frequencies depend on the largest position of a call."""
 
 import copy
 from pathlib import Path
@@ -14,9 +14,9 @@ from compiled_llm.cli.inspect import inspect_model
 from compiled_llm.config.loader import parse_config
 from compiled_llm.config.schema import LimitsConfig
 from compiled_llm.errors import UnsupportedModelError
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import check_tokens_meet_in_attention
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.rotary import RotaryLimit, fixed_frequencies, rotary_limit
+from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.runtime.limits import Limits
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import (
@@ -67,7 +67,7 @@ def test_short_and_long_requests_keep_their_frequencies(dispatch: str) -> None:
         assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
     if dispatch == "direct":
-        assert {bucket.mode for bucket in report.buckets} == {
+        assert {bucket.state for bucket in report.buckets} == {
             "graph" if DEVICE.type == "cuda" else "compiled"
         }
         assert not report.fallbacks
@@ -81,12 +81,15 @@ def test_a_length_beyond_the_limit_is_refused_by_name(
     parameters: dict[str, Any], length: int
 ) -> None:
     rope_type = parameters["rope_type"]
-    message = f"max_model_len={length + 1}, but beyond {length} tokens, rope_type '{rope_type}' .* lower it to {length}, or"
+    message = (
+        f"max_model_len={length + 1}, but beyond {length} tokens, rope_type '{rope_type}' .* "
+        f"lower it to {length}, or"
+    )
     with pytest.raises(ValueError, match=message):
         CompiledLLM(_llama(parameters), None, _config(max_model_len=length + 1), progress=False)
 
 
-def test_auto_is_the_original_length_and_says_so() -> None:
+def test_auto_is_the_original_length_with_a_warning() -> None:
     model = _llama(LONGROPE)
     with CompiledLLM(model, None, _config(max_model_len="auto"), progress=False) as llm:
         assert llm.model_runner.limits.max_model_len == 64
@@ -113,7 +116,7 @@ def test_the_lowest_limit_of_all_layer_types_counts() -> None:
     )
 
 
-def test_an_inspection_says_the_same(tmp_path: Path) -> None:
+def test_an_inspection_has_the_same_warning(tmp_path: Path) -> None:
     _llama(LONGROPE).config.save_pretrained(tmp_path)
     settings = {
         "name": str(tmp_path / "config.json"),
@@ -129,7 +132,7 @@ def test_an_inspection_says_the_same(tmp_path: Path) -> None:
         inspect_model(parse_config({"model": settings, "limits": {"max_model_len": 65}}))
 
 
-def test_a_model_that_has_seen_a_long_sequence_is_served_as_new_and_left_as_it_was() -> None:
+def test_frequencies_changed_by_a_long_sequence_are_fixed_and_restored() -> None:
     model = _llama(DYNAMIC)
     reference, prompt = Reference(model), prompt_of(12)
     with torch.no_grad():
@@ -161,7 +164,7 @@ def test_the_last_user_of_a_model_restores_it(name: str) -> None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What `fixed_frequencies` may change, tensors by their identity."""
+    """Return what `fixed_frequencies` may change, with tensors by their identity."""
     names = [name for name in vars(module) if name in ("rope_type", "rope_init_fn", "config")]
     found = {name: copy.deepcopy(getattr(module, name)) for name in names}
     return {
@@ -184,30 +187,28 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def test_dependence_on_the_largest_position_is_found_in_any_model(
     name: str, length: int, dtype: torch.dtype
 ) -> None:
-    """Here nothing fixes the frequencies, as in a model whose own code selects them."""
+    """Frequencies are not fixed here, as in a model whose own code selects them."""
     model = random_model(tiny_config(name)).to(DEVICE, dtype)
-    with attached(model):
-        check_tokens_meet_in_attention(model, length)
+    with attention_routed(model):
+        check_token_independence(model, length)
         for too_long in (length * 5 // 4, length * 10):
             with pytest.raises(UnsupportedModelError) as raised:
-                check_tokens_meet_in_attention(model, too_long)
+                check_token_independence(model, too_long)
             message, largest = str(raised.value).rsplit(" ", 1)
-            assert (
-                f"with positions up to {too_long - 1}, a token's logits depend on the largest position"
-                in message
-            )
+            reason = "a token's logits depend on the largest position"
+            assert f"with positions up to {too_long - 1}, {reason}" in message
             assert message.endswith(f"lower limits.max_model_len={too_long} to at most")
             assert int(largest) == length or (
                 dtype == torch.bfloat16 and length < int(largest) < 1.1 * length
             )
 
 
-def test_positions_that_a_model_has_not_are_named() -> None:
+def test_missing_positions_are_named() -> None:
     model = random_model(tiny_config("whisper"))
     assert Limits.resolve(LimitsConfig(), model.config, CPU).max_model_len == 256
-    if DEVICE.type == "cpu":  # on a GPU, an index out of range ends the process's use of it
+    if DEVICE.type == "cpu":  # on a GPU, an index out of range makes the device unusable
         message = (
             "forward fails \\(index 999 is out .* lower limits.max_model_len=2000 to at most 256"
         )
-        with pytest.raises(UnsupportedModelError, match=message), attached(model):
-            check_tokens_meet_in_attention(model, 2000)
+        with pytest.raises(UnsupportedModelError, match=message), attention_routed(model):
+            check_token_independence(model, 2000)

@@ -1,4 +1,4 @@
-"""Weights side by side: which, where, and for how long."""
+"""Tests of weight packing: which weights are packed, in which order, and for how long."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compiled_llm import CompiledLLM
-from compiled_llm.models.weight_packing import linears_by_input, merged, merged_groups
+from compiled_llm.models.weight_packing import find_packed_groups, linears_by_input, packed_weights
 from passes import PassContext, Pipeline
 from passes.merge_projections import MERGE_PROJECTIONS, PackedWeights
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -15,7 +15,7 @@ CONFIG = {"buckets": {"decode": [4], "prefill": [48], "samplers": ["greedy"]}}
 
 
 class Block(nn.Module):
-    """Three layers of one input, a fourth with a bias, and one whose weight another shares."""
+    """Three layers with one input, a fourth with a bias, and one with a shared weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,22 +31,22 @@ class Block(nn.Module):
         )
 
 
-def test_layers_of_one_input_are_found_and_merged() -> None:
+def test_layers_with_one_input_are_packed() -> None:
     block, x = Block(), torch.randn(3, 8)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     with linears_by_input(block) as groups:
         expected = block(x)
     assert groups == [[block.a, block.b]], "c has another input, one has a bias, one is tied"
-    assert merged_groups(block) == ()
-    with merged(block, groups):
-        assert merged_groups(block) == (("a", "b"),)
+    assert find_packed_groups(block) == ()
+    with packed_weights(block, groups):
+        assert find_packed_groups(block) == (("a", "b"),)
         assert block.b.weight.data_ptr() == block.a.weight.data_ptr() + block.a.weight.numel() * 4
         assert torch.equal(block(x), expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
 
 
 def _lay_out(storage: torch.Tensor, *layers: nn.Linear) -> None:
-    """Lay the weights of the layers into a storage, one after another from its beginning."""
+    """Put the weights of the layers into one storage, one after another."""
     begin = 0
     for layer in layers:
         weight = storage[begin : begin + layer.weight.numel()].view_as(layer.weight)
@@ -64,40 +64,40 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_weights_that_share_a_storage_in_another_way_are_laid_out_anew(layout: str) -> None:
+def test_weights_in_another_layout_are_packed_again(layout: str) -> None:
     block, x = Block(), torch.randn(3, 8)
     LAYOUTS[layout](block)
     with linears_by_input(block) as groups:
         expected = block(x)
-    with merged(block, groups):
-        assert merged_groups(block) == (("a", "b"),)
+    with packed_weights(block, groups):
+        assert find_packed_groups(block) == (("a", "b"),)
         assert [layer.weight.storage_offset() for layer in (block.a, block.b)] == [0, 32]
         assert torch.equal(block(x), expected)
         block.b.weight.data = block.b.weight.data.clone()
-        assert merged_groups(block) == (), "it is looked at anew each time"
+        assert find_packed_groups(block) == (), "weights are examined at each call"
 
 
 @torch.no_grad()
-def test_code_for_weights_in_one_order_is_not_that_for_another() -> None:
-    """Inductor's cache does not look at offsets: what it compiled for one order would read the rows of the other."""
+def test_code_depends_on_the_order_of_packed_weights() -> None:
+    """Inductor's cache key ignores offsets; code for one order would misread the other."""
     block, keys = Block(), []
     for order in ((block.a, block.b), (block.b, block.a)):
         _lay_out(torch.empty(80), *order)
-        context = PassContext(num_tokens=1, facts=(PackedWeights(merged_groups(block)),))
+        context = PassContext(num_tokens=1, facts=(PackedWeights(find_packed_groups(block)),))
         keys.append(Pipeline([MERGE_PROJECTIONS], context).uuid())
     assert keys[0] != keys[1]
 
 
-def test_a_parameter_that_an_engine_of_another_model_works_on_is_not_moved() -> None:
+def test_a_parameter_in_use_by_another_models_engine_is_not_moved() -> None:
     one, other = Block(), Block()
     other.a = one.a
-    with merged(one, []), merged(other, [[other.a, other.b]]):
-        assert merged_groups(other) == ()
-    with merged(other, [[other.a, other.b]]):
-        assert merged_groups(other) == (("a", "b"),)
+    with packed_weights(one, []), packed_weights(other, [[other.a, other.b]]):
+        assert find_packed_groups(other) == ()
+    with packed_weights(other, [[other.a, other.b]]):
+        assert find_packed_groups(other) == (("a", "b"),)
 
 
-def test_weights_do_not_move_under_another_engine() -> None:
+def test_weights_in_use_by_another_engine_are_not_moved() -> None:
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
     with CompiledLLM(
@@ -117,7 +117,7 @@ def test_weights_do_not_move_under_another_engine() -> None:
             ]
             assert not any(merge.matches for merge in merges)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as alone:
-        assert len(merged_groups(model)) == 4
+        assert len(find_packed_groups(model)) == 4
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         with CompiledLLM(model, None, small_config(**CONFIG), progress=False) as second:
             assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
@@ -127,10 +127,10 @@ def test_weights_do_not_move_under_another_engine() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_merged_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_packed_model_can_be_saved(family: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny_model(family)
     with CompiledLLM(model, None, small_config(**CONFIG), progress=False):
-        assert len(merged_groups(model)) == 4
+        assert len(find_packed_groups(model)) == 4
         model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A report in each of its forms says the same, and the page stands alone."""
+"""A report has the same contents in each of its formats."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from compiled_llm.report.export import write_report
-from compiled_llm.report.html import report_page
-from compiled_llm.report.report import BucketReport, PhaseReport, Report
+from compiled_llm.report.html import render_html
+from compiled_llm.report.report import BucketReport, BucketState, PhaseReport, Report, StartupReport
 from compiled_llm.report.svg import Bar, bar_plot
+from compiled_llm.report.tables import report_tables, summary_lines
 from passes import PassReport
 
 
@@ -25,15 +26,23 @@ def report() -> Report:
         ops_after=110,
     )
     served = BucketReport(
-        bucket="decode-4-greedy", size=4, mode="graph", trace_seconds=1, compile_seconds=2, capture_seconds=0.5,
-        bytes=3 * 2**20, replays=10, padded=15, passes=[graph_pass],
-    )  # fmt: skip
+        bucket="decode-4-greedy",
+        size=4,
+        state=BucketState.GRAPH,
+        trace_seconds=1,
+        compile_seconds=2,
+        capture_seconds=0.5,
+        bytes=3 * 2**20,
+        replays=10,
+        padded=15,
+        passes=[graph_pass],
+    )
     failed = BucketReport(
         bucket="decode-2-greedy", size=2, failure='RuntimeError: a < b & "c"', passes=[graph_pass]
     )
-    waiting = BucketReport(bucket="decode-1-greedy", size=1, mode="pending")
+    waiting = BucketReport(bucket="decode-1-greedy", size=1, state=BucketState.PENDING)
     made = Report(
-        facts={"model": "tiny"},
+        startup=StartupReport(facts={"model": "tiny"}),
         warnings=["<script>alert(1)</script>"],
         buckets=[served, failed, waiting],
     )
@@ -43,22 +52,20 @@ def report() -> Report:
 
 
 class _Page(HTMLParser):
-    """Tags that are open, all that were seen, what they point to, and the text."""
+    """The open tags, all tags, the links and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.seen: set[str] = set()
-        self.pointers: list[str] = []
+        self.links: list[str] = []
         self.text = ""
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
-        self.pointers += [
-            str(value) for name, value in attrs if name in ("src", "href", "xlink:href")
-        ]
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href")]
         if tag != "meta":
             self.open.append(tag)
 
@@ -72,17 +79,17 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone_and_says_all(report: Report) -> None:
-    page = report_page(report)
+def test_the_page_is_complete_and_loads_no_other_file(report: Report) -> None:
+    page = render_html(report)
     parsed = _Page(page)
     assert parsed.open == []
-    assert not parsed.pointers
+    assert not parsed.links
     assert not parsed.seen & {"script", "link", "img", "iframe", "object"}
     assert not any(word in page for word in ("http:", "https:", "url(", "@import"))
-    for sheet in report.sheets():
-        assert sheet.title in parsed.text
-        assert all(cell in parsed.text for row in sheet.rows for cell in row)
-    assert all(line in parsed.text for line in report.headlines()), "what is in a warning is text"
+    for table in report_tables(report):
+        assert table.title in parsed.text
+        assert all(cell in parsed.text for row in table.rows for cell in row)
+    assert all(line in parsed.text for line in summary_lines(report)), "a warning is escaped"
     plots = page.split("<svg")[1:]
     assert len(plots) == 5, "phases, cost, memory, padding, passes"
     assert "load weights, seconds: 1.25 s" in plots[0]
@@ -95,10 +102,10 @@ def test_the_page_stands_alone_and_says_all(report: Report) -> None:
 
 
 def test_an_empty_report_has_a_page() -> None:
-    assert _Page(report_page(Report())).open == []
+    assert _Page(render_html(Report())).open == []
 
 
-def test_bars_are_as_long_as_their_values() -> None:
+def test_the_lengths_of_bars_are_those_of_their_values() -> None:
     root = ET.fromstring(bar_plot([Bar("a & b", [1, 3]), Bar("c", [0, 2])], ["x", "y"], unit="s"))
     rects = list(root.iter("rect"))[2:]  # after the legend's
     assert [float(rect.attrib["width"]) for rect in rects] == pytest.approx(
@@ -113,11 +120,11 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert bar_plot([], ["x"]) == ""
 
 
-def test_each_ending_has_its_form(report: Report, tmp_path: Path) -> None:
+def test_the_suffix_selects_the_format(report: Report, tmp_path: Path) -> None:
     for ending in ("html", "json", "txt"):
         write_report(report, tmp_path / "new" / f"report.{ending}")
     written = {path.suffix: path.read_text() for path in (tmp_path / "new").iterdir()}
-    assert written[".html"] == report_page(report)
+    assert written[".html"] == render_html(report)
     assert json.loads(written[".json"]) == json.loads(json.dumps(report.to_dict()))
     assert json.loads(written[".json"])["fallbacks"] == {"no bucket": 7}
     assert written[".txt"] == str(report)

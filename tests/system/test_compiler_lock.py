@@ -1,4 +1,4 @@
-"""The locks that engines in several threads share."""
+"""The locks of engines in several threads."""
 
 import json
 import signal
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from compiled_llm.config.schema import ModelConfig
 from compiled_llm.models.attention import ATTENTION_NAME, AttentionCall
-from compiled_llm.models.attention_routing import attached
-from compiled_llm.models.discovery import _examined
+from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.loading import load
-from compiled_llm.runtime.compilation.compiler import _settings
-from compiled_llm.runtime.compilation.fx_patches import other_threads_unpatched
+from compiled_llm.models.probe import probing
+from compiled_llm.runtime.compilation.compiler import _compiler_settings
+from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
 from compiled_llm.system.compiler_lock import (
     COMPILER_LOCK,
     compiler_is_free,
-    compiler_soon,
     eager_steps_excluded,
     run_eagerly,
+    try_compiler_lock,
 )
 from passes import PassContext, Pipeline
 from passes.ops.precompile import compile_without_launching
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def _elsewhere(function: Callable[[], T]) -> Future[T]:
-    """What a function gives in a new thread."""
+    """Run a function in a new thread."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -47,7 +47,7 @@ def _elsewhere(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-def test_steps_run_side_by_side() -> None:
+def test_steps_run_in_parallel() -> None:
     meeting = threading.Barrier(2, timeout=30)
     both = [_elsewhere(lambda: run_eagerly(meeting.wait)) for _ in range(2)]
     assert sorted(future.result() for future in both) == [0, 1]
@@ -95,9 +95,8 @@ def test_an_interrupt_ends_the_wait() -> None:
         with eager_steps_excluded():
             pass
 
-    handler = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores the signal
+    # A background job of a shell ignores the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     holding = _elsewhere(hold)
     assert began.wait(30)
     try:
@@ -115,7 +114,7 @@ def test_an_interrupt_ends_the_wait() -> None:
 
 
 def test_a_model_is_examined_while_no_eager_step_runs() -> None:
-    """That step may be of the same model, whose attention goes elsewhere meanwhile."""
+    """The step may run the same model, whose attention is routed elsewhere meanwhile."""
     model = tiny_model("llama")
     steps: list[Future[str]] = []
 
@@ -126,8 +125,8 @@ def test_a_model_is_examined_while_no_eager_step_runs() -> None:
                 steps[0].result(0.05)
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
 
-    with attached(model):
-        with _examined(model, attend):
+    with attention_routed(model):
+        with probing(model, attend):
             model(torch.tensor([[1, 2]], device=model.device), use_cache=False)
         assert steps[0].result(30) == ATTENTION_NAME
 
@@ -146,22 +145,22 @@ def test_a_failed_step_excludes_nothing() -> None:
     assert _elsewhere(change).result(30)
 
 
-def test_who_compiles_holds_the_lock() -> None:
+def test_a_compilation_holds_the_lock() -> None:
     pipeline = Pipeline(passes=[], context=PassContext(num_tokens=1))
-    with _settings(torch.device("cpu"), pipeline, {}):
+    with _compiler_settings(torch.device("cpu"), pipeline, {}):
         assert compiler_is_free()  # for this thread
         assert not _elsewhere(compiler_is_free).result(30)
 
-        def soon() -> bool:
-            with compiler_soon() as free:
+        def try_lock() -> bool:
+            with try_compiler_lock() as free:
                 return free
 
-        assert not _elsewhere(soon).result(30)
-    assert _elsewhere(soon).result(30)
+        assert not _elsewhere(try_lock).result(30)
+    assert _elsewhere(try_lock).result(30)
 
 
 def test_a_model_is_built_while_no_eager_step_runs(tmp_path: Path) -> None:
-    """transformers makes the model's dtype the default one, which threads share."""
+    """transformers sets the default dtype, which threads share, to that of the model."""
     began, end = threading.Event(), threading.Event()
     values = {
         **FAMILIES["llama"],
@@ -199,25 +198,25 @@ def test_a_model_is_built_while_no_eager_step_runs(tmp_path: Path) -> None:
     COMPILER_LOCK.release()
 
 
-def test_a_trace_leaves_other_threads_modules_alone() -> None:
-    """A compilation traces often; a step that runs eagerly meanwhile calls modules that the trace does not know."""
+def test_a_trace_does_not_affect_other_threads() -> None:
+    """An eager step in another thread calls modules that are not in the trace."""
     calls: list[Tensor] = []
-    known, unknown = nn.Sequential(nn.ReLU()), nn.ReLU()
+    traced, other = nn.Sequential(nn.ReLU()), nn.ReLU()
 
     class Tracer(torch.fx.Tracer):
         def call_module(
             self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
         ) -> Any:
-            calls.append(_elsewhere(lambda: unknown(torch.ones(1))).result(30))
+            calls.append(_elsewhere(lambda: other(torch.ones(1))).result(30))
             return super().call_module(module, forward, args, kwargs)
 
-    with other_threads_unpatched():
-        graph = Tracer().trace(known)
+    with thread_local_fx_patches():
+        graph = Tracer().trace(traced)
     assert [float(call) for call in calls] == [1.0]
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
-def test_kernels_compiled_ahead_leave_other_threads_launches_alone(
+def test_precompiling_kernels_does_not_affect_other_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from triton.runtime.jit import JITFunction

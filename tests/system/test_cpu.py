@@ -1,4 +1,4 @@
-"""The instruction set is told by the processor's features, whatever their order."""
+"""The instruction set depends on the processor's features, in any order."""
 
 from pathlib import Path
 

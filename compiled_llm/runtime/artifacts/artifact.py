@@ -1,10 +1,13 @@
-"""What one start compiled, kept in a directory for the next: a file for each bucket, and a manifest that says for what they are.
+"""Artifacts: directories in which compiled buckets are saved for later starts.
 
-A bucket's file holds the step as torch compiled it ahead of time (no weights, no addresses) and what the passes reported of it.
-On a CPU, the libraries that the C++ compiler made lie beside them; on a GPU, the kernels are inside. Files are checked by hash and
-written under another name first, so that what is there is whole; what is not, or was made for something else, is compiled anew.
+An artifact has one file per bucket and a manifest with the key, which says for what the buckets
+were compiled. A bucket's file holds the step as torch compiled it ahead of time (no weights, no
+addresses) and the reports of its passes. On a CPU, the libraries that the C++ compiler made are in
+the directory `libraries`; on a GPU, the kernels are in the bucket's file. Each file begins with its
+hash and is written atomically. A damaged file, or one of another key, is compiled again.
 
-An artifact is code, and loading it runs that code: files and directories that another user owns or may write are refused.
+Loading an artifact runs code from it. Files and directories that another user owns or can write to
+are refused.
 """
 
 import json
@@ -20,22 +23,26 @@ import torch
 from compiled_llm.errors import UntrustedFileError
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, hash_of
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.system.atomic_file import locked, remove_unfinished, write_whole
-from compiled_llm.system.file_trust import read_trusted, refusal
+from compiled_llm.system.atomic_file import locked, remove_unfinished, write_atomic
+from compiled_llm.system.file_trust import read_trusted, untrusted_reason
 from passes import PassReport
 from passes.ops.precompile import KernelFiles, restore_kernels
 
 FORMAT = 3
-_DIGEST_LENGTH = 64  # of SHA-256, in hexadecimal digits
+_DIGEST_LENGTH = 64  # hexadecimal digits of a SHA-256
 MANIFEST, _TRAFFIC = "manifest.json", "traffic.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedBucket:
-    """One bucket: the compiled step, serialised, what the passes reported when it was compiled, and our own kernels.
+    """The contents of a bucket's file.
 
     Attributes:
-        graph_digest: of the graph that the step was compiled from; "" where that is not determined (see `graph_digest`).
+        step: the compiled step, serialized.
+        passes: the reports of the passes from its compilation.
+        kernels: the Triton kernels of this library's ops.
+        graph_digest: digest of the graph it was compiled from; "" if undetermined (see
+            `graph_digest`).
     """
 
     step: bytes
@@ -44,8 +51,8 @@ class SavedBucket:
     graph_digest: str = ""
 
 
-def _ignore(words: str) -> None:
-    """Takes a notice that nobody wants."""
+def _ignore(message: str) -> None:
+    """Drop a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +60,12 @@ class Artifact:
     """A directory of compiled buckets.
 
     Attributes:
-        directory: where; made when the first bucket is saved.
+        directory: created when the first bucket is saved.
         key: what its buckets must have been compiled for.
-        notice: told, in words, of what was found damaged, which is then made anew.
-        config: the digest of a config that asks for it, by which a later start may guess that it is there.
-        by_graph: whether a bucket may only be used if the model's step still has the graph that it was compiled from; the key
-            then identifies the model by the graph of another step.
+        notice: called with a message for each damaged file, which is then compiled again.
+        config: digest of the config; `has_likely_artifact` looks for it before the key is known.
+        by_graph: whether a bucket may be used only if the model's step still has the graph that it
+            was compiled from. The key then identifies the model by the graph of another step.
     """
 
     directory: Path
@@ -66,13 +73,15 @@ class Artifact:
     notice: Callable[[str], None] = _ignore
     config: str = ""
     by_graph: bool = False
-    _damaged: set[Path] = field(
-        default_factory=set, repr=False
-    )  # libraries, relative to where they are
+    # Relative paths of damaged libraries.
+    _damaged: set[Path] = field(default_factory=set, repr=False)
 
-    def misfit(self) -> str | None:
-        """Why what is there cannot be used; None where it can, or where nothing is there, or nothing but what is damaged."""
-        untrusted = self.refusal()
+    def incompatibility(self) -> str | None:
+        """Return the reason why the contents cannot be used, or None.
+
+        None also stands for an empty directory, and for one in which everything is damaged.
+        """
+        untrusted = self.untrusted_reason()
         if untrusted is not None:
             return untrusted
         manifest = self.directory / MANIFEST
@@ -83,116 +92,119 @@ class Artifact:
             if not any(self.directory.glob("*.bucket")):
                 return f"{manifest} is no manifest of an artifact"
             self.notice(
-                f"{manifest} is damaged, or of another version: all that it was of is compiled anew"
+                f"{manifest} is damaged or of another version: its buckets are compiled again"
             )
             return None
         different = found.differences(self.key)
-        return (
-            f"{self.directory} was compiled for something else: {', '.join(different)}"
-            if different
-            else None
-        )
+        if not different:
+            return None
+        return f"{self.directory} was compiled for something else: {', '.join(different)}"
 
-    def refusal(self) -> str | None:
-        """Why the directory is not to be trusted: other users own or may write it, its manifest or a directory above it."""
-        return refusal(self.directory) or refusal(self.directory / MANIFEST)
+    def untrusted_reason(self) -> str | None:
+        """Return the reason why other users could change the artifact, or None."""
+        manifest = self.directory / MANIFEST
+        return untrusted_reason(self.directory) or untrusted_reason(manifest)
 
     def load(self, bucket: str) -> SavedBucket | None:
-        """The bucket as it was saved for this key, or None; a damaged or untrusted file is as good as none."""
+        """Return the bucket that was saved for this key; None if missing, damaged or untrusted."""
         path = self._path(bucket)
         if read_key(self.directory) != self.key or not path.exists():
             return None
-        content = self._read(path, "the bucket is compiled anew")
+        content = self._read(path, "the bucket is compiled again")
         if content is None:
             return None
         self._restore_libraries()
-        kept: SavedBucket = pickle.loads(content)
-        restore_kernels(kept.kernels)
-        return kept
+        saved: SavedBucket = pickle.loads(content)
+        restore_kernels(saved.kernels)
+        return saved
 
     def has(self, bucket: str) -> bool:
-        """Whether a file is there for the bucket and this key."""
+        """Return whether the bucket has a file for this key."""
         return self._path(bucket).exists() and read_key(self.directory) == self.key
 
-    def mend(self) -> None:
-        """Put libraries that were damaged in order, where the compiler has made them again; raises OSError."""
-        made = (
-            {path.relative_to(_cache_dir()): path for path in _loaded_libraries()}
-            if self._damaged
-            else {}
-        )
-        for name in self._damaged & made.keys():
+    def repair(self) -> None:
+        """Replace damaged libraries that the compiler has made again; raises OSError."""
+        if not self._damaged:
+            return
+        loaded = {path.relative_to(_cache_dir()): path for path in _loaded_libraries()}
+        for name in self._damaged & loaded.keys():
             with locked(self.directory):
-                _write(self._libraries / name, made[name].read_bytes())
+                _write(self._libraries / name, loaded[name].read_bytes())
             self._damaged.remove(name)
 
-    def save(self, bucket: str, kept: SavedBucket) -> None:
-        """Keep the bucket, in place of what was there, also of another key; raises OSError."""
+    def save(self, bucket: str, saved: SavedBucket) -> None:
+        """Write a bucket; the first one replaces an artifact of another key. Raises OSError."""
         with locked(self.directory):
             remove_unfinished([*self.directory.glob(".*"), *self._libraries.rglob(".*")])
             if read_key(self.directory) != self.key:
                 self._begin()
-            _write(self._path(bucket), pickle.dumps(kept))
+            _write(self._path(bucket), pickle.dumps(saved))
             for library in _loaded_libraries():
                 target = self._libraries / library.relative_to(_cache_dir())
                 if not target.exists():
                     _write(target, library.read_bytes())
 
     def drop(self, bucket: str) -> None:
-        """Forget a bucket; raises OSError."""
+        """Remove a bucket; raises OSError."""
         if read_key(self.directory) == self.key:
             self._path(bucket).unlink(missing_ok=True)
 
     def add_traffic(self, traffic: Mapping[str, Traffic]) -> None:
-        """Add what was seen, by kind, to what was seen before with the same limits; raises OSError."""
+        """Add counts of step sizes, by kind, to earlier counts of the same limits.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         if read_key(self.directory) != self.key:
             return
         with locked(self.directory):
-            before = read_traffic(self.directory)
-            for kind, seen in traffic.items():
-                if kind in before and before[kind].limit == seen.limit:
-                    seen = replace(seen, seen=seen.seen + before[kind].seen)
-                before[kind] = seen
-            write_whole(
-                self.directory / _TRAFFIC,
-                json.dumps({k: t.to_dict() for k, t in before.items()}, indent=1).encode(),
-            )
+            total = read_traffic(self.directory)
+            for kind, new in traffic.items():
+                same_limit = kind in total and total[kind].limit == new.limit
+                total[kind] = replace(new, seen=new.seen + total[kind].seen) if same_limit else new
+            values = {kind: each.to_dict() for kind, each in total.items()}
+            write_atomic(self.directory / _TRAFFIC, json.dumps(values, indent=1).encode())
 
     def _restore_libraries(self) -> None:
-        """Put the libraries that buckets need where the compiler looks for them; what is there already stays."""
+        """Copy libraries that are missing in the compiler's cache to it."""
         for path in self._libraries.rglob("*.so"):
             name = path.relative_to(self._libraries)
             if (_cache_dir() / name).exists() or name in self._damaged:
                 continue
-            content = self._read(path, "the library is compiled anew")
+            content = self._read(path, "the library is compiled again")
             if content is not None:
-                write_whole(_cache_dir() / name, content)
+                write_atomic(_cache_dir() / name, content)
             else:
                 self._damaged.add(name)
 
-    def _read(self, path: Path, then: str) -> bytes | None:
-        """What `_write` wrote; None, and a notice, where it is not whole or another user could have written it."""
+    def _read(self, path: Path, consequence: str) -> bytes | None:
+        """Return what `_write` wrote; None, after a notice, if it is damaged or untrusted."""
         try:
             digest, _, content = read_trusted(path).partition(b"\n")
         except UntrustedFileError as error:
-            self.notice(f"{error}: {then}")
+            self.notice(f"{error}: {consequence}")
             return None
         except OSError:
             digest = content = b""
         if digest.decode(errors="replace") == hash_of(content):
             return content
-        self.notice(f"{path} is damaged: {then}")
+        self.notice(f"{path} is damaged: {consequence}")
         return None
 
     def _begin(self) -> None:
-        """An empty artifact of this key."""
+        """Begin an empty artifact of this key; files that no artifact wrote stay."""
         (self.directory / MANIFEST).unlink(missing_ok=True)
         for path in [*self.directory.glob("*.bucket"), *self._libraries.rglob("*.so")]:
-            if _begins_with_digest(path):  # other files than an artifact's stay
+            if _begins_with_digest(path):
                 path.unlink(missing_ok=True)
-        key = {"key": self.key.parts, "settings": self.key.settings}
-        manifest = {"format": FORMAT, "digest": self.key.digest, "config": self.config, **key}
-        write_whole(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
+        manifest = {
+            "format": FORMAT,
+            "digest": self.key.digest,
+            "config": self.config,
+            "key": self.key.parts,
+            "settings": self.key.settings,
+        }
+        write_atomic(self.directory / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     @property
     def _libraries(self) -> Path:
@@ -203,12 +215,12 @@ class Artifact:
 
 
 def discard(directory: Path) -> None:
-    """Let the next save begin anew; other files than an artifact's stay."""
+    """Remove the manifest, so that the next save begins an empty artifact."""
     (directory / MANIFEST).unlink(missing_ok=True)
 
 
 def read_traffic(directory: Path) -> dict[str, Traffic]:
-    """What engines on this artifact saw, by kind; nothing where that is not known."""
+    """Return the counts of step sizes, by kind; empty if there are none that can be read."""
     try:
         return {
             kind: Traffic.from_dict(values)
@@ -219,19 +231,18 @@ def read_traffic(directory: Path) -> dict[str, Traffic]:
 
 
 def read_key(directory: Path) -> Fingerprint | None:
-    """The key in a directory's manifest; None where there is none, or none that is whole."""
+    """Return the key in a directory's manifest; None if it is missing or damaged."""
     manifest = read_manifest(directory)
     try:
         key = Fingerprint(dict(manifest["key"]), dict(manifest["settings"]))
     except (ValueError, KeyError, TypeError):
         return None
-    return (
-        key if manifest.get("format") == FORMAT and manifest.get("digest") == key.digest else None
-    )
+    complete = manifest.get("format") == FORMAT and manifest.get("digest") == key.digest
+    return key if complete else None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What it says; nothing where there is none, or none that can be read."""
+    """Return the contents of a directory's manifest; empty if it cannot be read."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -240,7 +251,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _begins_with_digest(path: Path) -> bool:
-    """Whether `_write` may have written it."""
+    """Return whether `_write` may have written the file."""
     try:
         with path.open("rb") as file:
             begin = file.read(_DIGEST_LENGTH + 1)
@@ -250,7 +261,7 @@ def _begins_with_digest(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    write_whole(path, hash_of(content).encode() + b"\n" + content)
+    write_atomic(path, hash_of(content).encode() + b"\n" + content)
 
 
 def _cache_dir() -> Path:
@@ -260,15 +271,14 @@ def _cache_dir() -> Path:
 
 
 def _loaded_libraries() -> list[Path]:
-    """Those in the compiler's cache that this process has loaded; none where there is no /proc."""
+    """Return the libraries in the compiler's cache that this process has loaded.
+
+    There are none on a GPU, or where there is no /proc.
+    """
     maps = Path("/proc/self/maps")
     if torch.cuda.is_available() or not maps.exists():
         return []
-    paths = {
-        line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if line.endswith(".so")
-    }
-    return sorted(
-        Path(path)
-        for path in paths
-        if Path(path).is_relative_to(_cache_dir()) and Path(path).exists()
-    )
+    lines = (line for line in maps.read_text().splitlines() if line.endswith(".so"))
+    paths = {Path(line.split(maxsplit=5)[5]) for line in lines}
+    directory = _cache_dir()
+    return sorted(path for path in paths if path.is_relative_to(directory) and path.exists())

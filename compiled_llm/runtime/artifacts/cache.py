@@ -1,113 +1,113 @@
-"""The artifacts that the cache directory keeps by itself, one for each key: no more of them than the config allows."""
+"""The artifacts in the cache directory, one for each key, within `compile.cache_limit`."""
 
 import hashlib
 import os
 import shutil
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.default_model import cache_dir
 from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import MANIFEST, Artifact, read_manifest
 from compiled_llm.runtime.artifacts.fingerprint import Fingerprint
 from compiled_llm.system.atomic_file import locked
+from compiled_llm.system.paths import cache_dir
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _CachedArtifact:
+    """An artifact, the time of its last use and its size in bytes."""
+
     directory: Path
-    used: float
+    last_used: float
     bytes: int
 
 
 def open_artifact(
     config: Config, key: Fingerprint, report: Report, *, by_graph: bool
 ) -> Artifact | None:
-    """Open the artifact that the config names, if it fits or is empty, else the one in the cache directory.
+    """Open the artifact that the config names, if it is compatible, else the one in the cache.
 
     Args:
+        config: `compile.artifact` names a directory.
         key: of the engine.
-        report: gets the reason where one of them is not used, which is also a warning on standard error.
+        report: gets a warning with the reason for each artifact that is not used.
         by_graph: see `Artifact`.
 
     Returns:
-        None where nothing can be kept.
+        None if nothing can be saved.
     """
-    wanted, notice = config.compile.artifact, report.warnings.append
-    named = [wanted] if isinstance(wanted, Path) else []
-    for directory in [*named, cached_artifacts() / key.digest[:16]]:
-        artifact = Artifact(directory, key, notice, _digest(config), by_graph)
-        misfit = artifact.misfit()  # which also says so where it is damaged
-        if directory is not wanted:
-            misfit = artifact.refusal()
-        if misfit is None:
+    named = config.compile.artifact
+    directories = [named] if isinstance(named, Path) else []
+    for directory in [*directories, cached_artifacts() / key.digest[:16]]:
+        artifact = Artifact(directory, key, report.warn, _digest(config), by_graph)
+        reason = artifact.incompatibility()  # also reports damage
+        if directory is not named:  # the name of a cached artifact is its key
+            reason = artifact.untrusted_reason()
+        if reason is None:
             report.facts["artifact"] = str(directory)
             return artifact
-        refuse_artifact(report, f"the artifact was not used: {misfit}")
+        refuse_artifact(report, f"the artifact was not used: {reason}")
     return None
 
 
 def refuse_artifact(report: Report, reason: str) -> None:
-    """Say that an artifact is not used, in the report and on standard error."""
-    report.warnings.append(reason)
-    report.artifact_refusal = report.artifact_refusal or reason
-    warnings.warn(reason, stacklevel=2)
+    """Report that an artifact is not used."""
+    report.warn(reason)
+    report.startup.artifact_refusal = report.startup.artifact_refusal or reason
 
 
-def keeps(config: Config) -> bool:
-    """Whether what is compiled for the config is kept at all."""
+def saves_compilations(config: Config) -> bool:
+    """Return whether buckets compiled for the config are saved in an artifact."""
     settings = config.compile
     return settings.artifact != "off" and settings.dispatch == "direct" and settings.dump is None
 
 
-def is_expected(config: Config) -> bool:
-    """Whether there seems to be an artifact for the config, before its key can be known."""
-    wanted = config.compile.artifact
-    directories = [wanted] if isinstance(wanted, Path) else cached_artifacts().glob("*")
-    return any(
-        read_manifest(directory).get("config") == _digest(config) for directory in directories
-    )
+def has_likely_artifact(config: Config) -> bool:
+    """Return whether an artifact of this config exists; its key cannot be checked yet."""
+    named = config.compile.artifact
+    directories = [named] if isinstance(named, Path) else cached_artifacts().glob("*")
+    digest = _digest(config)
+    return any(read_manifest(directory).get("config") == digest for directory in directories)
 
 
 def _digest(config: Config) -> str:
     return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
-def tidy(used: Artifact, limit: int, report: Report) -> None:
-    """Take note that an artifact is in use, and keep the others in the cache directory within the limit."""
+def evict_lru(used: Artifact, limit: int, report: Report) -> None:
+    """Mark an artifact as used, and remove others from the cache beyond `limit` bytes."""
     mark_used(used.directory)
-    removed = make_room(limit, used=used.directory)
+    removed = remove_lru(limit, used=used.directory)
     if removed:
-        report.facts["removed, unused for the longest"] = (
-            f"{', '.join(removed)}, beyond compile.cache_limit"
-        )
+        names = ", ".join(removed)
+        report.facts["removed, least recently used"] = f"{names}, beyond compile.cache_limit"
 
 
 def cached_artifacts() -> Path:
-    """The directory that holds them."""
+    """Return the directory that holds the artifacts of the cache."""
     return cache_dir() / "artifacts"
 
 
 def mark_used(artifact: Path) -> None:
-    """Take note that an engine uses it now."""
-    with suppress(OSError):  # nothing is kept there, or it is not ours to write to
+    """Set the time of an artifact's last use to now."""
+    with suppress(OSError):  # it is empty, or this user cannot write to it
         os.utime(artifact / MANIFEST)
 
 
-def make_room(limit: int, *, used: Path) -> list[str]:
-    """Remove the artifacts that were not used for the longest time, until the rest takes `limit` bytes at most.
+def remove_lru(limit: int, *, used: Path) -> list[str]:
+    """Remove the least recently used artifacts until the others take at most `limit` bytes.
 
     Args:
         limit: bytes.
-        used: an artifact that stays, however large it is; so do those that another process writes to just now.
+        used: an artifact that stays, whatever its size; so do artifacts that another process is
+            writing to.
 
     Returns:
-        The names of those removed.
+        The names of the removed artifacts.
     """
-    found = sorted(map(_look_at, _directories(used)), key=lambda artifact: artifact.used)
+    found = sorted(map(_inspect, _directories(used)), key=lambda artifact: artifact.last_used)
     excess, removed = sum(artifact.bytes for artifact in found) - limit, []
     for artifact in found:
         if excess > 0 and artifact.directory != used and _remove(artifact.directory):
@@ -117,29 +117,29 @@ def make_room(limit: int, *, used: Path) -> list[str]:
 
 
 def _directories(used: Path) -> list[Path]:
-    """The cached artifacts; symbolic links lead to what is not the cache's own."""
+    """Return the cached artifacts without symbolic links, which lead out of the cache."""
     root = cached_artifacts()
     if used.parent != root or not root.exists():
         return []
     return [path for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
-def _look_at(directory: Path) -> _Found:
-    used, size = 0.0, 0
+def _inspect(directory: Path) -> _CachedArtifact:
+    last_used, size = 0.0, 0
     for path in [directory, *directory.rglob("*")]:
         with suppress(OSError):  # another process may remove it meanwhile
             status = path.lstat()
             size += status.st_size if path.is_file() else 0
-            used = max(used, status.st_mtime) if path.name == MANIFEST else used
-    return _Found(directory, used, size)
+            if path.name == MANIFEST:
+                last_used = max(last_used, status.st_mtime)
+    return _CachedArtifact(directory, last_used, size)
 
 
 def _remove(directory: Path) -> bool:
     try:
-        with locked(directory, patience=0):
-            (directory / MANIFEST).unlink(
-                missing_ok=True
-            )  # first: without it, nothing there is used
+        with locked(directory, timeout=0):
+            # The manifest goes first: without it, no other file is used.
+            (directory / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(directory)
     except OSError:
         return False

@@ -1,9 +1,10 @@
-"""Which code a model runs: what an artifact's key says of it.
+"""Identify the code that a model runs, for the key of an artifact.
 
-Where `from_pretrained` loaded a model that runs transformers' and torch's own code alone, the source of its classes, its config
-and the versions of both packages determine what it computes. Any other model is identified by the graph of its step: one that the
-caller made and may have changed, one whose checkpoint brings code, one whose classes or functions were patched. That costs the
-tracing of a step, and of each bucket that is loaded.
+A model that `from_pretrained` loaded and that runs only code of transformers and torch is
+identified by the source of its classes; with its config and the versions of both packages, that
+determines what it computes. Any other model is identified by the graph of its step: a model that
+the caller built and may have changed, one whose checkpoint contains code, or one with patched
+classes or functions. This requires tracing one step, and one for each bucket that is loaded.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel
 # An artifact's key holds the versions of all of these.
 _PACKAGES = tuple(f"{Path(package.__path__[0]).resolve()}/" for package in (torch, transformers))
 _STDLIB = f"{Path(sysconfig.get_path('stdlib')).resolve()}/"
-# By functions of its own, in any process in which torch.compile has checked guards (torch/_dynamo/mutation_guard.py).
+# torch/_dynamo/mutation_guard.py replaces these in each process in which torch.compile has checked
+# guards.
 _REPLACED_BY_DYNAMO = {
     f"torch.nn.modules.module.Module.{name}" for name in ("__init__", "__setstate__")
 }
@@ -34,7 +36,12 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 @dataclass(frozen=True, slots=True)
 class ModelCode:
-    """What a model runs, in words; `by_graph` where that is the graph of one of its steps."""
+    """A description of the code that a model runs.
+
+    Attributes:
+        words: part of an artifact's key.
+        by_graph: whether it is the graph of one of the model's steps.
+    """
 
     words: str
     by_graph: bool
@@ -43,31 +50,33 @@ class ModelCode:
 def identify(
     model: PreTrainedModel, trace_step: Callable[[], str], *, just_loaded: bool
 ) -> ModelCode:
-    """Identify what a model runs.
+    """Identify the code that a model runs.
 
     Args:
-        trace_step: digest of the graph of one of its steps.
-        just_loaded: nobody has had the model since transformers loaded it.
+        model: in any state.
+        trace_step: returns the digest of the graph of one of its steps.
+        just_loaded: whether no caller has had access to the model since transformers loaded it.
 
     Raises:
-        ValueError: the step cannot be traced, or its graph does not show all that it computes.
+        ValueError: the step cannot be traced, or its graph calls code that it does not contain.
     """
     source = library_source(model) if just_loaded else None
     if source is not None:
         return ModelCode(f"transformers' own, source {source[:12]}", by_graph=False)
     try:
         return ModelCode(f"graph {trace_step()[:16]}", by_graph=True)
-    except Exception as error:  # whatever tracing raises
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"it is not known which code the model runs: {said}") from error
+    except Exception as error:  # tracing may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the code that the model runs cannot be identified: {reason}") from error
 
 
 def library_source(model: PreTrainedModel) -> str | None:
-    """Digest of the source of a model's classes; None where some of its code is not transformers' or torch's own, or was patched.
+    """Return a digest of the source of a model's classes, or None.
 
-    Functions are checked in the classes of the model's modules, in the files that define the model, and in
-    `torch.nn.functional`. The modules' own attributes are not looked at: a model that was just loaded has those that its config
-    gives it.
+    None means that some of its code does not come from transformers or torch, or was patched. The
+    functions checked are those in the classes of the model's modules, in the files that define the
+    model, and in `torch.nn.functional`. Attributes of the modules are not checked: those of a model
+    that was just loaded follow from its config.
     """
     classes = {
         kind
@@ -76,28 +85,26 @@ def library_source(model: PreTrainedModel) -> str | None:
         if issubclass(kind, nn.Module)
     }
     names = sorted({kind.__module__ for kind in classes})
-    if any(getattr(module_state, hooks) for hooks in _GLOBAL_HOOKS) or not all(
-        map(_is_library_module, names)
-    ):
+    if any(getattr(module_state, hooks) for hooks in _GLOBAL_HOOKS):
+        return None
+    if not all(map(_is_library_module, names)):
         return None
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode() + Path(str(sys.modules[name].__file__)).read_bytes())
-    for place, function in _functions(
-        classes, [name for name in names if name.startswith("transformers.models.")]
-    ):
+    models = [name for name in names if name.startswith("transformers.models.")]
+    for place, function in _functions(classes, models):
         code = function.__code__
         if not _is_library_file(code.co_filename):
             return None
         if place not in _REPLACED_BY_DYNAMO:
-            digest.update(
-                f"{place} {Path(code.co_filename).name} {code.co_qualname} {code.co_firstlineno}\n".encode()
-            )
+            line = f"{code.co_qualname} {code.co_firstlineno}"
+            digest.update(f"{place} {Path(code.co_filename).name} {line}\n".encode())
     return digest.hexdigest()
 
 
 def snapshot(model: PreTrainedModel) -> object:
-    """A value that stays equal as long as no module of the model gets another attribute, child, hook or class."""
+    """Return a value that changes when a module gets another attribute, child, hook or class."""
     modules = [(name, type(module), _attributes(module)) for name, module in model.named_modules()]
     return modules, model.config.to_json_string(use_diff=False), library_source(model)
 
@@ -107,23 +114,25 @@ def _attributes(module: nn.Module) -> list[tuple[str, object]]:
 
 
 def _value(value: object) -> object:
-    """Scalars by value, dicts of modules, parameters and hooks by their members, everything else by identity."""
+    """Return scalars by value, dicts by the identities of their members, others by identity."""
     if isinstance(value, bool | int | float | str | None):
         return type(value), value
-    return (
-        [(key, id(member)) for key, member in value.items()]
-        if isinstance(value, dict)
-        else id(value)
-    )
+    if isinstance(value, dict):  # modules, parameters or hooks
+        return [(key, id(member)) for key, member in value.items()]
+    return id(value)
 
 
 def _functions(classes: set[type], names: list[str]) -> Iterator[tuple[str, types.FunctionType]]:
-    """The functions in classes, in the Python modules of these names and in `torch.nn.functional`, each with its place."""
+    """Yield functions with their places.
+
+    They are those in the classes, in the Python modules of these names, and in
+    `torch.nn.functional`.
+    """
     owners: dict[str, Mapping[str, Any]] = {
         f"{kind.__module__}.{kind.__qualname__}": vars(kind) for kind in classes
     }
     owners |= {name: vars(sys.modules[name]) for name in [*names, "torch.nn.functional"]}
-    for name in names:  # classes that the model makes while it runs, such as those of its outputs
+    for name in names:  # classes that the model instantiates while it runs, such as its outputs
         owners |= {
             f"{name}.{kind.__name__}": vars(kind)
             for kind in vars(sys.modules[name]).values()
@@ -136,7 +145,7 @@ def _functions(classes: set[type], names: list[str]) -> Iterator[tuple[str, type
 
 
 def _layers(value: Any) -> Iterator[types.FunctionType]:
-    """A function, and the one that its decorators wrap."""
+    """Yield a function and the function that its decorators wrap."""
     function = getattr(value, "__func__", getattr(value, "fget", value))
     if isinstance(function, types.FunctionType):
         yield function
@@ -154,7 +163,7 @@ def _is_library_module(name: str) -> bool:
 
 
 def _is_library_file(file: str) -> bool:
-    """Whether code is torch's, transformers' or Python's own."""
+    """Return whether a file belongs to torch, transformers or Python's standard library."""
     if file.startswith("<frozen "):
         return True
     path = str(Path(file).resolve())

@@ -1,116 +1,114 @@
-"""Which buckets are recorded when recordings may take only so much memory: the most useful ones.
+"""Chooses which buckets are captured when `memory.graphs` limits the memory of CUDA graphs.
 
-A bucket is as useful as the padding that it saves, given those that are recorded already: first come the buckets that hold
-everything, one of each kind, and then, again and again, the one that saves the largest share of its kind's work. The work of a
-step is taken to be its padded size, and a tenth more for each sampler that is dearer than the one before; the steps are those
-that were seen, or, where none were, one of each size with each sampler.
+The most useful ones are. The usefulness of a bucket is the padding that it saves, given the buckets
+chosen before it: first comes the bucket of each kind that holds all batches, and then, repeatedly,
+the one that saves the largest share of its kind's work. The work of a step is its padded size, plus
+a tenth for each sampler that is cheaper than its own. The steps are those seen by earlier runs, or
+else one of each size with each sampler.
 
-What a recording takes is known when it is made. One that turns out to go beyond the budget is given back, and others of its kind,
-which take as much, are not tried.
+The memory of a recording is known once it is made. A recording that exceeds the budget is released,
+and further buckets of its kind, which take as much, are not tried.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from compiled_llm.config.schema import Config
 from compiled_llm.runtime.bucket_tuning import Traffic
-from compiled_llm.runtime.buckets import SAMPLERS, Bucket, Kind
+from compiled_llm.runtime.buckets import SAMPLERS, Bucket, BucketKind
 
 Work = NDArray[np.float64]
 
 
-def by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> list[Bucket]:
-    """The buckets, the most useful first."""
-    holding_all: list[Bucket] = []
+def order_by_usefulness(buckets: Sequence[Bucket], traffic: Mapping[str, Traffic]) -> list[Bucket]:
+    """Return the buckets, the most useful first.
+
+    Args:
+        buckets: of any kinds.
+        traffic: steps seen, by kind.
+    """
+    largest: list[Bucket] = []
     ranked: list[tuple[float, Bucket]] = []
     for kind in dict.fromkeys(bucket.kind for bucket in buckets):
-        first, *others = _ranked(
-            [bucket for bucket in buckets if bucket.kind == kind], traffic.get(kind)
-        )
-        holding_all.append(first[1])
+        of_kind = [bucket for bucket in buckets if bucket.kind == kind]
+        first, *others = _rank(of_kind, traffic.get(kind))
+        largest.append(first[1])
         ranked.extend(others)
-    holding_all.sort(key=lambda bucket: bucket.cost, reverse=True)
-    return [
-        *holding_all,
-        *(bucket for _, bucket in sorted(ranked, key=lambda pair: pair[0], reverse=True)),
-    ]
-
-
-def set_aside(config: Config, device: torch.device) -> int:
-    """Bytes that the KV cache must leave to recordings, which are made after it."""
-    records = device.type == "cuda" and config.compile.dispatch != "eager"
-    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
+    largest.sort(key=lambda bucket: bucket.cost, reverse=True)
+    ranked.sort(key=lambda pair: pair[0], reverse=True)
+    return [*largest, *(bucket for _, bucket in ranked)]
 
 
 class GraphBudget:
-    """Keeps recordings within a budget.
+    """Keeps the memory of CUDA graphs within a budget.
 
     Args:
         limit: bytes, or None for no limit.
-        held: gives the bytes that all recordings of this thread take now.
+        graph_bytes: returns the bytes that all graphs of this thread take now.
     """
 
-    def __init__(self, limit: int | None, held: Callable[[], int]) -> None:
-        self._limit, self._held, self._before = limit, held, held()
-        self._typical: dict[
-            Kind, int
-        ] = {}  # of the last recording of the kind that was not its first
-        self._seen: set[Kind] = set()
+    def __init__(self, limit: int | None, graph_bytes: Callable[[], int]) -> None:
+        self._limit = limit
+        self._graph_bytes = graph_bytes
+        self._bytes_before = graph_bytes()
+        # Bytes of the last recording of a kind that was not its first.
+        self._typical: dict[BucketKind, int] = {}
+        self._captured_kinds: set[BucketKind] = set()
 
     @property
     def used(self) -> int:
-        """Bytes that recordings have taken since this was made."""
-        return self._held() - self._before
+        """Bytes that graphs have taken since the budget was created."""
+        return self._graph_bytes() - self._bytes_before
 
     def refusal(self, bucket: Bucket) -> str | None:
-        """Why there is no room for a bucket that is not recorded yet; None where there may be."""
+        """Return why the bucket is not to be captured, or None if it may fit."""
         expected = self._typical.get(bucket.kind, 0)
         if self._limit is None or self.used + expected <= self._limit:
             return None
-        return f"{self._text()} and it would take about {_mib(expected)} more"
+        return f"{self._usage()} and it would take about {_mib(expected)} more"
 
-    def measure(self, bucket: Bucket, taken: int) -> str | None:
-        """Take note of what a new recording takes; why it is too much, or None."""
-        if bucket.kind in self._seen:  # the first one brings the memory that all of them work in
+    def record_capture(self, bucket: Bucket, taken: int) -> str | None:
+        """Record the bytes of a new recording; return the reason if it exceeds the budget."""
+        # The first recording of a kind also allocates the memory that all of them share.
+        if bucket.kind in self._captured_kinds:
             self._typical[bucket.kind] = taken
-        self._seen.add(bucket.kind)
-        return (
-            f"{self._text()} with its {_mib(taken)}"
-            if self._limit is not None and self.used > self._limit
-            else None
-        )
+        self._captured_kinds.add(bucket.kind)
+        if self._limit is None or self.used <= self._limit:
+            return None
+        return f"{self._usage()} with its {_mib(taken)}"
 
-    def _text(self) -> str:
+    def _usage(self) -> str:
         assert self._limit is not None
         return f"graphs take {_mib(self.used)} of memory.graphs={_mib(self._limit)}"
 
 
-def _ranked(buckets: Sequence[Bucket], seen: Traffic | None) -> list[tuple[float, Bucket]]:
-    """Buckets of one kind, the one that holds all first, each with the share of the work that it saves."""
-    steps = _steps(buckets, seen)
+def _rank(buckets: Sequence[Bucket], traffic: Traffic | None) -> list[tuple[float, Bucket]]:
+    """Return buckets of one kind with the share of work that each saves.
+
+    The first is the one that holds all batches.
+    """
+    steps = _count_steps(buckets, traffic)
     first = max(buckets, key=lambda bucket: (SAMPLERS.index(bucket.sampler), bucket.size))
     work = np.full_like(steps, _work(first))
     total = max(float((work * steps).sum()), 1e-30)
     ranked, left = [(1.0, first)], [bucket for bucket in buckets if bucket != first]
     while left:
-        saved = [float(((work - _with(bucket, work)) * steps).sum()) for bucket in left]
+        saved = [float(((work - _work_with(bucket, work)) * steps).sum()) for bucket in left]
         best = left.pop(int(np.argmax(saved)))
         ranked.append((max(saved) / total, best))
-        work = _with(best, work)
+        work = _work_with(best, work)
     return ranked
 
 
-def _steps(buckets: Sequence[Bucket], seen: Traffic | None) -> Work:
-    """How many steps of each size, from 1, come with each sampler, [sizes, samplers]."""
+def _count_steps(buckets: Sequence[Bucket], traffic: Traffic | None) -> Work:
+    """Return how many steps of each size (from 1) come with each sampler, [sizes, samplers]."""
     samplers = sorted({SAMPLERS.index(bucket.sampler) for bucket in buckets})
     largest = max(bucket.size for bucket in buckets)
     steps = np.zeros((largest, len(SAMPLERS)))
     steps[:, samplers] = 1
-    if seen is not None and seen.seen:
-        counts = np.array([seen.seen[size] for size in range(1, largest + 1)])
+    if traffic is not None and traffic.seen:
+        counts = np.array([traffic.seen[size] for size in range(1, largest + 1)])
         steps *= counts[:, None]
     return steps
 
@@ -119,8 +117,8 @@ def _work(bucket: Bucket) -> float:
     return bucket.size * (1 + SAMPLERS.index(bucket.sampler) / 10)
 
 
-def _with(bucket: Bucket, work: Work) -> Work:
-    """The work of each step when it may also run in this bucket."""
+def _work_with(bucket: Bucket, work: Work) -> Work:
+    """Return the work of each step if it may also run in this bucket, [sizes, samplers]."""
     better = work.copy()
     served = better[: bucket.size, : SAMPLERS.index(bucket.sampler) + 1]
     np.minimum(served, _work(bucket), out=served)

@@ -1,8 +1,8 @@
-"""Buckets that are compiled and captured when steps have asked for them, between steps, the busiest first.
+"""Decides which pending buckets are built between steps, and when.
 
-Until then the next larger bucket that is ready serves, or eager, counted by reason like any other stand-in. A bucket costs the
-requests that run meanwhile a pause, so at least as much time goes to steps before the next one; an engine that has nothing else
-to do need not wait.
+With `compile.capture: lazy` a bucket is built once steps have needed it; until then a larger bucket
+or eager serves them. Building a bucket pauses the requests that run, so steps then get at least as
+much time before the next one. An idle engine need not wait.
 """
 
 import time
@@ -10,80 +10,95 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from compiled_llm.report.report import BucketReport
+from compiled_llm.report.report import BucketReport, BucketState
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
 from compiled_llm.runtime.step.buffers import StepBuffers
 from compiled_llm.system.compiler_lock import compiler_is_free
 
 _PATIENCE = 5.0  # seconds
-# What a step of padding alone writes, besides the trash row's state and what steps already read have sampled.
-_WRITTEN = ("decode", "prefill", "step")
+# The buffers that a step of padding writes, besides the trash row and outputs that were read.
+_WRITTEN = ("decode_inputs", "prefill_inputs", "step")
 
 
 class LazyBuckets:
-    """Which bucket comes next, and when.
+    """Counts the demand for pending buckets and builds the most needed one.
 
     Args:
-        make: compiles and captures one bucket; it may take long.
-        clock: seconds.
+        build: compiles and captures a bucket, which may take minutes.
+        clock: returns seconds.
     """
 
     def __init__(
         self,
-        make: Callable[[Bucket], CapturedBucket],
+        build: Callable[[Bucket], CapturedBucket],
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._make, self._clock = make, clock
-        self._wanted: Counter[Bucket] = Counter()
-        self._not_before = self._asked_at = clock()
+        self._build = build
+        self._clock = clock
+        self._demand: Counter[Bucket] = Counter()
+        self._not_before = clock()
+        self._demanded_at = self._not_before
 
     @property
-    def wanted(self) -> bool:
-        """Whether a step has asked for a bucket that is not ready."""
-        return bool(self._wanted)
+    def has_demand(self) -> bool:
+        """Whether a step has needed a bucket that is still pending."""
+        return bool(self._demand)
 
     @property
-    def due(self) -> bool:
-        """Whether one is wanted, steps had as much time as the last one took, and no other engine compiles now."""
-        return bool(self._wanted) and self._clock() >= self._not_before and compiler_is_free()
+    def is_due(self) -> bool:
+        """Whether a bucket may be built now.
+
+        There is demand, steps had as much time as the last bucket took, and no other engine
+        compiles.
+        """
+        return bool(self._demand) and self._clock() >= self._not_before and compiler_is_free()
 
     @property
-    def overdue(self) -> bool:
-        """Whether one is due and was put off, because prompts came first, for longer than they may ask for."""
-        return self.due and self._clock() >= max(self._not_before, self._asked_at) + _PATIENCE
+    def is_overdue(self) -> bool:
+        """Whether a bucket is due and prompts have deferred it for longer than a few seconds."""
+        return self.is_due and self._clock() >= max(self._not_before, self._demanded_at) + _PATIENCE
 
-    def ask(self, bucket: Bucket) -> None:
-        """A step would have liked to have it."""
-        if not self._wanted:
-            self._asked_at = self._clock()
-        self._wanted[bucket] += 1
+    def record_demand(self, bucket: Bucket) -> None:
+        """Count a step that needed this bucket."""
+        if not self._demand:
+            self._demanded_at = self._clock()
+        self._demand[bucket] += 1
 
-    def capture_next(self) -> CapturedBucket:
-        """Make the one that most steps have asked for; the larger of two alike."""
-        bucket = max(self._wanted, key=lambda bucket: (self._wanted[bucket], bucket.cost))
-        del self._wanted[bucket]  # also if it fails: it is not tried again
+    def build_next(self) -> CapturedBucket:
+        """Build the bucket in most demand, the larger of two with equal demand."""
+        bucket = max(self._demand, key=lambda bucket: (self._demand[bucket], bucket.cost))
+        del self._demand[bucket]  # even if it fails: it is not tried again
         began = self._clock()
-        entry = self._make(bucket)
+        built = self._build(bucket)
         ended = self._clock()
         self._not_before = ended + (ended - began)
-        return entry
+        return built
 
 
-def pending(buckets: Iterable[Bucket]) -> list[CapturedBucket]:
-    """Entries of buckets that nobody has asked for yet."""
-    reason = "compile.capture is lazy"
-    reports = (
-        (bucket, BucketReport(bucket=str(bucket), size=bucket.size, mode="pending", failure=reason))
+def pending_buckets(buckets: Iterable[Bucket]) -> list[CapturedBucket]:
+    """Return the buckets as pending: a step that needs one records demand for it."""
+    return [
+        CapturedBucket(
+            bucket=bucket,
+            report=BucketReport(
+                bucket=str(bucket),
+                size=bucket.size,
+                state=BucketState.PENDING,
+                failure="compile.capture is lazy",
+            ),
+        )
         for bucket in buckets
-    )
-    return [CapturedBucket(bucket=bucket, report=report) for bucket, report in reports]
+    ]
 
 
 @contextmanager
-def between_steps(state: StepBuffers) -> Iterator[None]:
-    """Afterwards the next step finds what it would have found; all steps before must have been read."""
+def preserve_step_inputs(state: StepBuffers) -> Iterator[None]:
+    """Restore what a capture overwrites, so that the next step finds its inputs.
+
+    The outputs of all launched steps must have been read before.
+    """
     before = {name: state.get_buffer(name).clone() for name in _WRITTEN}
     try:
         yield

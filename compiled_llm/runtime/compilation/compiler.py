@@ -1,8 +1,9 @@
-"""How a step is compiled and launched: one small protocol, two ways.
+"""Compile and launch a step, in one of two ways.
 
-`direct` takes torch.compile(mode="reduce-overhead") apart so that each part can be kept: the step is compiled ahead of time
-without guards, the CUDA graph trees record it during two warm calls, and the recording that the tree holds is replayed from
-then on, which costs the host a few microseconds. `torch` is the mode itself, guards and tree checks included.
+`direct` performs the parts of torch.compile(mode="reduce-overhead") one by one, so that each can be
+saved: it compiles the step ahead of time without guards, records it through the CUDA graph trees in
+two warm calls, and replays the tree's recording from then on, which costs the host a few
+microseconds. `torch` is the mode itself, with its guards and tree checks.
 """
 
 import difflib
@@ -18,9 +19,19 @@ import torch.compiler.config as compiler_config
 from torch._dynamo.aot_compile import AOTCompiledFunction
 
 from compiled_llm.runtime.compilation import graph_digest, inductor_patches
-from compiled_llm.runtime.compilation.cuda_graph_trees import drop, recording_of, recovery
-from compiled_llm.runtime.compilation.fx_patches import other_threads_unpatched
-from compiled_llm.runtime.compilation.timing import Durations, Moment, durations
+from compiled_llm.runtime.compilation.cuda_graph_trees import (
+    current_recording,
+    drop_recording,
+    recover_failed_capture,
+)
+from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
+from compiled_llm.runtime.compilation.timing import Durations, Timestamp, durations
+from compiled_llm.runtime.compilation.torch_patches import (
+    AOT_COMPILED_FUNCTION,
+    CACHE_KEY_TAG,
+    CUDA_DEVICE_GUARD,
+    LIST_OPTIONS,
+)
 from compiled_llm.runtime.step.step import Step
 from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from passes import Pipeline
@@ -28,53 +39,59 @@ from passes.ops.pdl import inductor_pdl_options, inductor_pdl_waits
 
 Launch = Callable[[], object]
 
-# Two buckets of one engine never share an entry's guards, so the limit that protects against endless recompiles only hurts.
-_DYNAMO = {"enable_aot_compile": True, "recompile_limit": 4096, "accumulated_recompile_limit": 4096}
+_DYNAMO = {
+    "enable_aot_compile": True,
+    # Buckets share one code object but never their guards, so that the limits on recompilation of
+    # one code object would only stop the compilation of further buckets.
+    "recompile_limit": 4096,
+    "accumulated_recompile_limit": 4096,
+}
 _INDUCTOR = {
-    # One graph or an error: a partitioned graph would be several launches.
+    # A partitioned graph would be several launches.
     "graph_partition": False,
     "triton.cudagraph_or_error": True,
-    # Indices are checked on the host, once a request.
+    # The host checks indices, once per request.
     "assert_indirect_indexing": False,
-    # Left to itself, Inductor times a product with its sizes padded, and so makes another graph of it now and then.
+    # Inductor times products with padded shapes, so that the graph could differ between runs.
     "shape_padding": False,
 }
 
 
 if not torch.cuda.is_available():
-    # Without a GPU, the first thread that traces puts up a guard of its own for CUDA devices, which dies with it, while every
-    # other thread that traces goes on to use it: a crash. So it shall be the thread that imports this, most likely the main one.
-    torch._C._ensureCUDADeviceGuardSet()
+    # Without a GPU, the first thread that traces creates a thread-local CUDA device guard that all
+    # other threads use, and that is freed when that thread ends, which crashes the process. The
+    # thread that imports this module, usually the main thread, creates it instead.
+    CUDA_DEVICE_GUARD.get()()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledStep:
-    """A step ready to launch.
+    """A step that is ready to launch.
 
     Attributes:
         launch: runs the step once.
-        graph: whether `launch` replays a recording and nothing else.
+        graph: whether `launch` only replays a CUDA graph.
         guarded: whether `launch` checks guards, and may compile or record again.
-        recording: the graph-tree node that `launch` replays, if it does.
-        owner: what must live as long as `launch` is called: when the last compiled function dies, so do the graph trees, and
-            with them the memory that their recordings work in.
-        seconds: what it took; where the step was saved before, compiling is reading it.
-        graph_digest: of the graph that it was compiled from; "" where that is not known.
+        recording: the graph-tree node that `launch` replays, or None.
+        function: the compiled function. It must live as long as `launch` is called: torch frees
+            the graph trees and the memory of their recordings with the last compiled function.
+        seconds: durations of its parts; for a saved step, compiling is loading.
+        graph_digest: digest of the graph it was compiled from; "" if unknown.
     """
 
     launch: Launch
     graph: bool
     guarded: bool = False
     recording: object
-    owner: object
+    function: object
     seconds: Durations
     graph_digest: str = ""
 
 
 class Dispatch(Protocol):
-    """Compiles a step with the passes and Inductor options given, or takes what was saved of it, and captures it.
+    """Compile a step with the given passes and Inductor options, or load it; then capture it.
 
-    Any failure raises.
+    `saved` is the result of `serialize` or `compile_only`. Any exception means failure.
     """
 
     def __call__(
@@ -85,58 +102,61 @@ class Dispatch(Protocol):
 def direct(
     step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None
 ) -> CompiledStep:
-    """Compile ahead of time, record through the graph trees, replay the recording."""
+    """Compile ahead of time, record through the graph trees and replay the recording."""
     device = step.state.tokens.device
-    began = Moment.now()
-    with _settings(device, pipeline, options):
-        compiled, digest = (
-            _compile_ahead(step)
-            if saved is None
-            else (AOTCompiledFunction.deserialize(saved, {}), "")
-        )
+    began = Timestamp.now()
+    with _compiler_settings(device, pipeline, options):
+        if saved is None:
+            compiled, digest = _compile_with_digest(step)
+        else:
+            compiled, digest = AOT_COMPILED_FUNCTION.get().deserialize(saved, {}), ""
         compiled.disable_guard_check()
-        compiled_at = Moment.now()
+        compiled_at = Timestamp.now()
         for _ in range(2):
             torch.compiler.cudagraph_mark_step_begin()
             compiled(step)
-    recording = recording_of(device) if device.type == "cuda" else None
+    recording = current_recording(device) if device.type == "cuda" else None
     return CompiledStep(
         launch=recording.graph.replay if recording is not None else lambda: compiled(step),
         graph=recording is not None,
         recording=recording,
-        owner=compiled,
-        seconds=durations(began, compiled_at, Moment.now()),
+        function=compiled,
+        seconds=durations(began, compiled_at, Timestamp.now()),
         graph_digest=digest,
     )
 
 
 def compile_only(step: Step, pipeline: Pipeline, options: dict[str, Any]) -> tuple[bytes, str]:
-    """What `direct` takes as `saved`, and the digest of its graph; nothing of the step runs, so its tensors need no memory."""
-    with _settings(step.state.tokens.device, pipeline, options):
-        compiled, digest = _compile_ahead(step)
+    """Compile a step without running it, so that its tensors need no memory.
+
+    Returns:
+        The argument `saved` of `direct`, and the digest of the step's graph.
+    """
+    with _compiler_settings(step.state.tokens.device, pipeline, options):
+        compiled, digest = _compile_with_digest(step)
         return AOTCompiledFunction.serialize(compiled).serialized_data, digest
 
 
 @torch.no_grad()
-def trace(step: Step) -> str:
-    """Digest of the graph that `direct` would compile of a step; raises what `graph_digest.trace` raises."""
-    with COMPILER_LOCK, other_threads_unpatched(), dynamo_config.patch(_DYNAMO):
-        return graph_digest.trace(lambda: _ahead(step))
+def trace_digest(step: Step) -> str:
+    """Return the digest of the graph that `direct` compiles; see `graph_digest.trace`."""
+    with COMPILER_LOCK, thread_local_fx_patches(), dynamo_config.patch(_DYNAMO):
+        return graph_digest.trace(lambda: _compile(step))
 
 
 def serialize(compiled: CompiledStep) -> bytes:
-    """Of what `direct` compiled: what it takes as `saved` in another process."""
-    assert isinstance(compiled.owner, AOTCompiledFunction)
-    return AOTCompiledFunction.serialize(compiled.owner).serialized_data
+    """Serialize a step that `direct` compiled; the result is its argument `saved`."""
+    assert isinstance(compiled.function, AOTCompiledFunction)
+    return AOTCompiledFunction.serialize(compiled.function).serialized_data
 
 
-def _compile_ahead(step: Step) -> tuple[AOTCompiledFunction, str]:
-    """The step, compiled, and the digest of its graph."""
-    with graph_digest.noted() as digests:
-        return _ahead(step), digests[-1]
+def _compile_with_digest(step: Step) -> tuple[AOTCompiledFunction, str]:
+    with graph_digest.record_digests() as digests:
+        return _compile(step), digests[-1]
 
 
-def _ahead(step: Step) -> AOTCompiledFunction:
+def _compile(step: Step) -> AOTCompiledFunction:
+    """Compile a step ahead of time, without guards."""
     jitted: Any = torch.compile(
         step.forward,
         fullgraph=True,
@@ -150,27 +170,28 @@ def _ahead(step: Step) -> AOTCompiledFunction:
 def via_torch(
     step: Step, pipeline: Pipeline, options: dict[str, Any], saved: bytes | None = None
 ) -> CompiledStep:
-    """torch.compile(mode="reduce-overhead"), called as anyone would call it; it keeps nothing."""
+    """Compile with torch.compile(mode="reduce-overhead"); the result cannot be saved."""
     device = step.state.tokens.device
-    began = Moment.now()
+    began = Timestamp.now()
     compiled = torch.compile(step.forward, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def launch() -> None:
-        with COMPILER_LOCK:  # guards read what another engine's start changes
-            torch.compiler.cudagraph_mark_step_begin()  # once one engine marks its steps, torch counts no step by itself
+        with COMPILER_LOCK:  # guards read state that the start-up of another engine changes
+            # Once one engine marks its steps, torch no longer counts steps by itself.
+            torch.compiler.cudagraph_mark_step_begin()
             compiled()
 
-    with _settings(device, pipeline, options):
+    with _compiler_settings(device, pipeline, options):
         launch()
-        compiled_at = Moment.now()
+        compiled_at = Timestamp.now()
         launch()
     return CompiledStep(
         launch=launch,
         graph=False,
         guarded=True,
         recording=None,
-        owner=compiled,
-        seconds=durations(began, compiled_at, Moment.now()),
+        function=compiled,
+        seconds=durations(began, compiled_at, Timestamp.now()),
     )
 
 
@@ -178,39 +199,43 @@ DISPATCHES: dict[str, Dispatch] = {"direct": direct, "torch": via_torch}
 
 
 @contextmanager
-def _settings(device: torch.device, pipeline: Pipeline, options: dict[str, Any]) -> Iterator[None]:
-    """The compiler's settings for the length of one compile and capture, of one engine at a time; a user's own compiles after it
-    keep theirs.
+def _compiler_settings(
+    device: torch.device, pipeline: Pipeline, options: dict[str, Any]
+) -> Iterator[None]:
+    """Apply the settings and patches of the compiler to one compilation and capture.
 
-    The cudagraph option stands here and not in `options=`, because loading a cached graph reads the global one
+    One engine at a time enters. Compilations of the user are not affected. The cudagraph option is
+    set globally and not by `options=`, because loading a cached graph reads the global one
     (pytorch#155703).
     """
     inductor = {**_INDUCTOR, "post_grad_custom_pre_pass": pipeline}
     if device.type == "cuda":
-        # Kernels that need nothing of each other, such as those of queries and keys, as one launch.
         inductor |= {
             "triton.cudagraphs": True,
+            # Launch independent kernels, such as those of queries and keys, together.
             "combo_kernels": True,
             **inductor_pdl_options(pipeline.context.num_tokens),
         }
+        device_patches = inductor_pdl_waits()
+    else:
+        device_patches = inductor_patches.cached_vec_isa_checks()
+    tag = f"{CACHE_KEY_TAG.get()}{inductor_patches.CACHE_TAG}"
     with COMPILER_LOCK, ExitStack() as settings:
         settings.enter_context(dynamo_config.patch(_DYNAMO))
         settings.enter_context(inductor_config.patch(inductor | options))
-        settings.enter_context(
-            inductor_pdl_waits() if device.type == "cuda" else inductor_patches.remembered()
-        )
-        settings.enter_context(inductor_patches.narrow_vectors_alone())
-        settings.enter_context(inductor_patches.sums_stay_in_bounds())
-        settings.enter_context(other_threads_unpatched())
-        tag = f"{compiler_config.cache_key_tag}{inductor_patches.TAG}"
-        settings.enter_context(compiler_config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]  # torch adds it
-        settings.enter_context(recovery(device))
+        settings.enter_context(device_patches)
+        settings.enter_context(inductor_patches.avx2_without_avx512())
+        settings.enter_context(inductor_patches.safe_reduction_tiling())
+        settings.enter_context(thread_local_fx_patches())
+        patch_config: Any = compiler_config.patch  # type: ignore[attr-defined]  # added by torch
+        settings.enter_context(patch_config(cache_key_tag=tag))
+        settings.enter_context(recover_failed_capture(device))
         yield
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse what Inductor does not know; raises ValueError."""
-    known = torch._inductor.list_options()
+    """Raise ValueError for the name of an option that Inductor does not have."""
+    known = LIST_OPTIONS.get()()
     for name in options:
         if name not in known:
             matches = difflib.get_close_matches(name, known, n=1)
@@ -219,5 +244,5 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def release(compiled: CompiledStep, device: torch.device) -> None:
-    """Let go of its recording; it must not be launched again."""
-    drop(compiled.recording, device)
+    """Drop the recording of a step; it must not be launched again."""
+    drop_recording(compiled.recording, device)

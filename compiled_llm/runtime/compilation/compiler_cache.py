@@ -1,7 +1,8 @@
-"""Where the compiler keeps what it made while an engine compiles: a directory that nobody else can write to.
+"""The directory of Inductor's and Triton's caches while an engine compiles.
 
-Inductor's default is /tmp/torchinductor_USER, which another user may have made first, and from which it loads libraries by
-predictable names. While no engine compiles, the process's compiler uses its own directory.
+Inductor's default is /tmp/torchinductor_USER. Another user may have created that directory, and
+Inductor loads libraries from it by predictable names. The engine's directory belongs to the user.
+While no engine compiles, the process's compiler uses its own directory.
 """
 
 import atexit
@@ -13,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
 
-from compiled_llm.models.default_model import cache_dir
+from compiled_llm.runtime.compilation.torch_patches import (
+    DEFAULT_CACHE_DIR,
+    HEADER_DIR,
+    HEADER_LOCK_DIR,
+)
 from compiled_llm.system.cpu import instruction_set
-from compiled_llm.system.file_trust import make_private, refusal
+from compiled_llm.system.file_trust import make_private_directory, untrusted_reason
+from compiled_llm.system.paths import cache_dir
 
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
@@ -28,9 +33,10 @@ _patches = ExitStack()
 
 @contextmanager
 def private_compiler_cache() -> Iterator[None]:
-    """Let Inductor and Triton use the engine's own directory, unless the user chose theirs by environment variable.
+    """Use the engine's directory for the caches of Inductor and Triton.
 
-    The variables are the process's: several threads may be in here, and the last one to leave restores what was there.
+    A directory that the user chose by environment variable stays in use. The variables belong to
+    the process: several threads may enter, and the last one to leave restores them.
     """
     global _users
     with _lock:
@@ -49,32 +55,32 @@ def private_compiler_cache() -> Iterator[None]:
 
 
 def _enter(patches: ExitStack) -> None:
-    from torch._inductor import codecache
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    # Inductor sets both variables itself, to its default, where they are not set when it first needs the directory.
-    if os.environ.get(_INDUCTOR) in (None, default_cache_dir()):
+    default = DEFAULT_CACHE_DIR.get()()
+    # Inductor sets an unset variable to its default when it first needs the directory.
+    if os.environ.get(_INDUCTOR) in (None, default):
         directory = _directory(cache_dir())
         headers = os.path.join(directory, "precompiled_headers")
         patches.enter_context(_variable(_INDUCTOR, directory))
-        patches.enter_context(patch.object(codecache, "_HEADER_DIR", headers))
-        patches.enter_context(
-            patch.object(codecache, "_HEADER_LOCK_DIR", os.path.join(headers, "locks"))
-        )
-        if os.environ.get(_TRITON, default_cache_dir()).startswith(default_cache_dir()):
+        patches.enter_context(HEADER_DIR.patch(headers))
+        patches.enter_context(HEADER_LOCK_DIR.patch(os.path.join(headers, "locks")))
+        if os.environ.get(_TRITON, default).startswith(default):
             patches.enter_context(_variable(_TRITON, os.path.join(directory, "triton")))
 
 
 @cache
 def _directory(parent: Path) -> str:
-    """One for each kind of processor, since names of libraries do not tell for which `-march=native` stood."""
+    """Return the directory for this processor, or a temporary one if it is unusable.
+
+    Each instruction set has its own: the names of libraries do not depend on the processor, while
+    `-march=native` does.
+    """
     directory = parent / "inductor" / instruction_set()
     try:
-        make_private(directory)
-        if refusal(directory) is None and os.access(directory, os.W_OK):
+        make_private_directory(directory)
+        if untrusted_reason(directory) is None and os.access(directory, os.W_OK):
             return str(directory)
     except OSError:
-        pass  # a read-only cache, say
+        pass  # the cache is read-only, for example
     temporary = tempfile.mkdtemp(prefix="compiled_llm-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary

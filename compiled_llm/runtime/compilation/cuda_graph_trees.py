@@ -1,4 +1,4 @@
-"""torch's CUDA graph trees: what they hold of this thread, whose they are, and how a failed capture leaves them."""
+"""torch's CUDA graph trees: recordings of this thread, their memory, and failed captures."""
 
 import threading
 import traceback
@@ -8,46 +8,61 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor import cudagraph_trees
 
 from compiled_llm.errors import CaptureError
+from compiled_llm.runtime.compilation.torch_patches import (
+    COUNTERS,
+    END_ALLOCATE_TO_POOL,
+    GET_MANAGER,
+    GRAPH_NODE,
+    RELEASE_POOL,
+    TREE_MANAGER,
+    TREES_OF_THREAD,
+)
 
 
 def prepare_thread() -> None:
-    """Let this thread have graph trees: torch gives them to the thread that imports it and to autograd's, and to no other."""
-    local = cudagraph_trees.local
+    """Enable graph trees in this thread.
+
+    torch itself enables them in the thread that imports it and in autograd's threads only.
+    """
+    local = TREES_OF_THREAD.get()
     if not hasattr(local, "tree_manager_containers"):
         local.tree_manager_containers = {}
         local.tree_manager_locks = defaultdict(threading.Lock)
 
 
 def _manager(device: torch.device) -> Any:
-    """The graph-tree manager of this thread, or None before anything was recorded."""
-    return (
-        cudagraph_trees.get_manager(device.index, create_if_none_exists=False)
-        if device.type == "cuda"
-        else None
-    )
+    """Return this thread's graph-tree manager, or None before its first recording."""
+    if device.type != "cuda":
+        return None
+    TREE_MANAGER.get()
+    return GET_MANAGER.get()(device.index, create_if_none_exists=False)
 
 
-def recording_of(device: torch.device) -> Any:
-    """The graph-tree node of the step that was just recorded."""
+def current_recording(device: torch.device) -> Any:
+    """Return the graph-tree node that was recorded last.
+
+    Raises:
+        CaptureError: nothing was recorded, or the recording copies inputs to fixed addresses.
+    """
     manager = _manager(device)
     node = manager.current_node if manager is not None else None
-    if not isinstance(node, cudagraph_trees.CUDAGraphNode):
+    if not isinstance(node, GRAPH_NODE.get()):
         raise CaptureError(
-            f"the graph trees recorded nothing (their state is {type(node).__name__})"
+            "expected the graph trees to have recorded a CUDA graph, "
+            f"but their state is {type(node).__name__}"
         )
     if node.non_static_input_idx:
         raise CaptureError(
-            f"the recording copies {len(node.non_static_input_idx)} inputs: not all of them are at fixed addresses"
+            "expected all inputs of the CUDA graph at fixed addresses, "
+            f"but it copies {len(node.non_static_input_idx)} of them before each replay"
         )
     return node
 
 
-def drop(recording: Any, device: torch.device) -> None:
-    """Let go of a recording, which must not be launched again; the memory that it worked in is for others to work in."""
+def drop_recording(recording: Any, device: torch.device) -> None:
+    """Drop a recording, so that others may use its memory; it must not be replayed again."""
     manager = _manager(device)
     if manager is None or recording is None:
         return
@@ -58,19 +73,22 @@ def drop(recording: Any, device: torch.device) -> None:
 
 
 def graph_events(device: torch.device) -> dict[str, int]:
-    """Counts since the process began; a step that makes one grow was not a mere replay."""
-    manager = _manager(device)
+    """Return the counts, since the process began, of events that a plain replay does not cause."""
+    manager, counters = _manager(device), COUNTERS.get()
     return {
         "graph skips": counters["inductor"]["cudagraph_skips"],
         "recompiles": counters["stats"]["unique_graphs"],
-        "re-records": manager.debug_fail_counter
-        if manager is not None
-        else 0,  # counts every recording
+        # The counter includes the first recording of each step.
+        "re-records": manager.debug_fail_counter if manager is not None else 0,
     }
 
 
 def graph_bytes(device: torch.device) -> int:
-    """What recordings of this thread take: the pool, and what the driver holds beside torch's own memory, such as the graphs."""
+    """Return the bytes that this thread's recordings take.
+
+    These are the memory pool, and what the driver allocates outside torch's allocator, such as the
+    graphs themselves.
+    """
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -78,15 +96,13 @@ def graph_bytes(device: torch.device) -> int:
 
 
 def graph_pool(device: torch.device) -> tuple[int, int]:
-    """How many CUDA graphs this thread holds, and the bytes of the memory that they work in."""
+    """Return the number of this thread's CUDA graphs, and the bytes of their memory pool."""
     manager = _manager(device)
     if manager is None:
         return 0, 0
     nodes = [node for recorded in manager.roots.values() for node in recorded]
-    pools = {
-        tuple(manager.cuda_graphs_thread_pool),
-        *(tuple(node.cuda_graphs_pool) for node in nodes),
-    }
+    pools = {tuple(node.cuda_graphs_pool) for node in nodes}
+    pools.add(tuple(manager.cuda_graphs_thread_pool))
     segments = [
         segment
         for segment in torch.cuda.memory_snapshot()
@@ -96,17 +112,18 @@ def graph_pool(device: torch.device) -> tuple[int, int]:
 
 
 @contextmanager
-def recovery(device: torch.device) -> Iterator[None]:
-    """Make a failed capture cost its own bucket alone.
+def recover_failed_capture(device: torch.device) -> Iterator[None]:
+    """Restore the state of the graph trees when a capture in the body fails.
 
-    Ending a capture that failed raises, and torch then leaves undone what would have followed: to go back to the stream, to end
-    the allocations into the pool, on the device and in pinned memory, and to tell the random generator. The end in pinned memory
-    cannot be made up for, so the trees go on in a pool of their own; what was recorded before keeps the old one.
+    Ending a failed capture raises, and torch then skips the steps that would follow: restoring the
+    stream, ending the allocations into the pool in device and in pinned memory, and resetting the
+    random generator. The allocations in pinned memory cannot be ended afterwards, so later
+    recordings use a new pool; earlier ones keep the old pool.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     try:
         yield
-    except BaseException as error:  # an interrupt, too, may end a capture
+    except BaseException as error:  # a KeyboardInterrupt can end a capture, too
         manager = _manager(device)
         if stream is not None and manager is not None:
             torch.cuda.set_stream(stream)
@@ -114,26 +131,25 @@ def recovery(device: torch.device) -> Iterator[None]:
         raise
 
 
-# The allocator of pinned memory calls back, as long as the process lives, into a graph whose capture failed.
+# The allocator of pinned memory keeps a callback into the graph of a failed capture until the
+# process ends, so that graph must not be freed.
 _failed_graphs: list[torch.cuda.CUDAGraph] = []
 
 
 def _leave_failed_capture(device: torch.device, manager: Any, error: BaseException) -> None:
     pool = manager.cuda_graphs_thread_pool
     try:
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+        END_ALLOCATE_TO_POOL.get()(device.index, pool)
     except RuntimeError:
-        return  # the failure was not inside a capture
-    torch._C._cuda_releasePool(device.index, pool)
+        return  # the failure was outside a capture
+    RELEASE_POOL.get()(device.index, pool)
     owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
     _failed_graphs.extend(
         owner.cuda_graph for owner in owners if isinstance(owner, torch.cuda.graph)
     )
-    # The generator leaves its capturing state with the next capture that ends well.
-    manager.graph, manager.cuda_graphs_thread_pool = (
-        torch.cuda.CUDAGraph(),
-        torch.cuda.graph_pool_handle(),
-    )
+    manager.graph = torch.cuda.CUDAGraph()
+    manager.cuda_graphs_thread_pool = torch.cuda.graph_pool_handle()
+    # The random generator leaves its capturing state at the end of the next successful capture.
     capture = torch.cuda.graph(
         manager.graph,
         pool=manager.cuda_graphs_thread_pool,

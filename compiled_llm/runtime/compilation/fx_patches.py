@@ -1,7 +1,8 @@
-"""What torch.fx replaces while it traces, replaced in the tracing thread alone.
+"""Confine the patches of torch.fx tracing to the thread that traces.
 
-A trace, of which a compilation makes many, replaces `nn.Module.__call__` and `__getattr__` for the process (`Tracer.trace` in
-torch/fx/_symbolic_trace.py, torch 2.11). A model that runs eagerly in another thread would call the tracer.
+`Tracer.trace` replaces `nn.Module.__call__` and `nn.Module.__getattr__` in the whole process while
+it runs, and one compilation traces many times. A model that runs eagerly in another thread would
+call into the tracer.
 """
 
 import functools
@@ -9,15 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+
+from compiled_llm.runtime.compilation.torch_patches import PATCH_METHOD
 
 
 @contextmanager
-def other_threads_unpatched() -> Iterator[None]:
-    """While this is open, a trace in any thread leaves the modules of the other threads as they are."""
-    from torch.fx._symbolic_trace import _Patcher
-
-    patch_method = _Patcher.patch_method
+def thread_local_fx_patches() -> Iterator[None]:
+    """Make the patches of every trace in the body apply to the tracing thread only."""
+    patch_method = PATCH_METHOD.get()
 
     def patch_in_this_thread(
         patcher: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
@@ -30,5 +30,5 @@ def other_threads_unpatched() -> Iterator[None]:
 
         patch_method(patcher, cls, name, choose, deduplicate)
 
-    with patch.object(_Patcher, "patch_method", patch_in_this_thread):
+    with PATCH_METHOD.patch(patch_in_this_thread):
         yield

@@ -1,19 +1,18 @@
-"""Where the seconds of a compilation went: tracing, compiling, timing variants of kernels, capturing."""
+"""Durations of a compilation: tracing, compiling, autotuning kernels and capturing."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from torch._dynamo.utils import compilation_time_metrics
-
 from compiled_llm.report.report import BucketReport, PhaseReport
+from compiled_llm.runtime.compilation.torch_patches import COMPILATION_TIMES
 
 _AUTOTUNING = ("CachingAutotuner.", "_template_autotuning", "_template_precompiling")
 
 
 class Durations(TypedDict):
-    """Seconds, of which none is in two of them."""
+    """Seconds of one bucket; no second is counted twice."""
 
     trace_seconds: float
     compile_seconds: float
@@ -22,46 +21,50 @@ class Durations(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """A time, and the seconds that torch's compiler had spent by then, in this process, on tracing and on autotuning."""
+class Timestamp:
+    """A time, and the seconds of tracing and autotuning in this process until then."""
 
     time: float
     trace: float
     autotune: float
 
     @classmethod
-    def now(cls) -> "Moment":
+    def now(cls) -> "Timestamp":
+        spent: dict[str, list[float]] = COMPILATION_TIMES.get()
         attempts = sum(
-            sum(spent)
-            for name, spent in compilation_time_metrics.items()
-            if name.startswith("compile_attempt_")
+            sum(seconds) for name, seconds in spent.items() if name.startswith("compile_attempt_")
         )
-        backend = sum(compilation_time_metrics.get("OutputGraph.call_user_compiler", []))
-        tuned = (
-            spent
-            for name, spent in compilation_time_metrics.items()
+        backend = sum(spent.get("OutputGraph.call_user_compiler", []))
+        autotuning = sum(
+            sum(seconds)
+            for name, seconds in spent.items()
             if any(part in name for part in _AUTOTUNING)
         )
-        return cls(time.perf_counter(), attempts - backend, sum(map(sum, tuned)))
+        return cls(time.perf_counter(), attempts - backend, autotuning)
 
 
-def durations(began: Moment, compiled: Moment, captured: Moment) -> Durations:
-    """Of one bucket; the kernels' first run, which belongs to the capture, may time variants too."""
-    trace, tuned, tuned_later = (
-        captured.trace - began.trace,
-        compiled.autotune - began.autotune,
-        captured.autotune - compiled.autotune,
-    )
+def durations(began: Timestamp, compiled: Timestamp, captured: Timestamp) -> Durations:
+    """Split the time between three timestamps of one bucket.
+
+    Autotuning is counted apart wherever it happens: the first run of a kernel, in the capture, may
+    autotune it too.
+    """
+    trace = captured.trace - began.trace
+    tuned = compiled.autotune - began.autotune
+    tuned_in_capture = captured.autotune - compiled.autotune
     return {
         "trace_seconds": trace,
         "compile_seconds": max(0.0, compiled.time - began.time - trace - tuned),
-        "autotune_seconds": tuned + tuned_later,
-        "capture_seconds": max(0.0, captured.time - compiled.time - tuned_later),
+        "autotune_seconds": tuned + tuned_in_capture,
+        "capture_seconds": max(0.0, captured.time - compiled.time - tuned_in_capture),
     }
 
 
-def phases_of(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[PhaseReport]:
-    """The phase in which these buckets were made, in parts; `other` is what none of them accounts for, such as keeping files."""
+def split_phase(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[PhaseReport]:
+    """Split the phase that compiled these buckets into parts.
+
+    The part `other` is the remainder, such as writing files.
+    """
     parts = {
         "trace": sum(bucket.trace_seconds for bucket in buckets),
         "compile": sum(bucket.compile_seconds for bucket in buckets if not bucket.loaded),
@@ -71,6 +74,6 @@ def phases_of(total: PhaseReport, buckets: Sequence[BucketReport]) -> list[Phase
     }
     parts["other"] = max(0.0, total.seconds - sum(parts.values()))
     return [
-        PhaseReport(name=name, seconds=parts[name], bytes=total.bytes if name == "capture" else 0)
-        for name in parts
+        PhaseReport(name=name, seconds=seconds, bytes=total.bytes if name == "capture" else 0)
+        for name, seconds in parts.items()
     ]

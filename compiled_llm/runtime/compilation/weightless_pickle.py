@@ -1,8 +1,10 @@
-"""Objects in bytes without what their large tensors hold, for a process that only traces and compiles with them.
+"""Pickle objects without the contents of their large tensors.
 
-There such tensors have the same shapes, strides, alignment and shared storages, and no memory: on a GPU their addresses are
-those of this process, where the other must not read or write, and on a CPU their pages are never touched. Tensor subclasses
-travel whole. Events and streams of a GPU become None.
+The result is for a process that only traces and compiles. Unpickled tensors have the same shapes,
+strides, alignment and shared storages as the originals, but no memory of their own: on a GPU they
+have the addresses of the original process, which must not be read or written, and on a CPU their
+pages are never touched. Small tensors and tensor subclasses are pickled with their contents. CUDA
+events and streams become None.
 """
 
 import io
@@ -12,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_WHOLE = 2**16  # bytes of a storage up to which it travels with its content
+from compiled_llm.runtime.compilation.torch_patches import STORAGE_FROM_POINTER
+
+_MAX_CONTENT_BYTES = 2**16  # contents of larger storages are left out
 
 
 class _Tensor(NamedTuple):
@@ -33,7 +37,7 @@ class _Storage(NamedTuple):
 
 
 def dumps(value: object) -> bytes:
-    """The bytes of any object that pickle can handle; raises what that raises."""
+    """Pickle an object; raises what `pickle.dumps` raises."""
     body = io.BytesIO()
     pickler = _Pickler(body, pickle.HIGHEST_PROTOCOL)
     pickler.dump(value)
@@ -41,7 +45,7 @@ def dumps(value: object) -> bytes:
 
 
 def loads(content: bytes) -> Any:
-    """What `dumps` was given, in another process."""
+    """Unpickle the result of `dumps`, in any process."""
     storages, body = pickle.loads(content)
     return _Unpickler(io.BytesIO(body), storages).load()
 
@@ -52,7 +56,7 @@ class _Pickler(pickle.Pickler):
         self.storages: dict[int, _Storage] = {}
 
     def reducer_override(self, value: object) -> Any:
-        return (_nothing, ()) if isinstance(value, (torch.Event, torch.Stream)) else NotImplemented
+        return (_none, ()) if isinstance(value, (torch.Event, torch.Stream)) else NotImplemented
 
     def persistent_id(self, value: object) -> _Tensor | None:
         if type(value) not in (Tensor, nn.Parameter):
@@ -61,18 +65,27 @@ class _Pickler(pickle.Pickler):
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self.storages:
-            content = None if storage.nbytes() > _WHOLE else bytes(storage.cpu().tolist())
+            small = storage.nbytes() <= _MAX_CONTENT_BYTES
+            content = bytes(storage.cpu().tolist()) if small else None
             self.storages[key] = _Storage(storage.data_ptr(), storage.nbytes(), content)
         return _Tensor(
-            id(value), key, isinstance(value, nn.Parameter), value.dtype, str(value.device), tuple(value.shape), value.stride(),
-            int(value.storage_offset()),
-        )  # fmt: skip
+            identity=id(value),
+            storage=key,
+            is_parameter=isinstance(value, nn.Parameter),
+            dtype=value.dtype,
+            device=str(value.device),
+            shape=tuple(value.shape),
+            stride=value.stride(),
+            offset=int(value.storage_offset()),
+        )
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, storages: dict[int, _Storage]) -> None:
+    def __init__(self, file: io.BytesIO, described: dict[int, _Storage]) -> None:
         super().__init__(file)
-        self._kept, self._storages, self._tensors = storages, dict[int, Any](), dict[int, Tensor]()
+        self._described = described
+        self._storages: dict[int, Any] = {}
+        self._tensors: dict[int, Tensor] = {}
 
     def persistent_load(self, described: _Tensor) -> Tensor:
         if described.identity not in self._tensors:
@@ -82,19 +95,20 @@ class _Unpickler(pickle.Unpickler):
     def _make(self, described: _Tensor) -> Tensor:
         key, device = described.storage, torch.device(described.device)
         if key not in self._storages:
-            self._storages[key] = _make_storage(self._kept[key], device)
+            self._storages[key] = _make_storage(self._described[key], device)
         tensor = torch.empty(0, dtype=described.dtype, device=device)
         tensor.set_(self._storages[key], described.offset, described.shape, described.stride)
         return nn.Parameter(tensor, requires_grad=False) if described.is_parameter else tensor
 
 
-def _nothing() -> None:
-    """What stands for a thing that has a meaning in one process alone."""
+def _none() -> None:
+    """Stand in for an object that exists in one process only."""
 
 
-def _make_storage(kept: _Storage, device: torch.device) -> Any:
-    if kept.content is not None:
-        return torch.tensor(list(kept.content), dtype=torch.uint8, device=device).untyped_storage()
+def _make_storage(described: _Storage, device: torch.device) -> Any:
+    if described.content is not None:
+        content = list(described.content)
+        return torch.tensor(content, dtype=torch.uint8, device=device).untyped_storage()
     if device.type == "cuda":
-        return torch._C._construct_storage_from_data_pointer(kept.address, device, kept.nbytes)
-    return torch.UntypedStorage(kept.nbytes)
+        return STORAGE_FROM_POINTER.get()(described.address, device, described.nbytes)
+    return torch.UntypedStorage(described.nbytes)

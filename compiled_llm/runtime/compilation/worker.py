@@ -1,11 +1,13 @@
-"""The process behind `CompilePool`: it imports the compiler once, and forks as many as shall compile side by side.
+"""The process behind `CompilePool`: imports the compiler once, then forks processes that compile.
 
     python -m compiled_llm.runtime.compilation.worker
 
-It reads one pickled `CompileTask` from standard input, and writes a line of JSON for each bucket to standard output when that lies in
-the artifact, or has failed. When its standard input ends, it ends, and all that it forked with it.
+It reads one pickled `CompileTask` from standard input. For each bucket that is saved in the
+artifact, or has failed, it writes a line of JSON to standard output. It ends with all processes
+that it forked when its standard input ends.
 """
 
+import gc
 import json
 import os
 import pickle
@@ -14,50 +16,47 @@ import struct
 import sys
 import threading
 import traceback
-from dataclasses import replace
-from typing import Any, BinaryIO
+from importlib import import_module
+from typing import TYPE_CHECKING, BinaryIO
 
-from compiled_llm.imported import importing
-
-with importing():
-    import torch
-    import torch._dynamo.convert_frame
-    import torch._inductor.codegen.triton
-    import torch._inductor.compile_fx
-
-    from compiled_llm.runtime.artifacts.artifact import SavedBucket
-    from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, compiler_settings
-    from compiled_llm.runtime.buckets import Bucket
-    from compiled_llm.runtime.capture.warmup import make_pipeline
-    from compiled_llm.runtime.compilation import weightless_pickle
-    from compiled_llm.runtime.compilation.compiler import compile_only
-    from compiled_llm.runtime.compilation.compiler_cache import private_compiler_cache
-    from compiled_llm.runtime.compilation.worker_pool import CompileTask
-    from passes.ops.precompile import compile_kernels
+if TYPE_CHECKING:
+    from compiled_llm.runtime.compilation.compile_task import CompileTask
 
 _NUMBER = struct.Struct("=H")
 
 
 def main() -> None:
-    """See the module."""
-    answers = os.dup(1)
-    os.dup2(2, 1)
+    """Import the compiler, read the task and compile its buckets."""
+    results = os.dup(1)
+    os.dup2(2, 1)  # what the compiler prints must not mix with the results
+    _import_compiler()
     size = sys.stdin.buffer.read(8)
     if len(size) < 8:
         return
-    work: CompileTask = pickle.loads(sys.stdin.buffer.read(int.from_bytes(size)))
-    tasks, numbers = os.pipe()
-    os.write(numbers, b"".join(_NUMBER.pack(number) for number in range(len(work.buckets))))
+    task: CompileTask = pickle.loads(sys.stdin.buffer.read(int.from_bytes(size)))
+    queue, numbers = os.pipe()
+    os.write(numbers, b"".join(_NUMBER.pack(number) for number in range(len(task.buckets))))
     os.close(numbers)
-    for _ in range(work.processes):
+    for _ in range(task.processes):
         if not os.fork():
             try:
-                _compile_all(work, tasks, answers)
+                _compile_all(task, queue, results)
             finally:
                 os._exit(0)
     threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()
-    for _ in range(work.processes):
+    for _ in range(task.processes):
         os.wait()
+
+
+def _import_compiler() -> None:
+    """Import with the garbage collector off, which saves a sixth of the time.
+
+    Freezing the imported objects keeps collections in the forked processes from copying them.
+    """
+    gc.disable()
+    import_module("compiled_llm.runtime.compilation.compile_task")
+    gc.freeze()
+    gc.enable()
 
 
 def _end_with(stream: BinaryIO) -> None:
@@ -65,49 +64,24 @@ def _end_with(stream: BinaryIO) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _compile_all(work: CompileTask, tasks: int, answers: int) -> None:
-    """Take the number of a bucket, compile that, and so on while there are any."""
-    torch.set_num_threads(work.num_threads)
+def _compile_all(task: "CompileTask", queue: int, results: int) -> None:
+    """Compile buckets from the queue until it is empty."""
     failure, engine = None, None
     try:
-        _check_settings(work.artifact.key)
-        engine = weightless_pickle.loads(work.engine)
+        engine = task.load_engine()
     except Exception as error:
         failure = error
-    while number := os.read(tasks, _NUMBER.size):
-        bucket = work.buckets[_NUMBER.unpack(number)[0]]
+    while number := os.read(queue, _NUMBER.size):
+        bucket = task.buckets[_NUMBER.unpack(number)[0]]
+        result = {"bucket": str(bucket)}
         try:
             if failure is not None:
                 raise failure
-            _compile(bucket, engine, work)
-            answer = {"bucket": str(bucket)}
+            task.compile(bucket, engine)
         except Exception as error:
             traceback.print_exc()
-            answer = {"bucket": str(bucket), "failure": f"{type(error).__name__}: {error}"[:500]}
-        os.write(answers, json.dumps(answer).encode() + b"\n")
-
-
-def _check_settings(key: Fingerprint) -> None:
-    """Raise RuntimeError where this process would compile otherwise than the one that asks."""
-    different = key.differences(replace(key, settings=compiler_settings()))
-    if different:
-        raise RuntimeError(
-            f"torch's compiler was set up otherwise in the process that asks: {', '.join(different)}"
-        )
-
-
-@torch.no_grad()
-def _compile(bucket: Bucket, engine: Any, work: CompileTask) -> None:
-    model, layers, memory = engine
-    pipeline = make_pipeline(work.config, bucket, model, layers)
-    options = {"compile_threads": work.threads, **work.config.compile.options}
-    with private_compiler_cache():
-        step, digest = compile_only(memory.step(model, bucket), pipeline, options)
-        kernels = compile_kernels(pipeline.kernel_calls)
-        work.artifact.save(
-            str(bucket),
-            SavedBucket(step=step, passes=pipeline.reports, kernels=kernels, graph_digest=digest),
-        )
+            result["failure"] = f"{type(error).__name__}: {error}"[:500]
+        os.write(results, json.dumps(result).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Buckets compiled side by side, by processes that have no memory for the model and run nothing of it.
+"""Compile buckets in parallel, in processes that have no memory for the model and never run it.
 
-What they compile goes into the artifact, where the engine finds it, as it finds what an earlier start compiled. What cannot be
-had in this way, because the model does not pickle, say, the engine compiles itself.
+The processes save the buckets in the artifact, from which the engine loads them as it loads those
+of an earlier start. The engine itself compiles the buckets that the processes cannot compile, for
+example because the model does not pickle.
 """
 
 import json
@@ -13,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,48 +22,30 @@ import torch
 from compiled_llm.config.schema import Config
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
-from compiled_llm.report.report import Report
 from compiled_llm.runtime.artifacts.artifact import Artifact
-from compiled_llm.runtime.artifacts.cache import is_expected, keeps
+from compiled_llm.runtime.artifacts.cache import has_likely_artifact, saves_compilations
 from compiled_llm.runtime.buckets import Bucket
+from compiled_llm.runtime.build_context import BuildContext
 from compiled_llm.runtime.compilation import weightless_pickle
+from compiled_llm.runtime.compilation.compile_task import CompileTask
 from compiled_llm.runtime.memory.allocation import Memory
-from compiled_llm.runtime.memory.kv_cache import free_bytes
+from compiled_llm.system.device_memory import free_bytes
 
-Engine = tuple[ServedModel, list[AttentionLayer], Memory]
+EngineParts = tuple[ServedModel, list[AttentionLayer], Memory]
 
 _MAX_PROCESSES = 16
-_MIN_CORES = 4  # with fewer, to import the compiler once more costs what is gained
-_CONTEXT_BYTES = 700 * 2**20  # of GPU memory, that a process takes which only compiles for it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompileTask:
-    """What there is to compile.
-
-    Attributes:
-        engine: the model, its attention layers and its memory, as `weightless_pickle.dumps` gives them.
-        processes: how many shall compile; threads: of the compiler, for each.
-        num_threads: torch's own, which generated code depends on.
-    """
-
-    engine: bytes
-    buckets: list[Bucket]
-    config: Config
-    artifact: Artifact
-    processes: int
-    threads: int
-    num_threads: int
+_MIN_CORES = 4  # with fewer cores, importing the compiler again costs more than is gained
+_CONTEXT_BYTES = 700 * 2**20  # GPU memory of a process that only compiles
 
 
 class CompilePool:
-    """A process that imports the compiler from the moment on that this is made, and forks others when it gets work."""
+    """A process that imports the compiler at once, and forks others when it gets a task."""
 
     def __init__(self) -> None:
-        # To ask CUDA itself whether there is a GPU would make of it a process that must not fork.
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            # Without this, looking for a GPU initializes CUDA, and the process must not fork.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115  # until `close`
@@ -75,37 +57,37 @@ class CompilePool:
             env=env,
             start_new_session=True,
         )
-        self._expected: set[str] = set()
-        self._answers: dict[str, dict[str, Any]] = {}
+        self._submitted: set[str] = set()
+        self._results: dict[str, dict[str, Any]] = {}
 
-    def submit(self, work: CompileTask) -> None:
-        """Begin; once in its life. Raises what pickling raises."""
-        content = pickle.dumps(work)
+    def submit(self, task: CompileTask) -> None:
+        """Start to compile; may be called once. Raises what pickling raises."""
+        content = pickle.dumps(task)
         assert self._process.stdin is not None
-        self._expected = {str(bucket) for bucket in work.buckets}
-        with suppress(BrokenPipeError):  # then nothing is answered
+        self._submitted = {str(bucket) for bucket in task.buckets}
+        with suppress(BrokenPipeError):  # the process has ended; `wait` reports it
             self._process.stdin.write(len(content).to_bytes(8) + content)
             self._process.stdin.flush()
 
     def wait(self, bucket: Bucket) -> bool:
-        """Wait until the bucket is in the artifact; False where it is not to be had."""
+        """Wait until a bucket is in the artifact; return False if it failed."""
         name = str(bucket)
-        while name in self._expected and name not in self._answers:
+        while name in self._submitted and name not in self._results:
             assert self._process.stdout is not None
             line = self._process.stdout.readline()
             if not line:
-                self._give_up()
+                self._fail_remaining()
                 break
-            answer = json.loads(line)
-            self._answers[answer["bucket"]] = answer
-        return "failure" not in self._answers.get(name, {"failure": "not asked for"})
+            result = json.loads(line)
+            self._results[result["bucket"]] = result
+        return "failure" not in self._results.get(name, {"failure": "not submitted"})
 
     def failures(self) -> list[str]:
-        """A line for each bucket that is not to be had."""
+        """Return a line for each bucket that failed."""
         return [
-            f"{name}: {answer['failure']}"
-            for name, answer in self._answers.items()
-            if "failure" in answer
+            f"{name}: {result['failure']}"
+            for name, result in self._results.items()
+            if "failure" in result
         ]
 
     def close(self) -> None:
@@ -119,12 +101,13 @@ class CompilePool:
                 stream.close()
         self._messages.close()
 
-    def _give_up(self) -> None:
-        """All processes have ended."""
+    def _fail_remaining(self) -> None:
+        """Mark the buckets without a result as failed, since all processes have ended."""
         self._messages.seek(0)
         last = (self._messages.read().strip().splitlines() or ["no message"])[-1]
-        for name in self._expected - set(self._answers):
-            self._answers[name] = {"failure": f"the processes that compile ended too soon: {last}"}
+        for name in self._submitted - set(self._results):
+            failure = f"the processes that compile ended too soon: {last}"
+            self._results[name] = {"failure": failure}
 
     def __enter__(self) -> Self:
         return self
@@ -139,67 +122,75 @@ class CompilePool:
 
 
 def num_processes(config: Config, device: torch.device, missing: int) -> int:
-    """How many processes shall compile this many buckets; 0 where the engine had better do it itself."""
-    chosen, cores = config.compile.processes, _num_cores()
-    automatic = (
-        min(cores - 1, _MAX_PROCESSES) if cores >= _MIN_CORES and device.type == "cpu" else 0
-    )
-    wanted = automatic if chosen == "auto" else chosen
+    """Return how many processes compile `missing` buckets; 0 if the engine compiles them itself."""
+    if config.compile.processes == "auto":
+        cores = _num_cores()
+        parallel = cores >= _MIN_CORES and device.type == "cpu"
+        count = min(cores - 1, _MAX_PROCESSES) if parallel else 0
+    else:
+        count = config.compile.processes
     if device.type == "cuda":
-        wanted = min(wanted, free_bytes(device) // _CONTEXT_BYTES)
-    return min(wanted, missing) if missing > 1 else 0
+        count = min(count, free_bytes(device) // _CONTEXT_BYTES)
+    return min(count, missing) if missing > 1 else 0
 
 
-def begin_early(config: Config, device: torch.device) -> CompilePool | None:
-    """A pool that imports while the model loads, where it is likely that there will be something to compile."""
-    at_once = config.compile.capture == "start"
-    return (
-        CompilePool()
-        if at_once
-        and keeps(config)
+def start_pool_early(config: Config, device: torch.device) -> CompilePool | None:
+    """Start a pool while the model loads, if there is likely something to compile; else None."""
+    needed = (
+        config.compile.capture == "start"
+        and saves_compilations(config)
         and num_processes(config, device, 2)
-        and not is_expected(config)
-        else None
+        and not has_likely_artifact(config)
     )
+    return CompilePool() if needed else None
 
 
 @contextmanager
-def at_work(
+def compile_in_pool(
     pool: CompilePool | None,
     buckets: Sequence[Bucket],
-    engine: Engine,
-    config: Config,
-    artifact: Artifact | None,
-    report: Report,
+    context: BuildContext,
 ) -> Iterator[CompilePool | None]:
-    """The pool, or one of its own, compiling what the artifact lacks of the buckets; None where the engine had better do it."""
+    """Let a pool compile the buckets that the artifact does not hold.
+
+    Args:
+        pool: a pool from `start_pool_early`; None for a new one.
+        buckets: of the engine.
+        context: of the engine; its report gets warnings for the buckets that failed. Without an
+            artifact, nothing can be handed to a process.
+
+    Yields:
+        The pool, or None if the engine compiles all buckets itself.
+    """
+    artifact, report = context.artifact, context.report
     missing = (
         [bucket for bucket in buckets if not artifact.has(str(bucket))]
         if artifact is not None
         else []
     )
-    count = num_processes(config, engine[0].device, len(missing))
+    count = num_processes(context.config, context.device, len(missing))
     if artifact is None or not count:
         yield None
         return
     with CompilePool() if pool is None else nullcontext(pool) as pool:
         try:
-            pool.submit(_make_work(missing, engine, config, artifact, count))
-        except Exception as error:  # whatever pickling raises
-            report.warnings.append(
-                f"buckets were compiled one after another, because they could not be handed on: {error}"
+            engine = context.model, context.layers, context.memory
+            pool.submit(_make_task(missing, engine, context.config, artifact, count))
+        except Exception as error:  # pickling may raise anything
+            report.warn(
+                "buckets are compiled one after another, because the model cannot be passed to "
+                f"other processes: {error}"
             )
             yield None
             return
         report.facts["compiled by"] = f"{count} processes"
         yield pool
-        report.warnings.extend(
-            f"compiled by the engine itself: {failure}" for failure in pool.failures()
-        )
+        for failure in pool.failures():
+            report.warn(f"compiled by the engine itself: {failure}")
 
 
-def _make_work(
-    buckets: list[Bucket], engine: Engine, config: Config, artifact: Artifact, count: int
+def _make_task(
+    buckets: list[Bucket], engine: EngineParts, config: Config, artifact: Artifact, count: int
 ) -> CompileTask:
     return CompileTask(
         engine=weightless_pickle.dumps(engine),
@@ -215,4 +206,6 @@ def _make_work(
 
 
 def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What every step works on, allocated once the weights are there: the paged cache gets what a step's activations leave."""
+"""Allocate the memory of all steps after the weights are loaded."""
 
 from dataclasses import dataclass, replace
 
@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from compiled_llm.config.schema import Config
-from compiled_llm.models.discovery import AttentionLayer, allocate_states
+from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.models.exported_model import ServedModel
 from compiled_llm.models.recurrent_state import RecurrentStates
+from compiled_llm.models.state_discovery import allocate_states
 from compiled_llm.report.report import Report
-from compiled_llm.runtime.buckets import Bucket, Kind
-from compiled_llm.runtime.capture.graph_budget import set_aside
+from compiled_llm.runtime.buckets import Bucket, BucketKind
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import (
     KVCacheGroup,
@@ -22,16 +22,24 @@ from compiled_llm.runtime.memory.kv_cache import (
 )
 from compiled_llm.runtime.step.batch_inputs import DecodeBatch
 from compiled_llm.runtime.step.buffers import StepBuffers
-from compiled_llm.runtime.step.recurrent_step import SequenceStep
+from compiled_llm.runtime.step.recurrent_step import RecurrentStep
 from compiled_llm.runtime.step.step import DecodeStep, PrefillStep, Step
 
-STEPS: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
-STEPS_WITH_STATES: dict[Kind, type[Step]] = {"decode": DecodeStep, "prefill": SequenceStep}
+STEPS: dict[BucketKind, type[Step]] = {"decode": DecodeStep, "prefill": PrefillStep}
+STEPS_WITH_STATES: dict[BucketKind, type[Step]] = {"decode": DecodeStep, "prefill": RecurrentStep}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What every step works on; see `StepBuffers`, `LayerCache` and `RecurrentStates`; `states` is None for a model without any."""
+    """The buffers and caches that every step reads and writes.
+
+    Attributes:
+        state: the step's buffers.
+        states: recurrent states; None for a model without any.
+        caches: a `LayerCache` for each attention layer.
+        groups: the groups of layers whose pages are allocated together.
+        block_size: tokens of a page.
+    """
 
     state: StepBuffers
     states: RecurrentStates | None
@@ -40,19 +48,21 @@ class Memory:
     block_size: int
 
     def eager_bucket(self, exact: Bucket, limits: Limits) -> Bucket:
-        """The shape in which a batch of exactly this size runs eagerly: a model with states may compute one token another way
-        than several, and then rounds otherwise.
+        """Return the shape in which a batch of exactly this size runs eagerly.
+
+        A model with recurrent states may compute one token in another way than several, and so
+        with other rounding; its prefill steps have at least two tokens.
         """
         if exact.kind == "decode" or self.states is None:
             return exact
         return replace(exact, size=max(exact.size, min(2, limits.max_num_batched_tokens)))
 
     def step(self, model: ServedModel, bucket: Bucket) -> Step:
-        """The step of a bucket, not compiled."""
+        """Return the step of a bucket, not compiled."""
         groups = dict(
             sorted((layer, g) for g, group in enumerate(self.groups) for layer in group.layers)
         )
-        windows = tuple(self.groups[g].window for g in groups.values())
+        windows = tuple(self.groups[g].reach.encode() for g in groups.values())
         steps = STEPS if self.states is None else STEPS_WITH_STATES
         return steps[bucket.kind](
             model, self.caches, tuple(groups.values()), windows, self.state, self.states, bucket
@@ -62,14 +72,18 @@ class Memory:
 def allocate(
     model: ServedModel, layers: list[AttentionLayer], config: Config, limits: Limits, report: Report
 ) -> Memory:
-    """Allocate the step's buffers, measure what activations take, and give the KV cache its share of the rest."""
+    """Allocate the step's buffers and the KV cache.
+
+    The KV cache gets the memory that is left after the activations, which are measured, and the
+    CUDA graphs. Raises ValueError if not even one sequence fits (see `plan_groups`).
+    """
     device, block_size = model.device, config.cache.block_size
     vocab_size: int = model.get_output_embeddings().weight.shape[0]
     state = StepBuffers(
         max_num_seqs=limits.max_num_seqs,
         max_blocks=-(-limits.max_model_len // block_size),
         max_tokens=limits.max_num_batched_tokens,
-        num_groups=len({layer.window for layer in layers}),
+        num_groups=len({layer.reach for layer in layers}),
         num_kv_heads=max((layer.num_kv_heads for layer in layers), default=1),
         vocab_size=vocab_size,
         dtype=model.dtype,
@@ -79,11 +93,16 @@ def allocate(
     with report.phase("measure activations", device):
         reserved = _measure_activations(model, layers, state, states, block_size, limits)
     with report.phase("allocate KV cache", device):
-        groups = plan_groups(
-            config.cache, layers, limits, device, reserved=reserved + set_aside(config, device)
-        )
+        reserved += reserved_for_graphs(config, device)
+        groups = plan_groups(config.cache, layers, limits, device, reserved=reserved)
         caches = allocate_caches(layers, groups, block_size, device)
     return Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
+
+
+def reserved_for_graphs(config: Config, device: torch.device) -> int:
+    """Return the bytes that the KV cache leaves to the CUDA graphs, which are recorded after it."""
+    records = device.type == "cuda" and config.compile.dispatch != "eager"
+    return config.memory.graphs if records and isinstance(config.memory.graphs, int) else 0
 
 
 def _measure_activations(
@@ -94,19 +113,21 @@ def _measure_activations(
     block_size: int,
     limits: Limits,
 ) -> int:
-    """Peak bytes of an eager step of the largest prefill bucket, all of it padding, on a cache of the trash page alone."""
+    """Return the peak bytes of an eager step of the largest prefill bucket; 0 on a CPU.
+
+    The step computes padding on a cache that has only the trash page.
+    """
     device = model.device
     if device.type != "cuda":
         return 0
     groups = trash_groups(layers)
     caches = allocate_caches(layers, groups, block_size, device)
+    memory = Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size)
     bucket = Bucket("prefill", limits.max_num_batched_tokens, "full")
     stage_padding(state, bucket)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    Memory(state=state, states=states, caches=caches, groups=groups, block_size=block_size).step(
-        model, bucket
-    )()
+    memory.step(model, bucket)()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
@@ -114,7 +135,7 @@ def _measure_activations(
 
 
 def stage_padding(state: StepBuffers, bucket: Bucket) -> None:
-    """Give the step nothing to do."""
+    """Write the inputs of a step that computes padding only."""
     if bucket.kind == "prefill":
         state.stage_prefill(state.padding_batch(), bucket.size)
     else:

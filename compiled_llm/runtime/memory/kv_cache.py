@@ -1,8 +1,7 @@
-"""How much memory there is, and how much of it the KV cache gets."""
+"""Size and allocate the paged KV cache."""
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import nn
 
@@ -10,50 +9,38 @@ from compiled_llm.config.schema import CacheConfig
 from compiled_llm.models.attention import LayerCache
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.limits import Limits
+from compiled_llm.system.device_memory import free_bytes
+from passes.attention_reach import AttentionReach
 
 NUM_TRASH_PAGES = 1
 
 
-def used_bytes(device: torch.device) -> int:
-    """Memory in use: of the whole GPU as its driver counts it, or of this process on a CPU."""
-    if device.type != "cuda":
-        return int(psutil.Process().memory_info().rss)
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else int(psutil.virtual_memory().available)
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheGroup:
-    """Layers that see equally far back, and so need and release pages together.
+    """Layers that attend equally far back and so allocate and free pages together.
 
     Attributes:
-        window: how far back the layers see, as in `AttentionLayer`.
+        reach: the tokens to which the layers attend.
         layers: their numbers, in call order.
-        num_pages: pages of each of their caches, the trash page included.
+        num_pages: number of pages of each layer's cache, including the trash page.
     """
 
-    window: int
+    reach: AttentionReach
     layers: tuple[int, ...]
     num_pages: int
 
 
 def trash_groups(layers: list[AttentionLayer]) -> list[KVCacheGroup]:
-    """The groups of the layers, with the trash page alone."""
-    windows = dict.fromkeys(layer.window for layer in layers)
+    """Return the groups of the layers with only the trash page."""
+    reaches = dict.fromkeys(layer.reach for layer in layers)
     members = {
-        w: tuple(number for number, layer in enumerate(layers) if layer.window == w)
-        for w in windows
+        reach: tuple(number for number, layer in enumerate(layers) if layer.reach == reach)
+        for reach in reaches
     }
-    return [KVCacheGroup(window=w, layers=members[w], num_pages=NUM_TRASH_PAGES) for w in windows]
+    return [
+        KVCacheGroup(reach=reach, layers=members[reach], num_pages=NUM_TRASH_PAGES)
+        for reach in reaches
+    ]
 
 
 def plan_groups(
@@ -64,9 +51,17 @@ def plan_groups(
     *,
     reserved: int,
 ) -> list[KVCacheGroup]:
-    """The groups of the layers, and how many pages each gets; `reserved` bytes are kept free for activations.
+    """Return the groups of the layers with as many pages as the memory allows.
 
-    What the budget lacks for all sequences at once is taken from all groups alike.
+    Each group gets the pages of one sequence. The rest of the memory, up to the pages of
+    `max_num_seqs` sequences, is split in proportion to the pages of a sequence.
+
+    Args:
+        config: `memory` is a number of bytes or "auto".
+        layers: the attention layers, in call order.
+        limits: of the engine.
+        device: of the caches.
+        reserved: bytes that "auto" leaves for activations and CUDA graphs.
 
     Raises:
         ValueError: not even one sequence of `max_model_len` tokens fits.
@@ -75,49 +70,60 @@ def plan_groups(
     page_bytes = [
         config.block_size * sum(layers[n].bytes_per_token for n in group.layers) for group in groups
     ]
-    a_sequence = [_pages_of_a_sequence(group.window, config.block_size, limits) for group in groups]
+    pages_per_seq = [max_pages_per_seq(group.reach, config.block_size, limits) for group in groups]
     budget = (
-        max(0, _budget(config, device) - reserved) if config.memory == "auto" else config.memory
+        max(0, _automatic_budget(config, device) - reserved)
+        if config.memory == "auto"
+        else config.memory
     )
-    least = sum(
-        (pages + NUM_TRASH_PAGES) * size for pages, size in zip(a_sequence, page_bytes, strict=True)
-    )
-    if least > budget:
+    pages_and_bytes = list(zip(pages_per_seq, page_bytes, strict=True))
+    minimum = sum((pages + NUM_TRASH_PAGES) * size for pages, size in pages_and_bytes)
+    if minimum > budget:
         raise ValueError(
-            f"the KV cache gets {budget / 2**20:.0f} MiB, but one sequence of {limits.max_model_len} tokens needs "
-            f"{least / 2**20:.0f} MiB: lower limits.max_model_len or raise cache.memory"
+            f"the KV cache gets {budget / 2**20:.0f} MiB, but one sequence of "
+            f"{limits.max_model_len} tokens needs {minimum / 2**20:.0f} MiB: lower "
+            "limits.max_model_len or raise cache.memory"
         )
-    others = limits.max_num_seqs - 1
-    wanted = others * sum(pages * size for pages, size in zip(a_sequence, page_bytes, strict=True))
-    spare = min(budget - least, wanted)
-    extra = [others * pages * spare // wanted if wanted else 0 for pages in a_sequence]
+    other_seqs = limits.max_num_seqs - 1
+    wanted = other_seqs * sum(pages * size for pages, size in pages_and_bytes)
+    spare = min(budget - minimum, wanted)
+    extra = [other_seqs * pages * spare // wanted if wanted else 0 for pages in pages_per_seq]
     if config.memory == "auto" and spare < wanted:
-        extra = [_rounded(pages) for pages in extra]
+        extra = [_round_down(pages) for pages in extra]
     return [
-        replace(g, num_pages=NUM_TRASH_PAGES + p + more)
-        for g, p, more in zip(groups, a_sequence, extra, strict=True)
+        replace(group, num_pages=NUM_TRASH_PAGES + pages + more)
+        for group, pages, more in zip(groups, pages_per_seq, extra, strict=True)
     ]
 
 
-def _rounded(pages: int) -> int:
-    """Less by under 1 %, so that a start that finds a little more or less memory free than the last has the same shapes."""
-    return pages >> (shift := max(0, pages.bit_length() - 8)) << shift
+def _round_down(pages: int) -> int:
+    """Round down by less than 1 % to a multiple of a power of 2.
+
+    So shapes stay the same when the next start finds slightly more or less free memory.
+    """
+    shift = max(0, pages.bit_length() - 8)
+    return pages >> shift << shift
 
 
-def _pages_of_a_sequence(window: int, block_size: int, limits: Limits) -> int:
-    """The most pages that one sequence holds at a time: all of it, or its window and a step's tokens."""
+def max_pages_per_seq(reach: AttentionReach, block_size: int, limits: Limits) -> int:
+    """Return the most pages that one sequence holds at a time.
+
+    They hold all its tokens; with a limited reach, those in reach and those of one step.
+    """
     length = limits.max_model_len
-    if window:
-        length = min(
-            length, abs(window) + min(limits.max_num_batched_tokens, length) + 2 * block_size
-        )
+    if not reach.is_full:
+        step = min(limits.max_num_batched_tokens, length)
+        length = min(length, reach.size + step + 2 * block_size)
     return -(-length // block_size)
 
 
 def allocate_caches(
     layers: list[AttentionLayer], groups: list[KVCacheGroup], block_size: int, device: torch.device
 ) -> nn.ModuleList:
-    """One zeroed cache for each attention layer."""
+    """Allocate a zeroed cache for each attention layer.
+
+    Keys and values have the shape [num_pages, block_size, num_kv_heads, key or value dim].
+    """
     num_pages = {layer: group.num_pages for group in groups for layer in group.layers}
 
     def zeros(number: int, layer: AttentionLayer, dim: int) -> torch.Tensor:
@@ -131,7 +137,7 @@ def allocate_caches(
     )
 
 
-def _budget(config: CacheConfig, device: torch.device) -> int:
+def _automatic_budget(config: CacheConfig, device: torch.device) -> int:
     free = free_bytes(device)
     if device.type != "cuda":
         return free // 4

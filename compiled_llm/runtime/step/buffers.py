@@ -1,12 +1,14 @@
-"""The step's inputs and outputs, as buffers at fixed addresses that every bucket shares.
+"""The inputs and outputs of a step, as buffers at fixed addresses that all buckets share.
 
-Row state lives on the device from a sequence's first prefill chunk until another takes the row, and the steps advance it: a
-decode step needs nothing from the host unless rows joined or left or a sequence grew into a new page. What the host does have
-to say goes up in one copy from pinned memory.
+The state of a row stays on the device from the first prefill chunk of its sequence until another
+sequence takes the row, and steps advance it. A decode step therefore needs nothing from the host
+unless rows joined or left, or a sequence grew into a new page. The host's part of a batch is
+copied in one transfer from pinned memory.
 
-Shapes: R rows (the most sequences at once) and one more, the trash row, that padding points to; G groups of layers, each
-with pages of its own; N pages a row at most; V tokens in the vocabulary; C sampling parameters of a row (see `RowParams`);
-T tokens of a prefill bucket and S = min(T, R) sequences in it; K steps whose outputs are kept.
+Shape suffixes: R rows (the most sequences at once), plus one more, the trash row, for padding;
+G groups of layers with pages of their own; N pages of a row at most; V tokens in the vocabulary;
+C sampling parameters of a row (see `SamplingTensors`); W bad words of up to L tokens; T tokens of
+a prefill batch and S = min(T, R) sequences in it; M top logprobs; K steps in the output ring.
 """
 
 from typing import Any
@@ -26,27 +28,42 @@ from compiled_llm.runtime.step.batch_inputs import (
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
-    MAX_LOGPROBS,
-    RowParams,
+    SamplingTensors,
 )
+from compiled_llm.sampling_params import MAX_LOGPROBS
 
-RING = 4
+RING_SIZE = 4
 
 
 class StepBuffers(nn.Module):
-    """Buffers of the rows, of the batch, and of what the last steps gave.
+    """Buffers of the rows, of the current batch, and of the outputs of the last steps.
 
-    tokens, positions [R + 1] int64: the id that each row feeds next, and its position, which is also how many it has cached.
-    params [R + 1, C] int64; block_table [G * (R + 1) * N] int32.
-    bias [R + 1, V] float32 is added to the logits; counts [R + 1, V] int32 is 2 * times generated + whether in the prompt;
-    bad_words [R + 1, W, L] int64 token sequences aligned right, -1 before them; recent [R + 1, RECENT] int64 the last tokens;
-    logits [R + 1, V] of the row's last step. These five are kept up by the full sampler alone, for rows that use them.
-    decode, prefill int64: see `DecodeInputs` and `PrefillInputs`.
-    split_counters int32: what kernels whose programs meet count with; zeros between them (see `passes.ops.decode_attention`).
-    ordinals [R + 1] int32: 0, 1, 2, ..., where the sequences of a decode step begin.
-    step [1] int64 counts the steps; ring_tokens [K, R + 1] int64, ring_logprobs [K, R + 1, 1 + M] float32 and ring_ids int64 keep
-    what they sampled, at `step % K`, -1 in rows without finite scores (for logprobs see `passes.ops.top_logprobs`).
-    prompt_logprobs [T, 1 + M] float32 and prompt_ids int64: what the scoring sampler found for each token of the last prefill.
+    State of the rows:
+        tokens [R + 1] int64: the id that each row feeds next.
+        positions [R + 1] int64: its position, which equals the number of cached tokens.
+        params [R + 1, C] int64: packed sampling parameters.
+        block_table [G * (R + 1) * N] int32: flat.
+
+    State of the rows that only the `full` sampler reads and updates:
+        bias [R + 1, V] float32: added to the logits.
+        counts [R + 1, V] int32: 2 * times generated + (1 if in the prompt).
+        bad_words [R + 1, W, L] int64: token sequences, aligned right, padded with -1.
+        recent [R + 1, RECENT] int64: the last tokens.
+        logits [R + 1, V]: of each row's last step.
+
+    The batch:
+        decode_inputs, prefill_inputs int64: see `DecodeInputs` and `PrefillInputs`.
+        decode_query_start [R + 1] int32: 0, 1, 2, ..., where each sequence of a decode step begins.
+        split_counters int32: counters by which the programs of a kernel synchronize; zero between
+            kernels (see `passes.ops.decode_attention`).
+
+    Outputs; those of step i are at index i % K of a ring:
+        step [1] int64: number of steps run so far.
+        ring_tokens [K, R + 1] int64: sampled tokens, -1 in rows without finite logits.
+        ring_logprobs [K, R + 1, 1 + M] float32, ring_logprob_ids [K, R + 1, 1 + M] int64: see
+            `passes.ops.top_logprobs`.
+        prompt_logprobs [T, 1 + M] float32, prompt_logprob_ids [T, 1 + M] int64: of the last prefill
+            step with the `scoring` sampler.
     """
 
     tokens: Tensor
@@ -58,16 +75,16 @@ class StepBuffers(nn.Module):
     bad_words: Tensor
     recent: Tensor
     logits: Tensor
-    decode: Tensor
-    prefill: Tensor
+    decode_inputs: Tensor
+    prefill_inputs: Tensor
     split_counters: Tensor
-    ordinals: Tensor
+    decode_query_start: Tensor
     step: Tensor
     ring_tokens: Tensor
     ring_logprobs: Tensor
-    ring_ids: Tensor
+    ring_logprob_ids: Tensor
     prompt_logprobs: Tensor
-    prompt_ids: Tensor
+    prompt_logprob_ids: Tensor
 
     def __init__(
         self,
@@ -82,48 +99,50 @@ class StepBuffers(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.max_num_seqs, self.max_blocks, self.num_groups = max_num_seqs, max_blocks, num_groups
-        num_rows, vocabulary = max_num_seqs + 1, (max_num_seqs + 1, vocab_size)
+        self.max_num_seqs = max_num_seqs
+        self.max_blocks = max_blocks
+        self.num_groups = num_groups
+        num_rows = max_num_seqs + 1
         prefill_size = sum(PrefillInputs.sizes(max_tokens, max_num_seqs, self.table_size))
         decode_size = max_num_seqs * (1 + 2 * num_groups)
+        logprobs_width = 1 + MAX_LOGPROBS
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((num_rows,), torch.int64),
             "positions": ((num_rows,), torch.int64),
-            "params": ((num_rows, len(RowParams._fields)), torch.int64),
+            "params": ((num_rows, len(SamplingTensors._fields)), torch.int64),
             "block_table": ((num_groups * num_rows * max_blocks,), torch.int32),
-            "bias": (vocabulary, torch.float32),
-            "counts": (vocabulary, torch.int32),
+            "bias": ((num_rows, vocab_size), torch.float32),
+            "counts": ((num_rows, vocab_size), torch.int32),
             "bad_words": ((num_rows, MAX_BAD_WORDS, MAX_BAD_WORD_LEN), torch.int64),
             "recent": ((num_rows, RECENT), torch.int64),
-            "logits": (vocabulary, dtype),
-            "decode": ((decode_size,), torch.int64),
-            "prefill": ((prefill_size,), torch.int64),
+            "logits": ((num_rows, vocab_size), dtype),
+            "decode_inputs": ((decode_size,), torch.int64),
+            "prefill_inputs": ((prefill_size,), torch.int64),
             "split_counters": ((num_rows * num_kv_heads,), torch.int32),
             "step": ((1,), torch.int64),
-            "ring_tokens": ((RING, num_rows), torch.int64),
-            "ring_logprobs": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.float32),
-            "ring_ids": ((RING, num_rows, 1 + MAX_LOGPROBS), torch.int64),
-            "prompt_logprobs": ((max_tokens, 1 + MAX_LOGPROBS), torch.float32),
-            "prompt_ids": ((max_tokens, 1 + MAX_LOGPROBS), torch.int64),
+            "ring_tokens": ((RING_SIZE, num_rows), torch.int64),
+            "ring_logprobs": ((RING_SIZE, num_rows, logprobs_width), torch.float32),
+            "ring_logprob_ids": ((RING_SIZE, num_rows, logprobs_width), torch.int64),
+            "prompt_logprobs": ((max_tokens, logprobs_width), torch.float32),
+            "prompt_logprob_ids": ((max_tokens, logprobs_width), torch.int64),
         }
         for name, (shape, element) in shapes.items():
-            self.register_buffer(
-                name, torch.zeros(shape, dtype=element, device=device), persistent=False
-            )
-        self.register_buffer(
-            "ordinals", torch.arange(num_rows, dtype=torch.int32, device=device), persistent=False
-        )
-        self._staging = [_Staging(max(prefill_size, decode_size), device) for _ in range(2)]
-        self._turn = 0
+            zeros = torch.zeros(shape, dtype=element, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+        query_start = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self.register_buffer("decode_query_start", query_start, persistent=False)
+        self._staging = [_StagingBuffer(max(prefill_size, decode_size), device) for _ in range(2)]
+        self._staging_index = 0
 
     @property
     def table_size(self) -> int:
+        """Entries of one row in the block tables of all groups, G * N."""
         return self.num_groups * self.max_blocks
 
     def stage_decode(self, batch: DecodeBatch) -> None:
-        """Copy the batch's rows and patches in, padding included."""
+        """Copy the batch's rows and block-table patches to the device, padded to R rows."""
         staging = self._next_staging()
-        array = staging.array[: self.decode.shape[0]]
+        array = staging.array[: self.decode_inputs.shape[0]]
         num_patches = self.max_num_seqs * self.num_groups
         rows, index, page = np.split(array, [self.max_num_seqs, self.max_num_seqs + num_patches])
         for section, values, padding in (
@@ -133,57 +152,68 @@ class StepBuffers(nn.Module):
         ):
             section[: len(values)] = values
             section[len(values) :] = padding
-        staging.copy_to(self.decode)
+        staging.copy_to(self.decode_inputs)
 
     def stage_prefill(self, batch: PrefillBatch, num_tokens: int) -> None:
-        """Lay the batch out for the bucket of `num_tokens`, padding included, and copy it in."""
+        """Lay the batch out for a bucket of `num_tokens`, padding included, and copy it."""
         staging = self._next_staging()
         sizes = PrefillInputs.sizes(num_tokens, self.max_num_seqs, self.table_size)
         array = staging.array[: sum(sizes)]
-        fields: Any = PrefillInputs._make(np.split(array, np.cumsum(sizes)[:-1]))  # of arrays here
+        # The fields are arrays here, not tensors.
+        fields: Any = PrefillInputs._make(np.split(array, np.cumsum(sizes)[:-1]))
         T, S, seqs = len(batch.ids), min(num_tokens, self.max_num_seqs), len(batch.seq_rows)
-        array[:] = 0
-        for section in (fields.rows, fields.seq_rows):
-            section[:] = self.max_num_seqs
         ends = np.cumsum(batch.lengths)
         begins = ends - batch.lengths
+        array[:] = 0
+        fields.rows[:] = self.max_num_seqs
+        fields.seq_rows[:] = self.max_num_seqs
+        fields.num_logprobs[:] = -1
+
         fields.ids[:T] = batch.ids
         fields.positions[:T] = np.arange(T) + np.repeat(batch.starts - begins, batch.lengths)
         fields.rows[:T] = np.repeat(batch.seq_rows, batch.lengths)
-        fields.targets[:T] = np.minimum(
-            batch.targets, self.logits.shape[1] - 1
-        )  # a prompt's id may have no logit
-        fields.scores[:] = -1
-        fields.scores[:T] = batch.scores
-        fields.seq_rows[:seqs], fields.seq_lens[:seqs] = (
-            batch.seq_rows,
-            batch.starts + batch.lengths,
-        )
-        fields.fresh[:seqs], fields.samples[:seqs] = batch.fresh, batch.samples
-        fields.query_start[:seqs], fields.query_start[seqs:] = begins, T
+        # The input embedding may have more rows than the output head.
+        fields.logprob_targets[:T] = np.minimum(batch.logprob_targets, self.logits.shape[1] - 1)
+        fields.num_logprobs[:T] = batch.num_logprobs
+
+        fields.seq_rows[:seqs] = batch.seq_rows
+        fields.seq_lens[:seqs] = batch.starts + batch.lengths
+        fields.is_prompt[:seqs] = batch.is_prompt
+        fields.sample_mask[:seqs] = batch.sample_mask
+        fields.query_start[:seqs] = begins
+        fields.query_start[seqs:] = T
         fields.params[: batch.params.size] = batch.params.reshape(-1)
         fields.recent[: batch.recent.size] = batch.recent.reshape(-1)
-        fields.tables.reshape(self.num_groups, S, self.max_blocks)[:, :seqs] = batch.tables
-        staging.copy_to(self.prefill[: sum(sizes)])
+        tables = fields.block_tables.reshape(self.num_groups, S, self.max_blocks)
+        tables[:, :seqs] = batch.block_tables
+        staging.copy_to(self.prefill_inputs[: sum(sizes)])
 
     def padding_batch(self) -> PrefillBatch:
-        """A prefill batch of nothing but padding."""
+        """Return a prefill batch of padding alone."""
         none = np.empty(0, np.int64)
         return PrefillBatch(
-            ids=none, targets=none, scores=none, seq_rows=none, starts=none, lengths=none,
-            tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32), params=none.reshape(0, len(RowParams._fields)),
-            recent=none.reshape(0, RECENT), fresh=none, samples=none,
-        )  # fmt: skip
+            ids=none,
+            logprob_targets=none,
+            num_logprobs=none,
+            seq_rows=none,
+            starts=none,
+            lengths=none,
+            block_tables=np.empty((self.num_groups, 0, self.max_blocks), np.int32),
+            params=none.reshape(0, len(SamplingTensors._fields)),
+            recent=none.reshape(0, RECENT),
+            is_prompt=none,
+            sample_mask=none,
+        )
 
-    def _next_staging(self) -> "_Staging":
-        self._turn = (self._turn + 1) % len(self._staging)
-        staging = self._staging[self._turn]
+    def _next_staging(self) -> "_StagingBuffer":
+        self._staging_index = (self._staging_index + 1) % len(self._staging)
+        staging = self._staging[self._staging_index]
         staging.wait()
         return staging
 
 
-class _Staging:
-    """Pinned memory for one copy to the device; it may be written again when that copy has run."""
+class _StagingBuffer:
+    """Pinned host memory for one copy to the device. Call `wait` before writing it again."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._tensor = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -191,10 +221,12 @@ class _Staging:
         self.array: Int64 = self._tensor.numpy()
 
     def wait(self) -> None:
+        """Wait until the last copy has been made."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def copy_to(self, buffer: Tensor) -> None:
+        """Start a copy of the first elements to the buffer, as many as it has."""
         buffer.copy_(self._tensor[: buffer.shape[0]], non_blocking=True)
         if self._copied is not None:
             self._copied.record()

@@ -1,4 +1,4 @@
-"""What few rows bring to the full sampler, and so is written apart from what all rows have."""
+"""Inputs of the `full` sampler that few rows have, written apart from those that all rows have."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,16 @@ from compiled_llm.runtime.step.sampler import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerState:
-    """What a row brings; None where it brings nothing of the kind.
+    """Bias, token counts and bad words of one row; None leaves a buffer as it is.
+
+    A field takes effect only with the flag of the same name in the row's parameters (see
+    `SamplingTensors.pack`).
 
     Attributes:
         bias: [V] float32, added to the logits.
-        counts: [V] int32, 2 * times generated + whether in the prompt.
-        bad_words: token sequences that must not be completed.
+        counts: [V] int32, 2 * times generated + (1 if in the prompt).
+        bad_words: token sequences that must not be completed, at most `MAX_BAD_WORDS` of at most
+            `MAX_BAD_WORD_LEN` tokens each.
     """
 
     bias: NDArray[np.float32] | None = None
@@ -25,7 +29,7 @@ class SamplerState:
     bad_words: list[list[int]] | None = None
 
     def write(self, state: StepBuffers, row: int) -> None:
-        """To the row; its params must say what counts (see `sampling.RowParams`)."""
+        """Copy the fields that are not None to the row's buffers."""
         if self.bias is not None:
             state.bias[row].copy_(torch.from_numpy(self.bias))
         if self.counts is not None:

@@ -1,4 +1,4 @@
-"""What a step leaves of a trial: read from the state and the pages, which are put back afterwards."""
+"""Reads what a step leaves in the state and the pages of a random batch, and restores them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,25 @@ from compiled_llm.models.attention import LayerCache
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.step.batch_inputs import TRASH_PAGE
-from compiled_llm.runtime.step.buffers import RING
+from compiled_llm.runtime.step.buffers import RING_SIZE
 from compiled_llm.runtime.verify.random_batches import RandomBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What a step left of a trial. S sequences, T tokens, V tokens in the vocabulary; keys and values of each layer in turn.
+    """The results of one step.
 
-    tokens, positions [S]: what the rows go on with; sampled [S]: the tokens that the step reported.
-    logits [S, V] or None; scored [T] logprobs of the prompt, none unless the sampler is scoring.
-    written: the keys or values of the batch's tokens; states: [S, ...] each state of the rows.
-    kept: keys or values of all other places in the trial's pages, and states of its bystanders.
+    Shapes: S rows of the batch; T tokens of the batch; V tokens in the vocabulary.
+
+    Attributes:
+        tokens: [S] int64, the ids that the rows feed next.
+        sampled: [S] int64, the ids that the step reported.
+        positions: [S] int64, the positions of these ids.
+        logits: [S, V] float32, or None if the sampler stores none.
+        scored: [T] float32 logprobs of the prompt; empty unless the sampler is `scoring`.
+        written: for each layer's keys and values, those of the batch's tokens, [T, heads, dim].
+        untouched: keys and values of all other slots in the batch's pages, and states of idle rows.
+        states: [S, ...] float32 each, the recurrent states of the rows.
     """
 
     tokens: Tensor
@@ -32,75 +39,74 @@ class Snapshot:
     logits: Tensor | None
     scored: Tensor
     written: list[Tensor]
-    kept: list[Tensor]
+    untouched: list[Tensor]
     states: list[Tensor]
 
 
 @contextmanager
-def preserved(memory: Memory, trial: RandomBatch) -> Iterator[None]:
-    """Afterwards all that a trial touches is as before: state, pages, states of its rows, trash. Copies wait on the host."""
+def preserve(memory: Memory, batch: RandomBatch) -> Iterator[None]:
+    """Restore all that a batch overwrites: state, pages, recurrent states. Copies on the host."""
     state = {name: buffer.to("cpu", copy=True) for name, buffer in memory.state.named_buffers()}
-    pages = [
-        (cache, pages, cache[pages].cpu()) for cache, pages in _caches(memory, trial, trash=True)
+    saved = [
+        (cache, pages, cache[pages].cpu())
+        for cache, pages in _cache_pages(memory, batch, with_trash=True)
     ]
     for slots in _states(memory):
-        rows = torch.from_numpy(
-            np.concatenate([trial.rows, trial.bystanders, [len(slots) - 1]])
-        ).to(slots.device)
-        pages.append((slots, rows, slots[rows].cpu()))
+        numbers = np.concatenate([batch.rows, batch.idle_rows, [len(slots) - 1]])
+        rows = torch.from_numpy(numbers).to(slots.device)
+        saved.append((slots, rows, slots[rows].cpu()))
     try:
         yield
     finally:
         for name, buffer in memory.state.named_buffers():
             buffer.copy_(state[name])
-        for cache, numbers, content in pages:
-            cache[numbers] = content.to(cache.device)
+        for tensor, indices, content in saved:
+            tensor[indices] = content.to(tensor.device)
 
 
-def outcome_of(trial: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
-    """Read it after a step of this bucket; what the step wrote to the pages becomes zeros."""
-    state, rows = memory.state, torch.from_numpy(trial.rows).to(memory.state.tokens.device)
-    logits = state.logits[rows].float() if bucket.sampler in ("full", "scoring") else None
-    scored = (
-        state.prompt_logprobs[: int(trial.counts.sum()), 0]
-        if bucket.sampler == "scoring"
-        else state.prompt_logprobs[:0, 0]
-    )
-    written, kept = [], []
-    for cache, pages, slots in _written(memory, trial):
+def take_snapshot(batch: RandomBatch, memory: Memory, bucket: Bucket) -> Snapshot:
+    """Read the results of a step of this bucket, and set what it wrote to the pages to zero."""
+    state = memory.state
+    rows = torch.from_numpy(batch.rows).to(state.tokens.device)
+    stores_logits = bucket.sampler in ("full", "scoring")
+    num_scored = int(batch.num_new.sum()) if bucket.sampler == "scoring" else 0
+    written, untouched = [], []
+    for cache, pages, slots in _written_slots(memory, batch):
         flat = cache.view(-1, *cache.shape[2:])
         written.append(flat[slots].float().cpu())
         flat[slots] = 0
-        kept.append(cache[pages].cpu())
-    kept += [
-        slots[torch.from_numpy(trial.bystanders).to(slots.device)].cpu()
-        for slots in _states(memory)
-    ]
+        untouched.append(cache[pages].cpu())
+    for states in _states(memory):
+        idle_rows = torch.from_numpy(batch.idle_rows).to(states.device)
+        untouched.append(states[idle_rows].cpu())
     return Snapshot(
         tokens=state.tokens[rows],
-        sampled=state.ring_tokens[(state.step - 1) % RING, rows],
+        sampled=state.ring_tokens[(state.step - 1) % RING_SIZE, rows],
         positions=state.positions[rows],
-        logits=logits,
-        scored=scored.clone(),
+        logits=state.logits[rows].float() if stores_logits else None,
+        scored=state.prompt_logprobs[:num_scored, 0].clone(),
         written=written,
-        kept=kept,
-        states=[slots[rows].float() for slots in _states(memory)],
+        untouched=untouched,
+        states=[states[rows].float() for states in _states(memory)],
     )
 
 
-def _written(memory: Memory, trial: RandomBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The keys and the values of each layer, the trial's pages of them, and where the batch's own tokens are."""
+def _written_slots(memory: Memory, batch: RandomBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each layer's keys and values, the batch's pages, and the slots of its new tokens."""
     groups = {layer: number for number, group in enumerate(memory.groups) for layer in group.layers}
     layers = [layer for group in memory.groups for layer in group.layers for _ in "kv"]
-    for layer, (cache, pages) in zip(layers, _caches(memory, trial, trash=False), strict=True):
-        slots = trial.slots(groups[layer], memory.block_size, new=True)
+    caches = _cache_pages(memory, batch, with_trash=False)
+    for layer, (cache, pages) in zip(layers, caches, strict=True):
+        slots = batch.new_slots(groups[layer], memory.block_size)
         yield cache, pages, torch.from_numpy(slots).to(cache.device)
 
 
-def _caches(memory: Memory, trial: RandomBatch, *, trash: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys and the values of each layer, and the numbers of the trial's pages of them."""
+def _cache_pages(
+    memory: Memory, batch: RandomBatch, *, with_trash: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each layer's keys and values, and the numbers of the batch's pages in them."""
     for group, members in enumerate(memory.groups):
-        numbers = [*trial.pages[group].tolist(), *([TRASH_PAGE] if trash else [])]
+        numbers = [*batch.pages.used[group].tolist(), *([TRASH_PAGE] if with_trash else [])]
         for layer in members.layers:
             cache = memory.caches[layer]
             assert isinstance(cache, LayerCache)

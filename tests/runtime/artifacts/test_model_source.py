@@ -1,4 +1,4 @@
-"""Whatever changes what a model computes changes what its artifact's key says of its code; what does not, does not."""
+"""The key of an artifact changes with the code that a model runs, and only with it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from compiled_llm import CompiledLLM
 from compiled_llm.runtime.artifacts.model_source import identify, library_source, snapshot
 from compiled_llm.runtime.buckets import Bucket
-from compiled_llm.runtime.compilation.compiler import trace
+from compiled_llm.runtime.compilation.compiler import trace_digest
 from compiled_llm.runtime.compilation.graph_digest import UndeterminedGraphError
 from tests.helpers.tiny_models import small_config, tiny_model
 
@@ -23,11 +23,11 @@ STEP = Bucket("decode", 4, "greedy")
 
 
 def digest(model: PreTrainedModel, bucket: Bucket = STEP) -> str:
-    """Of the graph of an engine's step."""
+    """Return the digest of the graph of an engine's step."""
     with CompiledLLM(
         model, None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        return trace(llm.model_runner.memory.step(llm.model_runner.model, bucket))
+        return trace_digest(llm.model_runner.memory.step(llm.model_runner.model, bucket))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def a_hook(model: PreTrainedModel) -> None:
 
 
 def a_hook_for_one_token(model: PreTrainedModel) -> None:
-    """In a decode step of 4 rows it does something, in a prefill step nothing."""
+    """Change decode steps of 4 rows and no prefill steps."""
     model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, out: out * 2 if out.shape[1] == 4 else out
     )
@@ -71,8 +71,14 @@ def two_weights_exchanged(model: PreTrainedModel) -> None:
 
 
 CHANGES = [
-    other_activation, a_hook, a_hook_for_one_token, a_patched_instance, a_scalar, a_notebooks_class, two_weights_exchanged,
-]  # fmt: skip
+    other_activation,
+    a_hook,
+    a_hook_for_one_token,
+    a_patched_instance,
+    a_scalar,
+    a_notebooks_class,
+    two_weights_exchanged,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -95,29 +101,29 @@ def test_the_same_computation_is_the_same_graph(plain: str) -> None:
     assert digest(model, bucket) == digest(tiny_model("llama"), bucket)
 
 
-def test_code_that_a_graph_does_not_show_is_not_told() -> None:
+def test_code_outside_the_graph_cannot_be_identified() -> None:
     def hidden(x: torch.Tensor) -> torch.Tensor:
         return x * 3
 
     torch._dynamo.allow_in_graph(hidden)
     model = tiny_model("llama")
     model.model.norm.register_forward_hook(lambda module, inputs, output: hidden(output))
-    with pytest.raises(UndeterminedGraphError, match="hidden, which it does not show"):
+    with pytest.raises(UndeterminedGraphError, match="hidden, whose code it does not contain"):
         digest(model)
     with pytest.raises(
         ValueError,
-        match=r"it is not known which code the model runs: .*hidden, which it does not show",
+        match=r"the code that the model runs cannot be identified: .*hidden, whose code",
     ):
         identify(model, lambda: digest(model), just_loaded=False)
 
 
-def test_a_loaded_model_is_known_by_its_source() -> None:
+def test_a_loaded_model_is_identified_by_its_source() -> None:
     code = identify(tiny_model("llama"), lambda: pytest.fail("it was traced"), just_loaded=True)
     assert code == identify(tiny_model("llama"), str, just_loaded=True)
     assert code != identify(tiny_model("qwen3"), str, just_loaded=True)
     assert not code.by_graph
-    held = identify(tiny_model("llama"), lambda: "0123" * 16, just_loaded=False)
-    assert (held.by_graph, held.words) == (True, f"graph {'0123' * 4}")
+    given = identify(tiny_model("llama"), lambda: "0123" * 16, just_loaded=False)
+    assert (given.by_graph, given.words) == (True, f"graph {'0123' * 4}")
 
 
 def _doubled(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -134,7 +140,7 @@ def _doubled(x: torch.Tensor, *_: object) -> torch.Tensor:
         (modeling_llama.LlamaMLP, "forward", GemmaMLP.forward),
     ],
 )
-def test_patched_libraries_are_noticed(
+def test_patched_libraries_are_detected(
     owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = library_source(tiny_model("llama"))
@@ -143,10 +149,10 @@ def test_patched_libraries_are_noticed(
     assert (library_source(tiny_model("llama")) is None) == (other is _doubled)
 
 
-def test_what_dynamo_replaces_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a process that has used torch.compile finds the artifacts that others made."""
+def test_functions_that_dynamo_replaces_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has used torch.compile can load the artifacts of other processes."""
     model = tiny_model("llama")
-    for name in ("__init__", "__setstate__"):  # both are kept for all that follows
+    for name in ("__init__", "__setstate__"):  # restored after the test
         monkeypatch.setattr(nn.Module, name, getattr(nn.Module, name))
     before = library_source(model)
     monkeypatch.setattr(nn.Module, "___needs_generation_tag_patch", True, raising=False)
@@ -156,7 +162,7 @@ def test_what_dynamo_replaces_does_not_count(monkeypatch: pytest.MonkeyPatch) ->
     assert library_source(model) == before
 
 
-def test_other_peoples_code_is_known_by_its_graph_alone() -> None:
+def test_other_code_is_identified_by_its_graph() -> None:
     model = tiny_model("llama")
     a_notebooks_class(model)
     assert library_source(model) is None
@@ -168,7 +174,7 @@ def test_other_peoples_code_is_known_by_its_graph_alone() -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_after_loading_is_noticed(change: Callable[[PreTrainedModel], None]) -> None:
+def test_a_change_after_loading_is_detected(change: Callable[[PreTrainedModel], None]) -> None:
     model = tiny_model("llama")
     before = snapshot(model)
     assert snapshot(model) == before

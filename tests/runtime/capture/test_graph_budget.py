@@ -1,4 +1,4 @@
-"""Recordings keep to their budget, the least useful go first, and the KV cache takes what is left."""
+"""CUDA graphs keep to their budget, the most useful first; the KV cache takes what is left."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -15,12 +15,14 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, make_buckets
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.graph_budget import by_usefulness, set_aside
+from compiled_llm.runtime.capture.graph_budget import order_by_usefulness
 from compiled_llm.runtime.compilation import cuda_graph_trees
 from compiled_llm.runtime.compilation.compiler import CompiledStep
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import kv_cache
+from compiled_llm.runtime.memory.allocation import reserved_for_graphs
 from compiled_llm.runtime.step.step import Step
+from passes.attention_reach import AttentionReach
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 MIB = 2**20
@@ -35,7 +37,7 @@ def _decode(*sizes: int, samplers: tuple[str, ...] = ("greedy",)) -> list[Bucket
     st.sets(st.integers(1, 32), min_size=1, max_size=6),
     st.dictionaries(st.integers(1, 32), st.integers(1, 50), max_size=5),
 )
-def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[int, int]) -> None:
+def test_each_next_bucket_saves_the_most_padding(sizes: set[int], seen: dict[int, int]) -> None:
     largest = max(sizes)
     traffic = Traffic(
         limit=largest,
@@ -44,7 +46,9 @@ def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[
     )
     order = [
         bucket.size
-        for bucket in by_usefulness(_decode(*sizes), {"decode": traffic} if traffic.seen else {})
+        for bucket in order_by_usefulness(
+            _decode(*sizes), {"decode": traffic} if traffic.seen else {}
+        )
     ]
     assert sorted(order) == sorted(sizes)
     assert order[0] == largest
@@ -55,15 +59,15 @@ def test_each_comes_where_it_saves_the_most_padding(sizes: set[int], seen: dict[
         assert traffic.waste(order[: number + 1]) == pytest.approx(least)
 
 
-def test_what_holds_everything_comes_first() -> None:
+def test_buckets_that_hold_all_batches_come_first() -> None:
     prefill = make_buckets("prefill", [16], ["greedy", "full"], limit=64, growth=2)
-    order = by_usefulness([*prefill, *_decode(1, 4, samplers=("greedy", "full"))], {})
+    order = order_by_usefulness([*prefill, *_decode(1, 4, samplers=("greedy", "full"))], {})
     assert order[:2] == [Bucket("prefill", 64, "full"), Bucket("decode", 4, "full")]
     assert len(set(order)) == len(order) == 8
 
 
 class _Device:
-    """A GPU's memory as recordings take it: a pool as large as the largest needs, and something for each graph."""
+    """Memory of graphs: a pool as large as the largest one needs, and some for each graph."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, a_token: int, a_graph: int) -> None:
         self.live: list[int] = []
@@ -107,7 +111,7 @@ class _Device:
         (1, []),
     ],
 )
-def test_the_budget_is_kept_and_the_least_useful_are_left_out(
+def test_the_least_useful_buckets_are_left_out(
     budget: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = _Device(monkeypatch, a_token=MIB, a_graph=MIB * 9 // 10)
@@ -119,11 +123,11 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         report = llm.report()
     assert device.held() <= 1.05 * budget * MIB
-    assert {bucket.bucket for bucket in report.buckets if bucket.mode == "compiled"} == set(kept)
-    left_out = [bucket for bucket in report.buckets if bucket.mode == "left out"]
+    assert {bucket.bucket for bucket in report.buckets if bucket.state == "compiled"} == set(kept)
+    left_out = [bucket for bucket in report.buckets if bucket.state == "left out"]
     assert len(left_out) == 5 - len(kept)
     for bucket in left_out:
-        assert f"of kv_cache.graphs={budget}.0 MiB" in str(bucket.failure)
+        assert f"of memory.graphs={budget}.0 MiB" in str(bucket.failure)
         assert bucket.bucket in report.warnings[0]
         assert bucket.bucket in str(report)
     assert all(
@@ -131,10 +135,10 @@ def test_the_budget_is_kept_and_the_least_useful_are_left_out(
     )
 
 
-def test_without_a_budget_all_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_budget_all_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     device = _Device(monkeypatch, a_token=MIB, a_graph=MIB)
     with CompiledLLM(tiny_model("llama"), None, small_config(), progress=False) as llm:
-        assert {bucket.mode for bucket in llm.report().buckets} == {"compiled"}
+        assert {bucket.state for bucket in llm.report().buckets} == {"compiled"}
         taken = {bucket.bucket: bucket.bytes // MIB for bucket in llm.report().buckets}
     assert taken == {
         "prefill-48-greedy": 49,
@@ -156,7 +160,7 @@ GPU = torch.device("cuda", 0)
     windows=st.lists(st.sampled_from([0, 0, 512, 1024]), min_size=1, max_size=48),
     block_size=st.sampled_from([16, 32, 128]),
 )
-def test_the_cache_takes_what_is_left(
+def test_the_cache_takes_the_remaining_memory(
     free: int,
     activations: int,
     graphs: int,
@@ -176,7 +180,7 @@ def test_the_cache_takes_what_is_left(
             num_kv_heads=8,
             key_dim=128,
             value_dim=128,
-            window=window,
+            reach=AttentionReach.decode(window),
             softcap=0.0,
             sinks=False,
             alibi=False,
@@ -191,7 +195,7 @@ def test_the_cache_takes_what_is_left(
         }
     )
     limits = Limits(max_num_seqs=100_000, max_num_batched_tokens=2048, max_model_len=4096)
-    reserved = activations + set_aside(config, GPU)
+    reserved = activations + reserved_for_graphs(config, GPU)
     assert reserved == activations + graphs
     try:
         groups = kv_cache.plan_groups(config.cache, layers, limits, GPU, reserved=reserved)
@@ -204,11 +208,11 @@ def test_the_cache_takes_what_is_left(
     assert taken >= 0.99 * left - sum(pages), "or a page of each group, where pages are large"
 
 
-def test_what_is_set_aside() -> None:
+def test_bytes_reserved_for_graphs() -> None:
     wanted = {"memory": {"graphs": "1GiB"}}
-    assert set_aside(parse_config(wanted), GPU) == 2**30
-    assert set_aside(parse_config({}), GPU) == 0
-    assert set_aside(parse_config(wanted), torch.device("cpu")) == 0
-    assert set_aside(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
+    assert reserved_for_graphs(parse_config(wanted), GPU) == 2**30
+    assert reserved_for_graphs(parse_config({}), GPU) == 0
+    assert reserved_for_graphs(parse_config(wanted), torch.device("cpu")) == 0
+    assert reserved_for_graphs(parse_config({**wanted, "compile": {"dispatch": "eager"}}), GPU) == 0
     assert CacheConfig().memory == "auto"
     assert cuda_graph_trees.graph_bytes(torch.device("cpu")) == 0

@@ -1,4 +1,4 @@
-"""Lazy capture: served at once, with the right tokens, and captured as asked for."""
+"""Lazy capture: steps run at once, with the right tokens, and needed buckets are captured."""
 
 import asyncio
 import os
@@ -11,10 +11,10 @@ from compiled_llm.config.loader import parse_config
 from compiled_llm.runtime.artifacts.artifact import Artifact, SavedBucket
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.capture.lazy import LazyBuckets, pending
-from compiled_llm.runtime.capture.warmup import CapturedBucket
+from compiled_llm.runtime.capture.captured_bucket import CapturedBucket
+from compiled_llm.runtime.capture.lazy import LazyBuckets, pending_buckets
 from compiled_llm.runtime.compilation.compiler import CompiledStep
-from compiled_llm.runtime.compilation.timing import Moment, durations
+from compiled_llm.runtime.compilation.timing import Timestamp, durations
 from compiled_llm.runtime.step.step import Step
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 from tests.model_sweep.tiny_configs import tiny_config
@@ -30,36 +30,36 @@ class _Clock:
         return self.now
 
 
-def test_the_busiest_comes_first_and_steps_have_as_much_time() -> None:
+def test_the_most_needed_bucket_is_built_first_and_steps_get_as_much_time() -> None:
     clock, made = _Clock(), list[str]()
 
     def make(bucket: Bucket) -> CapturedBucket:
         clock.now += 5
         made.append(str(bucket))
-        return pending([bucket])[0]
+        return pending_buckets([bucket])[0]
 
     lazy = LazyBuckets(make, clock=clock)
-    assert not lazy.wanted
-    assert not lazy.due
+    assert not lazy.has_demand
+    assert not lazy.is_due
     for size, times in ((2, 3), (4, 5), (8, 3)):
         for _ in range(times):
-            lazy.ask(Bucket("decode", size))
-    assert lazy.due
-    assert not lazy.overdue
+            lazy.record_demand(Bucket("decode", size))
+    assert lazy.is_due
+    assert not lazy.is_overdue
     clock.now += 5.1
-    assert lazy.overdue
-    lazy.capture_next()
-    assert lazy.wanted
+    assert lazy.is_overdue
+    lazy.build_next()
+    assert lazy.has_demand
     clock.now += 4.9
-    assert not lazy.due
+    assert not lazy.is_due
     clock.now += 0.2
-    assert lazy.due
-    lazy.capture_next()
-    lazy.capture_next()
+    assert lazy.is_due
+    lazy.build_next()
+    lazy.build_next()
     assert made == ["decode-4-greedy", "decode-8-greedy", "decode-2-greedy"]
-    assert not lazy.wanted
+    assert not lazy.has_demand
     clock.now += 10
-    assert not lazy.due
+    assert not lazy.is_due
 
 
 def test_strict_and_lazy_are_refused() -> None:
@@ -67,8 +67,8 @@ def test_strict_and_lazy_are_refused() -> None:
         parse_config({"strict": True, **LAZY})
 
 
-def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of requests, whose tokens, logprobs and penalties stay what they are."""
+def test_steps_run_at_once_and_needed_buckets_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between steps of requests, whose tokens, logprobs and penalties do not change."""
     made: list[int] = []
     direct = warmup.DISPATCHES["direct"]
 
@@ -92,7 +92,7 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         report = llm.report()
-        assert {bucket.mode for bucket in report.buckets} == {"pending"}
+        assert {bucket.state for bucket in report.buckets} == {"pending"}
         assert made == []
         got = llm.generate([prompt_of(9)], full)[0].outputs[0]
         assert (got.token_ids, len(made) > 0) == (expected.token_ids, True)
@@ -102,28 +102,28 @@ def test_it_serves_at_once_and_captures_what_is_needed(monkeypatch: pytest.Monke
             f"{bucket} is not captured yet: compile.capture is lazy"
             for bucket in ("prefill-48-full", "decode-2-full")
         }
-        while llm.model_runner.capture_wanted:
+        while llm.model_runner.capture_pending:
             llm.model_runner.capture_next()
         assert sorted(made) == [2, 48]
         eager = report.fallbacks.total()
         assert greedy(llm, prompts, 8) == [reference(prompt, 8) for prompt in prompts]
         assert report.fallbacks.total() == eager
         buckets = {bucket.bucket: bucket for bucket in report.buckets}
-        assert (buckets["decode-4-full"].mode, buckets["decode-4-full"].failure) == (
+        assert (buckets["decode-4-full"].state, buckets["decode-4-full"].failure) == (
             "pending",
             "compile.capture is lazy",
         )
         for name in ("decode-2-full", "prefill-48-full"):
             assert (
-                buckets[name].mode == "pending",
+                buckets[name].state == "pending",
                 buckets[name].failure,
                 buckets[name].replays > 0,
             ) == (False, None, True)
             assert buckets[name].verification is not None
 
 
-def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of padding leaves the convolutions' states of the requests that run as they are."""
+def test_recurrent_states_survive_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of padding does not change the states of running requests."""
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
     model = random_model(tiny_config("lfm2"))
     reference, prompts = Reference(model), [prompt_of(20), prompt_of(7), prompt_of(30)]
@@ -132,22 +132,23 @@ def test_states_go_on_through_a_capture(monkeypatch: pytest.MonkeyPatch) -> None
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
         assert greedy(llm, prompts, 12) == [reference(prompt, 12) for prompt in prompts]
-        captured = [bucket for bucket in llm.report().buckets if bucket.mode != "pending"]
+        captured = [bucket for bucket in llm.report().buckets if bucket.state != "pending"]
         assert captured
 
 
 def _uncompiled(step: Step, *arguments: object, **options: object) -> CompiledStep:
-    now = Moment.now()
+    now = Timestamp.now()
     for _ in range(2):
         step()
     return CompiledStep(
-        launch=step, graph=False, recording=None, owner=None, seconds=durations(now, now, now)
+        launch=step, graph=False, recording=None, function=None, seconds=durations(now, now, now)
     )
 
 
 def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
-    monkeypatch.setattr(LazyBuckets, "due", property(lambda lazy: False))  # not while requests run
+    # While requests run, nothing is captured.
+    monkeypatch.setattr(LazyBuckets, "is_due", property(lambda lazy: False))
     config = small_config(buckets={"decode": [], "prefill": [16]}, **LAZY)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -159,10 +160,10 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             stream = await llm.add(prompt_of(9), params, streaming=False)
             async for output in stream:
                 assert len(output.outputs[0].token_ids) == 4
-            while await llm.call(lambda engine: engine.model_runner.capture_wanted):
+            while await llm.call(lambda engine: engine.model_runner.capture_pending):
                 await asyncio.sleep(0.01)
             return await llm.call(
-                lambda engine: {bucket.bucket: bucket.mode for bucket in engine.report().buckets}
+                lambda engine: {bucket.bucket: bucket.state for bucket in engine.report().buckets}
             )
         finally:
             llm.close()
@@ -170,7 +171,7 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(serve()) == {"prefill-16-greedy": "compiled", "prefill-48-greedy": "pending"}
 
 
-def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     def failing(step: Step, *arguments: object, **options: object) -> CompiledStep:
@@ -185,7 +186,7 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     with CompiledLLM(model, None, small_config(**LAZY), progress=False) as llm:
         for _ in range(3):
             assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
-        while llm.model_runner.capture_wanted:
+        while llm.model_runner.capture_pending:
             llm.model_runner.capture_next()
         assert greedy(llm, [prompt_of(5)], 10) == [reference(prompt_of(5), 10)]
         report = llm.report()
@@ -194,15 +195,18 @@ def test_one_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
         report.stand_ins["decode-2-greedy failed: MemoryError: injected; decode-4-greedy served"]
         >= 9
     )
-    assert {bucket.bucket: bucket.mode for bucket in report.buckets} == {
-        "prefill-16-greedy": "compiled", "prefill-48-greedy": "pending", "decode-2-greedy": "eager", "decode-4-greedy": "compiled",
-    }  # fmt: skip
+    assert {bucket.bucket: bucket.state for bucket in report.buckets} == {
+        "prefill-16-greedy": "compiled",
+        "prefill-48-greedy": "pending",
+        "decode-2-greedy": "failed",
+        "decode-4-greedy": "compiled",
+    }
 
 
-def test_nobody_waits_for_a_capture_with_a_token_that_is_there(
+def test_a_capture_delays_no_token_that_is_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nor in the middle of a prompt, which takes three steps here."""
+    """Nor does it interrupt a prompt, which takes three steps here."""
     made: list[int] = []
 
     def counting(step: Step, *arguments: object, **options: object) -> CompiledStep:
@@ -210,7 +214,8 @@ def test_nobody_waits_for_a_capture_with_a_token_that_is_there(
         return _uncompiled(step)
 
     monkeypatch.setitem(warmup.DISPATCHES, "direct", counting)
-    monkeypatch.setattr(LazyBuckets, "due", LazyBuckets.wanted)  # whatever the last one took
+    # The time that the last bucket took is ignored.
+    monkeypatch.setattr(LazyBuckets, "is_due", LazyBuckets.has_demand)
     config = small_config(buckets={"decode": [2], "prefill": [16], "samplers": ["full"]}, **LAZY)
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
         for count, then_made in ((1, []), (6, [48, 16, 2])):
@@ -225,15 +230,17 @@ def test_nobody_waits_for_a_capture_with_a_token_that_is_there(
             assert made == then_made
 
 
-def test_an_artifact_in_use_is_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where nothing is loaded from it yet."""
+def test_an_artifact_in_use_is_marked_as_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if nothing is loaded from it yet."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path))
     config = small_config(compile={"capture": "lazy", "artifact": "auto"})
     for start in range(2):
         with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
             manifest = Path(str(llm.report().facts["artifact"])) / "manifest.json"
             if start == 0:
-                Artifact(manifest.parent, llm.model_runner.key()).save(
+                Artifact(manifest.parent, llm.model_runner.fingerprint()).save(
                     "decode-9-greedy", SavedBucket(step=b"", passes=[])
                 )
                 os.utime(manifest, (0, 0))

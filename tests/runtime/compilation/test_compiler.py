@@ -1,23 +1,20 @@
-"""What the compiler makes of a step: passes, generated code, many buckets, failures."""
+"""Compilation of steps: passes, generated code, many buckets, failures."""
 
 import re
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from torch._inductor.cudagraph_trees import get_manager
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.errors import StrictError
 from compiled_llm.runtime.capture import warmup
-from compiled_llm.runtime.compilation.cuda_graph_trees import prepare_thread
 from passes import PASSES, PassError
 from tests.conftest import DEVICE
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
@@ -26,7 +23,7 @@ ONE_EACH = {"buckets": {"decode": [4], "prefill": [48]}}
 
 
 def test_generated_code_copies_no_cache() -> None:
-    """No allocation is as large as a cache, and each cache is written by one kernel, and goes to attention as it is."""
+    """One kernel writes each cache, attention reads it, and no allocation is as large as it."""
     codes: list[str] = []
     with (
         fresh_cache(),
@@ -55,7 +52,7 @@ def test_generated_code_copies_no_cache() -> None:
                 "paged_attention",
             ]
         assert len(re.findall(r"[.:]cos\(", code)) <= 2, (
-            "once for all layers, in a loop and in what remains of it"
+            "once for all layers, in a loop and in its remainder"
         )
 
 
@@ -75,7 +72,7 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
             "cosine, sine, page and offset"
         )
         assert (merge.name, merge.matches, merge.expected) == ("merge_projections", 4, 4)
-        # Over few tokens and in float32, this is for CPUs: qkv, o, gate and up, down, twice, and the lm_head.
+        # On CPUs in float32, for few tokens: qkv, o, gate and up, down, twice, and the lm_head.
         assert (linear.name, linear.matches) == (
             "fuse_skinny_linear",
             9 if DEVICE.type == "cpu" and name.startswith("decode") else 0,
@@ -92,7 +89,7 @@ def test_passes_report_and_dump(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("off", list(PASSES))
-def test_a_pass_that_is_off_changes_no_token(off: str) -> None:
+def test_disabling_a_pass_changes_no_token(off: str) -> None:
     model = tiny_model("llama")
     reference = Reference(model)
     prompts = [prompt_of(length) for length in (5, 30, 60)]
@@ -105,7 +102,7 @@ def test_a_pass_that_is_off_changes_no_token(off: str) -> None:
         }
 
 
-def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
+def test_a_layer_without_a_match_is_named() -> None:
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
     original = attention.forward
@@ -118,10 +115,9 @@ def test_a_layer_that_the_pass_cannot_find_is_named() -> None:
         )
 
     attention.forward = forward
-    with pytest.raises(
-        PassError,
-        match=r"'lower_attention_marker' expected 2 matches and made 1; it missed model\.layers\.1\.self_attn",
-    ):
+    missed = r"it missed model\.layers\.1\.self_attn"
+    expected = rf"'lower_attention_marker' expected 2 matches and made 1; {missed}"
+    with pytest.raises(PassError, match=expected):
         CompiledLLM(model, None, small_config(**ONE_EACH), progress=False)
 
 
@@ -147,11 +143,13 @@ def test_more_than_twenty_buckets_all_replay(dispatch: str) -> None:
         report = llm.report()
     assert not report.fallbacks
     assert not any(report.graph_events.values())
-    # One row less at each step; the last token of each request needs no step of its own.
+    # One row less at each step; the last token of each request needs no further step.
     assert [b.replays for b in report.buckets if b.bucket.startswith("decode")] == [1] * 21
 
 
-def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_bucket_replaces_one_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     direct = warmup.DISPATCHES["direct"]
 
     def failing(step, *arguments):  # type: ignore[no-untyped-def]
@@ -168,12 +166,16 @@ def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPat
             prompts = [prompt_of(length) for length in lengths]
             assert greedy(llm, prompts, 10) == [reference(prompt, 10) for prompt in prompts]
         report = llm.report()
+    failure = "bucket decode-2-greedy is not used: RuntimeError: injected failure"
+    assert [record.getMessage() for record in caplog.records] == [failure]
     assert report.stand_ins == {
         "decode-2-greedy failed: RuntimeError: injected failure; decode-4-greedy served": 18
     }
     assert not report.fallbacks
-    modes = {bucket.bucket: (bucket.mode == "eager", bucket.replays) for bucket in report.buckets}
-    assert modes == {
+    states = {
+        bucket.bucket: (bucket.state == "failed", bucket.replays) for bucket in report.buckets
+    }
+    assert states == {
         "decode-2-greedy": (True, 0),
         "decode-4-greedy": (False, 27),
         "prefill-48-greedy": (False, 3),
@@ -185,9 +187,11 @@ def test_the_next_bucket_serves_for_one_that_fails(monkeypatch: pytest.MonkeyPat
         CompiledLLM(model, None, small_config(**config, strict=True), progress=False)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for 2 GiB"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("tried to allocate 2 GiB"), MemoryError()]
+)
 @pytest.mark.parametrize("when", ["compile", "capture"])
-def test_running_out_of_memory_costs_a_bucket_and_not_the_engine(
+def test_out_of_memory_fails_one_bucket_only(
     error: Exception, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     direct = warmup.DISPATCHES["direct"]
@@ -216,7 +220,7 @@ def test_running_out_of_memory_costs_a_bucket_and_not_the_engine(
     )
 
 
-def test_steps_run_eagerly_where_the_largest_bucket_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_eagerly_if_the_largest_bucket_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(step, *arguments):  # type: ignore[no-untyped-def]
         raise RuntimeError("injected failure")
 
@@ -232,7 +236,7 @@ def test_steps_run_eagerly_where_the_largest_bucket_fails(monkeypatch: pytest.Mo
         }
 
 
-def test_no_bucket_is_a_counted_fallback() -> None:
+def test_a_step_without_a_bucket_is_counted() -> None:
     model = tiny_model("llama")
     reference = Reference(model)
     config = {"buckets": {"decode": [4], "prefill": []}}
@@ -244,27 +248,8 @@ def test_no_bucket_is_a_counted_fallback() -> None:
         greedy(strict, [prompt_of(20)], 8)
 
 
-def test_any_thread_can_have_graph_trees() -> None:
-    """torch itself fails an assertion in a thread that is new to it."""
-    found: list[object] = []
-
-    def look() -> None:
-        try:
-            get_manager(0, create_if_none_exists=False)
-        except AssertionError as error:
-            found.append(error)
-        prepare_thread()
-        found.append(get_manager(0, create_if_none_exists=False))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert isinstance(found[0], AssertionError)
-    assert found[1:] == [None]
-
-
 def test_a_thread_that_traced_may_end() -> None:
-    """Without a GPU, the next trace crashes the process if torch is left to itself."""
+    """Without a GPU, the next trace would crash the process without the guard (see `compiler`)."""
     code = """
         import threading
         import torch
@@ -278,7 +263,7 @@ def test_a_thread_that_traced_may_end() -> None:
         thread = threading.Thread(target=trace)
         thread.start()
         thread.join()
-        kept = [torch.randn(n) for n in range(10000)]
+        memory = [torch.randn(n) for n in range(10000)]
         trace()
     """
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""While an engine works, the compiler's directory is one that nobody else can write to; a user's own choice stands."""
+"""The compiler's cache is private while an engine compiles; the user's own choice stays."""
 
 import os
 import threading
@@ -16,14 +16,14 @@ VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An engine's cache, in a process that chose no directory for the compiler."""
+    """Return the engine's cache directory, in a process without a choice of the user."""
     monkeypatch.setenv("COMPILED_LLM_CACHE", str(tmp_path / "cache"))
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 
 
-def test_it_is_used_for_as_long_as_an_engine_works(own: Path) -> None:
+def test_it_is_used_while_an_engine_compiles(own: Path) -> None:
     headers = codecache._HEADER_DIR
     with private_compiler_cache():
         inside = Path(cache_dir())
@@ -36,10 +36,10 @@ def test_it_is_used_for_as_long_as_an_engine_works(own: Path) -> None:
     assert cache_dir() == default_cache_dir()
 
 
-def test_inductors_default_is_no_choice_and_comes_back(
+def test_inductors_default_is_replaced_and_restored(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inductor itself writes it to the environment when it first compiles."""
+    """Inductor writes it to the environment when it first compiles."""
     chosen = {
         "TORCHINDUCTOR_CACHE_DIR": default_cache_dir(),
         "TRITON_CACHE_DIR": f"{default_cache_dir()}/triton/0",
@@ -52,7 +52,7 @@ def test_inductors_default_is_no_choice_and_comes_back(
     assert {name: os.environ[name] for name in VARIABLES} == chosen
 
 
-def test_what_the_user_chose_is_kept(
+def test_a_directory_that_the_user_chose_is_used(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
@@ -71,11 +71,11 @@ def test_a_cache_that_others_may_write_is_not_used(own: Path) -> None:
         assert inside != Path(default_cache_dir())
         assert inside.stat().st_mode & 0o777 == 0o700
     with private_compiler_cache():
-        assert Path(cache_dir()) == inside, "one for the process"
+        assert Path(cache_dir()) == inside, "one directory per process"
 
 
-def test_several_threads_may_work(own: Path) -> None:
-    """The first to leave takes nothing from the other."""
+def test_several_threads_may_use_it(own: Path) -> None:
+    """It stays in use until the last thread leaves."""
     entered, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -94,7 +94,7 @@ def test_several_threads_may_work(own: Path) -> None:
 
 
 def test_each_kind_of_processor_has_its_own(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor names a library by the flags of the compiler, among them `-march=native`, not by what that stands for."""
+    """The names of libraries depend on the compiler's flags, not on what `-march=native` is."""
     found = []
     for instructions in ("abc", "def"):
         monkeypatch.setattr(compiler_cache, "instruction_set", lambda name=instructions: name)

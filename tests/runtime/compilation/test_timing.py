@@ -1,16 +1,16 @@
-"""The seconds of a start are accounted for, each of them once."""
+"""Each second of a start-up is counted once."""
 
 import pytest
 from torch._dynamo.utils import compilation_time_metrics
 
 from compiled_llm import CompiledLLM
 from compiled_llm.report.report import BucketReport, PhaseReport
-from compiled_llm.runtime.compilation.timing import Moment, durations, phases_of
+from compiled_llm.runtime.compilation.timing import Timestamp, durations, split_phase
 from tests.helpers.tiny_models import small_config, tiny_model
 
 
-def test_autotuning_is_taken_from_where_it_happened() -> None:
-    spent = durations(Moment(10, 1, 2), Moment(20, 4, 3), Moment(25, 4, 7))
+def test_autotuning_is_subtracted_where_it_happened() -> None:
+    spent = durations(Timestamp(10, 1, 2), Timestamp(20, 4, 3), Timestamp(25, 4, 7))
     assert spent == {
         "trace_seconds": 3,
         "compile_seconds": 6,
@@ -20,8 +20,8 @@ def test_autotuning_is_taken_from_where_it_happened() -> None:
     assert sum(spent.values()) == 25 - 10  # type: ignore[arg-type]
 
 
-def test_what_torch_counts_as_autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Moment.now()
+def test_autotuning_is_read_from_torchs_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Timestamp.now()
     counted = {
         "CachingAutotuner.benchmark_all_configs": [1.0, 2.0],
         "mm_template_autotuning": [4.0],
@@ -31,8 +31,8 @@ def test_what_torch_counts_as_autotuning(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(
             compilation_time_metrics, name, [*compilation_time_metrics.get(name, []), *seconds]
         )
-    assert Moment.now().autotune - before.autotune == pytest.approx(7.0)
-    assert Moment.now().trace == before.trace
+    assert Timestamp.now().autotune - before.autotune == pytest.approx(7.0)
+    assert Timestamp.now().trace == before.trace
 
 
 def test_a_phase_in_parts() -> None:
@@ -45,10 +45,17 @@ def test_a_phase_in_parts() -> None:
         capture_seconds=4,
     )
     loaded = BucketReport(bucket="b", size=1, loaded=True, compile_seconds=5, capture_seconds=6)
-    parts = phases_of(PhaseReport(name="compile and capture", seconds=30, bytes=7), [made, loaded])
+    parts = split_phase(
+        PhaseReport(name="compile and capture", seconds=30, bytes=7), [made, loaded]
+    )
     assert {part.name: (part.seconds, part.bytes) for part in parts} == {
-        "trace": (1, 0), "compile": (2, 0), "load compiled": (5, 0), "autotune": (3, 0), "capture": (10, 7), "other": (9, 0),
-    }  # fmt: skip
+        "trace": (1, 0),
+        "compile": (2, 0),
+        "load compiled": (5, 0),
+        "autotune": (3, 0),
+        "capture": (10, 7),
+        "other": (9, 0),
+    }
 
 
 def test_the_phases_of_a_start() -> None:
