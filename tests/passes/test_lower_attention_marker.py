@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
@@ -72,7 +73,7 @@ def test_markers_become_cache_writes_and_paged_attention() -> None:
     assert LOWER_ATTENTION_MARKER.run(module.graph, CONTEXT) == list(NAMES)
     module.graph.lint()
 
-    def count(target: object) -> int:
+    def count(target: OpOverload) -> int:
         return len(module.graph.find_nodes(op="call_function", target=target))
 
     assert count(attention_marker) == 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_inductor_runs_the_pipeline() -> None:
 
     context = PassContext(num_tokens=1, facts=(Divisions(("division 0",)),))
     pipeline = Pipeline([MULTIPLY], context)
-    options = {"post_grad_custom_pre_pass": pipeline, "fx_graph_cache": False}
+    options: dict[str, Any] = {"post_grad_custom_pre_pass": pipeline, "fx_graph_cache": False}
     x = torch.randn(4)
     actual = torch.compile(halve, fullgraph=True, options=options)(x)
     torch.testing.assert_close(actual, halve(x))

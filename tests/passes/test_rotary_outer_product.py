@@ -1,5 +1,7 @@
 """The rewrite of a rotary embedding's outer product, and products that must stay."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from passes import PassContext, PassError, Pipeline, RotaryEmbeddings
 from passes.rotary_outer_product import ROTARY_OUTER_PRODUCT
 
 aten = torch.ops.aten
+Function = Callable[[Tensor, Tensor], Tensor]
 CONTEXT = PassContext(num_tokens=3, facts=(RotaryEmbeddings(1),))
 
 
@@ -27,7 +30,7 @@ def inner(frequencies: Tensor, positions: Tensor) -> Tensor:
     return torch.mm(frequencies[None, :], frequencies[:, None]) + positions
 
 
-def _traced(function) -> tuple[GraphModule, tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+def _traced(function: Function) -> tuple[GraphModule, tuple[Tensor, Tensor]]:
     inputs = torch.rand(8), torch.arange(3.0)
     return make_fx(function, tracing_mode="fake")(*inputs), inputs
 
@@ -37,7 +40,7 @@ def _num_products(module: GraphModule) -> int:
 
 
 @pytest.mark.parametrize("function", [batched, unbatched])
-def test_outer_products_become_pointwise(function) -> None:  # type: ignore[no-untyped-def]
+def test_outer_products_become_pointwise(function: Function) -> None:
     module, inputs = _traced(function)
     pipeline = Pipeline([ROTARY_OUTER_PRODUCT], CONTEXT)
     pipeline(module.graph)

@@ -105,9 +105,15 @@ def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[ScoreMo
             dynamic_shapes=({0: torch.export.Dim.AUTO},),
             strict=False,
         )
-    module, found = exported.module(check_guards=False), list[ScoreMod]()
+    module = exported.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
-    replace_attention_subgraphs(module, lambda mod: found.append(mod) or Attend(mod), ROWS)  # type: ignore[func-returns-value]
+    found = list[ScoreMod]()
+
+    def make(score_mod: ScoreMod) -> nn.Module:
+        found.append(score_mod)
+        return Attend(score_mod)
+
+    replace_attention_subgraphs(module, make, ROWS)
     return layer, module, found
 
 

@@ -1,7 +1,10 @@
 """Argmax of chunks with Gumbel noise: the kernel against the reference, and the noise itself."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from passes.ops.gumbel_argmax import (
     CHUNK,
@@ -52,7 +55,9 @@ def test_kernel_with_noise() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
 @pytest.mark.parametrize("op", [gumbel_argmax_kernel, gumbel_argmax_reference])
-def test_chunk_with_nan_is_not_finite(op, temperature: float | None) -> None:  # type: ignore[no-untyped-def]
+def test_chunk_with_nan_is_not_finite(
+    op: Callable[..., tuple[Tensor, Tensor]], temperature: float | None
+) -> None:
     scores = torch.zeros(3, CHUNK + 3, device=DEVICE)
     scores[0], scores[1, 7], scores[2, 9] = float("nan"), float("nan"), INF
     temperatures = None if temperature is None else torch.full((3,), temperature, device=DEVICE)

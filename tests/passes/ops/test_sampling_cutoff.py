@@ -1,11 +1,12 @@
 """The sampling cutoff: reference and kernel against transformers' warpers and each other."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from passes.ops.sampling_cutoff import (
     SHORTLIST,
@@ -18,6 +19,7 @@ from tests.conftest import DEVICE
 CUDA = DEVICE.type == "cuda"
 INF = float("inf")
 IMPLEMENTATIONS = [sampling_cutoff_reference, sampling_cutoff_kernel]
+Operation = Callable[..., Tensor]
 # top-k, top-p and min-p of a row.
 Mix = tuple[int, float, float]
 # Combinations of top-k (off, few, more than a block's lanes, more than V), top-p and min-p. The
@@ -50,7 +52,7 @@ def warped(scores_V: Tensor, top_k: int, top_p: float, min_p: float, nudge: floa
     """
     top_p = min(max(top_p + nudge * 2e-6, 0.0), 1.0) if top_p < 1 else 1.0
     min_p = min(min_p * (1 - nudge * 1e-5), 1.0)
-    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    warpers: list[LogitsProcessor] = [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     warpers += [MinPLogitsWarper(min_p)] if min_p else []
     scores_1V = scores_V[None]
@@ -59,7 +61,7 @@ def warped(scores_V: Tensor, top_k: int, top_p: float, min_p: float, nudge: floa
     return scores_1V[0] > -INF
 
 
-def kept_tokens(op, scores_SV: Tensor, mixes: list[Mix]) -> Tensor:  # type: ignore[no-untyped-def]
+def kept_tokens(op: Operation, scores_SV: Tensor, mixes: list[Mix]) -> Tensor:
     cutoff_S = op(scores_SV, *parameters(mixes))
     assert cutoff_S.dtype == torch.float32
     return (scores_SV >= cutoff_S[:, None]) & (scores_SV > -INF)
@@ -78,7 +80,7 @@ def kept_tokens(op, scores_SV: Tensor, mixes: list[Mix]) -> Tensor:  # type: ign
     ],
 )
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_keeps_the_tokens_that_warpers_keep(op, vocab_size, spread) -> None:  # type: ignore[no-untyped-def]
+def test_keeps_the_tokens_that_warpers_keep(op: Operation, vocab_size: int, spread: float) -> None:
     scores_SV = spread * rand(len(MIXES), vocab_size)
     scores_SV[::2, :250] = -INF
     actual_SV = kept_tokens(op, scores_SV, MIXES)
@@ -91,7 +93,7 @@ def test_keeps_the_tokens_that_warpers_keep(op, vocab_size, spread) -> None:  # 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [300, 5000, *([151936] if CUDA else [])])
-def test_kernel_equals_reference(vocab_size) -> None:  # type: ignore[no-untyped-def]
+def test_kernel_equals_reference(vocab_size: int) -> None:
     """Cutoffs of top-k and top-p are scores, so they are equal bit by bit, also with many ties."""
     mixes = list(itertools.product([0, 1, 40, 4500], [1.0, 0.5, 0.95], [0.0])) * 2
     scores_SV = 4 * rand(len(mixes), vocab_size)
@@ -102,7 +104,7 @@ def test_kernel_equals_reference(vocab_size) -> None:  # type: ignore[no-untyped
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_ties_are_kept_together(op) -> None:  # type: ignore[no-untyped-def]
+def test_ties_are_kept_together(op: Operation) -> None:
     scores_V = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, -0.0, -1.0, -INF], device=DEVICE)
     counts = {
         (2, 1.0, 0.0): 4,
@@ -118,7 +120,7 @@ def test_ties_are_kept_together(op) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_more_tokens_are_kept_than_the_shortlist_holds(op) -> None:  # type: ignore[no-untyped-def]
+def test_more_tokens_are_kept_than_the_shortlist_holds(op: Operation) -> None:
     mixes = [(3, 1.0, 0.0), (0, 0.5, 0.0), (3, 0.5, 0.0), (8500, 1.0, 0.0), (8500, 0.99, 0.0)]
     scores_SV = torch.zeros(5, 9001, device=DEVICE)
     scores_SV[3:] = torch.arange(9001, device=DEVICE) * 1e-5
@@ -130,7 +132,7 @@ def test_more_tokens_are_kept_than_the_shortlist_holds(op) -> None:  # type: ign
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_minus_infinity_if_nothing_is_cut(op) -> None:  # type: ignore[no-untyped-def]
+def test_minus_infinity_if_nothing_is_cut(op: Operation) -> None:
     expected_S = torch.full((3,), -INF, device=DEVICE)
     disabled = parameters([(0, 1.0, 0.0), (300, 1.0, 0.0), (10**6, 1.0, 0.0)])
     assert torch.equal(op(rand(3, 300), *disabled), expected_S)
@@ -144,7 +146,7 @@ def test_minus_infinity_if_nothing_is_cut(op) -> None:  # type: ignore[no-untype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_nan_for_a_row_with_nan(op) -> None:  # type: ignore[no-untyped-def]
+def test_nan_for_a_row_with_nan(op: Operation) -> None:
     """No score compares as at least NaN, so no token is kept."""
     inputs = parameters(2 * [(5, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.5), (5, 0.5, 0.5)])
     scores_SV = rand(8, 5000)
@@ -156,7 +158,7 @@ def test_nan_for_a_row_with_nan(op) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_rows_do_not_depend_on_batch_and_strides(op) -> None:  # type: ignore[no-untyped-def]
+def test_rows_do_not_depend_on_batch_and_strides(op: Operation) -> None:
     mixes = MIXES[2::5]
     inputs = parameters(mixes)
     scores_SV = 3 * rand(len(mixes), 700)
@@ -175,7 +177,7 @@ def test_rows_do_not_depend_on_batch_and_strides(op) -> None:  # type: ignore[no
     [(sampling_cutoff, "inductor"), (sampling_cutoff_reference, "aot_eager")],
     ids=["op", "reference"],
 )
-def test_compiled_equals_eager(op, backend) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_equals_eager(op: Operation, backend: str) -> None:
     """The op is an opaque node of the graph; the reference is traced."""
     mixes = [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.9, 0.1), (0, 1.0, 0.1)]
     inputs = (2 * rand(5, 300), *parameters(mixes))

@@ -1,5 +1,7 @@
 """Log-probabilities of chosen and most likely tokens: reference and kernel against float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from tests.conftest import DEVICE
 
 CUDA = DEVICE.type == "cuda"
 INF = float("inf")
+Operation = Callable[..., tuple[Tensor, Tensor]]
 IMPLEMENTATIONS = [top_logprobs_reference, top_logprobs_kernel]
 COUNTS = [-1, 0, 1, 5, 20, -1, 3]
 # Triton's interpreter computes with numpy, which has no bfloat16.
@@ -46,7 +49,9 @@ def expected_logprobs(
     ("vocab_size", "max_count"), [(300, 20), (5000, 5), *([(151936, 20)] if CUDA else [])]
 )
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_values_and_ids(op, vocab_size, max_count, ties, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_values_and_ids(
+    op: Operation, vocab_size: int, max_count: int, ties: bool, dtype: torch.dtype
+) -> None:
     counts = [min(count, max_count) for count in COUNTS]
     logits_SV = (4 * rand(len(counts), vocab_size)).to(dtype)
     logits_SV = logits_SV.round() if ties else logits_SV
@@ -63,7 +68,7 @@ def test_values_and_ids(op, vocab_size, max_count, ties, dtype) -> None:  # type
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_banned_tokens_and_unread_rows(op) -> None:  # type: ignore[no-untyped-def]
+def test_banned_tokens_and_unread_rows(op: Operation) -> None:
     logits_SV = torch.full((3, 300), float("nan"), device=DEVICE)
     logits_SV[1] = -INF
     logits_SV[1, 10], logits_SV[1, 20] = 1.0, 2.0
@@ -79,7 +84,7 @@ def test_banned_tokens_and_unread_rows(op) -> None:  # type: ignore[no-untyped-d
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
-def test_nan_for_a_row_with_nan(op) -> None:  # type: ignore[no-untyped-def]
+def test_nan_for_a_row_with_nan(op: Operation) -> None:
     logits_SV = rand(2, 300)
     logits_SV[1, 7] = float("nan")
     chosen_S, count_S = torch.tensor([3, 3], device=DEVICE), torch.tensor([2, 2], device=DEVICE)
@@ -106,7 +111,7 @@ def test_reference_does_not_depend_on_the_batch() -> None:
     [(top_logprobs, "inductor"), (top_logprobs_reference, "aot_eager")],
     ids=["op", "reference"],
 )
-def test_compiled_equals_eager(op, backend) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_equals_eager(op: Operation, backend: str) -> None:
     """The op is an opaque node of the graph; the reference is traced."""
     chosen_S = torch.arange(5, device=DEVICE)
     count_S = torch.tensor([-1, 0, 1, 5, 2], device=DEVICE)
