@@ -1,4 +1,4 @@
-"""An interrupt before any line of a call leaves an engine whose next answers are right, with all of its pages free."""
+"""After an interrupt at any line of a call, outputs are right and all blocks are free."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from compiled_llm.engine.run import run_to_completion
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from tests.faults.injection import LineCounter
-from tests.helpers.simulated import VOCAB_SIZE, SimulatedRuntime
+from tests.helpers.simulated import VOCAB_SIZE, SimulatedModelRunner
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -24,20 +24,20 @@ NUM_PAGES = 24
 
 
 def _simulated() -> Engine:
-    """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
+    """Return an engine of three rows with too few blocks, prefix caching and a window."""
     groups = [
         KVCacheGroup(window=0, layers=(0,), num_pages=NUM_PAGES),
         KVCacheGroup(window=24, layers=(1,), num_pages=NUM_PAGES),
     ]
     limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
-    model_runner = SimulatedRuntime(
+    model_runner = SimulatedModelRunner(
         groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True
     )
     return Engine(model_runner, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
 
 
 def _jobs() -> list[RequestGroup]:
-    """Shared prompts, greedy and penalised, with stop tokens banned for a while, and logprobs of prompts."""
+    """Return requests that share a prefix, with different sampling parameters."""
     beginning = [1 + number % 20 for number in range(40)]
     jobs = []
     for number in range(6):
@@ -71,7 +71,7 @@ def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
 
 
 def _places(total: int, count: int, seed: int) -> Iterator[int]:
-    """Some of the lines, spread over all of them."""
+    """Return some of the lines, spread over all of them."""
     rng = random.Random(seed)
     return (min(total - 1, int((number + rng.random()) * total / count)) for number in range(count))
 
@@ -84,7 +84,7 @@ def _check_idle(engine: Engine, free: list[int]) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_simulated_engine(error: type[BaseException]) -> None:
-    """Six requests on three rows; about 400 of the lines that they take, in all modules of the engine."""
+    """Interrupt six requests on three rows at about 400 lines, in all modules of the engine."""
     engine = _simulated()
     free = engine.cache.num_free_blocks
     with LineCounter(None) as lines:

@@ -1,4 +1,4 @@
-"""Several engines on one model, one after the other or at the same time, and a model that is changed under them."""
+"""Several engines on one model, successive or simultaneous, and changes of that model."""
 
 import gc
 import threading
@@ -42,7 +42,7 @@ def test_an_engine_closes_and_the_other_goes_on(first_to_close: int) -> None:
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
-    """As a notebook does whose cell runs twice; the collection may be in any thread."""
+    """A notebook cell that runs twice replaces its engine; garbage collection may run in any thread."""
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
     llm = _engine(model)
@@ -114,7 +114,7 @@ CHANGES: dict[Callable[[PreTrainedModel], None], str] = {
 def test_a_model_that_was_changed_under_its_engine_is_refused(
     change: Callable[[PreTrainedModel], None],
 ) -> None:
-    """Recorded graphs know weights by their addresses, and would go on with what lies there."""
+    """Recorded graphs contain the addresses of weights, so a changed model is refused."""
     model, prompt = tiny_model("llama"), prompt_of(20)
     with _engine(model, **LAZY) as llm:
         change(model)

@@ -1,4 +1,4 @@
-"""Greedy tokens of each family equal transformers' own, over every edge that the design has."""
+"""Greedy tokens of each family equal those of transformers, at every boundary of size."""
 
 import pytest
 
@@ -16,7 +16,8 @@ from tests.helpers.tiny_models import (
 
 pytestmark = pytest.mark.gpu
 
-# Buckets hold 16 and 48 tokens of prefill and 2 and 4 sequences of decode; blocks hold 16 tokens, windows 24.
+# Prefill buckets have 16 and 48 tokens, decode buckets 2 and 4 sequences; blocks have 16 tokens
+# and windows 24.
 LENGTHS = [1, 15, 16, 17, 23, 24, 25, 47, 48, 49, 100]
 BATCHES = [[5], [16, 1], [15, 17, 16], [31, 32, 33, 1], [20, 3, 40, 8, 64, 2]]
 

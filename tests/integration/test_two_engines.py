@@ -1,4 +1,4 @@
-"""Two engines in one process, each in a thread of its own: one starts, compiles or captures while the other serves."""
+"""Two engines in one process, of which one compiles while the other runs or compiles."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ FAMILIES = ("llama", "olmo2")
 
 @pytest.fixture(autouse=True)
 def _switch_often() -> Iterator[None]:
-    """Let threads meet at many places, not only where one waits."""
+    """Switch between threads often, so that they interleave at many places."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -60,7 +60,7 @@ async def _complete_all(
 async def _until(
     done: asyncio.Future[Any], llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int
 ) -> list[list[int]]:
-    """Complete the prompt again and again, at least once, until something is done."""
+    """Complete the prompt repeatedly, at least once, until a future is done."""
     found = [await _complete(llm, prompt, num_tokens)]
     while not done.done():
         found.append(await _complete(llm, prompt, num_tokens))
@@ -132,7 +132,7 @@ def test_one_starts_while_the_other_serves(shared: bool) -> None:
 
 
 def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
-    """The capture of one begins when the other's start has ended, or that start waits for it."""
+    """A capture and the start of another engine exclude each other."""
     models = [tiny_model(family) for family in FAMILIES]
     expected = [Reference(model)(prompt_of(20), 12) for model in models]
     buckets = {"decode": [], "prefill": [48], "samplers": ["greedy"]}
@@ -166,7 +166,7 @@ def test_one_compiles_while_the_other_serves_eagerly_and_captures() -> None:
 
 
 def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lazy capture waits for that; nothing else does, and an idle engine still obeys."""
+    """Only a lazy capture waits; steps continue, and an idle engine runs commands."""
     monkeypatch.setitem(warmup.DISPATCHES, "direct", _uncompiled)
     model = tiny_model("llama")
     expected = Reference(model)(prompt_of(20), 12)
@@ -196,7 +196,7 @@ def test_steps_go_on_while_another_engine_compiles(monkeypatch: pytest.MonkeyPat
 def test_another_engines_compilations_are_not_an_engines_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where a launch cannot compile, it is not blamed for what is compiled meanwhile; where it can, nothing else compiles."""
+    """Compilations of another engine are not counted as those of a launch."""
 
     def _while_another_compiles(
         step: Step, *arguments: object, guarded: bool, **options: object
