@@ -23,7 +23,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="package")
 def sentencepiece() -> PreTrainedTokenizerBase:
-    """Words with a space before them and single bytes, decoded as Llama 2 does."""
+    """Return a tokenizer of words and single bytes that decodes as that of Llama 2."""
     backend = Tokenizer(
         models.WordLevel(
             {**WORDS, **{f"<0x{byte:02X}>": id for byte, id in BYTES.items()}}, unk_token="<s>"

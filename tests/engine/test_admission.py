@@ -1,4 +1,4 @@
-"""Who gets a row when, and what that costs: in operations, which do not depend on the machine."""
+"""Admission of requests: order, and cost in operations, which depend on no machine."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ def scheduler_of(
     windows: Sequence[int] = (0,),
     max_model_len: int = 1024,
 ) -> Scheduler:
-    """Blocks of 16 tokens, and 64 tokens a step."""
+    """Return a scheduler with blocks of 16 tokens and 64 tokens a step."""
     groups = [
         KVCacheGroup(reach=AttentionReach.decode(window), layers=(n,), num_pages=1 + num_pages)
         for n, window in enumerate(windows)
@@ -56,7 +56,7 @@ def request_of(length: int, priority: int = 0, **options: Any) -> Request:
 
 
 def served(scheduler: Scheduler) -> list[Request]:
-    """Whose tokens the next step computes, in order."""
+    """Schedule a step, and return the requests whose tokens it computes, in order."""
     plan = scheduler.schedule()
     assert plan is not None
     rows = plan.batch.seq_rows if isinstance(plan.batch, PrefillBatch) else plan.batch.rows
@@ -110,7 +110,7 @@ def test_the_urgent_prompt_of_a_model_with_states_goes_first() -> None:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """The arguments' lengths of each call from now on."""
+    """Return a list to which each later call appends the length of its last argument."""
     original, calls = getattr(owner, name), list[int]()
 
     def counted(*args: Any, **named: Any) -> Any:
@@ -166,7 +166,7 @@ def test_a_preempted_request_is_hashed_with_what_it_has_generated() -> None:
 
 
 class _Lookups(dict[bytes, int]):
-    """A dict that counts how often a key is looked up."""
+    """Dict that counts lookups."""
 
     count = 0
 
@@ -181,7 +181,7 @@ class _Lookups(dict[bytes, int]):
 
 @pytest.mark.parametrize("windows", [(0,), (64,), (64, 128), (0, 64)])
 def test_each_block_is_looked_up_once(windows: tuple[int, ...]) -> None:
-    """Whatever is missing: a scan of each group's blocks, not one for each length of the prefix."""
+    """Each group's blocks are scanned once, not once for each length of the prefix."""
     cache = scheduler_of(6000, windows=windows, max_model_len=20_000).cache
     keys, rng = [number.to_bytes(2, "big") for number in range(1000)], random.Random(0)
     for density in (0.0, 0.5, 0.9, 0.99, 1.0):
@@ -209,7 +209,7 @@ def test_each_block_is_looked_up_once(windows: tuple[int, ...]) -> None:
 def test_ten_thousand_waiting_requests_cost_no_more_than_a_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counted in requests of the queue that a step, an abort or an expiry looks at."""
+    """The cost is the number of queued requests that a step, an abort or an expiry reads."""
     looked_at = count_calls(monkeypatch, Request, "__hash__")
     costs = {}
     for length in (100, 10_000):
@@ -232,7 +232,7 @@ def test_ten_thousand_waiting_requests_cost_no_more_than_a_few(
 
 
 def count_iterated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many requests of queues were looked at in order."""
+    """Return a list whose item counts the requests that iterations of queues return."""
     original, counted = RequestQueue.__iter__, [0]
 
     def iterate(queue: RequestQueue) -> Iterator[Request]:

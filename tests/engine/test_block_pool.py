@@ -1,4 +1,4 @@
-"""Pages: who holds them, who may share them, and which are handed out again first. Random operations against plain models."""
+"""Random operations on the block pool, compared with a simple model of it."""
 
 import copy
 from collections import Counter
@@ -16,7 +16,7 @@ machine_settings = settings(max_examples=300, stateful_step_count=40, deadline=N
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences of block_ids that are taken, shared, registered and given back."""
+    """Sequences whose blocks are allocated, shared, cached and freed."""
 
     @initialize(num_blocks=st.integers(2, 9))
     def make(self, num_blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""Continuous batching on a simulated model runner: each request gets the tokens that it gets alone."""
+"""Continuous batching on a simulated model runner gives each request the tokens of a lone one."""
 
 import random
 
@@ -83,7 +83,7 @@ def test_many_requests_in_few_pages(windows: tuple[int, ...], apart: bool) -> No
 
 @pytest.mark.parametrize("window", [12, 20, 28])
 def test_shared_pages_of_a_window_leave_room_for_the_rest(window: int) -> None:
-    """One sequence's pages suffice for one sequence, however many of its blocks are shared."""
+    """The blocks of one sequence suffice for it, for any number of shared ones."""
     cases = [Case(length=window + 1, shared=60), Case(length=60, shared=60, arrival=30)]
     driver = Driver(Setup(windows=(window,), max_num_seqs=1, spare_tokens=3), cases)
     driver.run()

@@ -1,4 +1,4 @@
-"""Two hundred requests that come, go, share and make room for each other give, each, what they give alone."""
+"""Requests that arrive, leave, share and are preempted generate what each generates alone."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_tokens_do_not_depend_on_what_else_runs(llm: CompiledLLM) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])
 def test_windows_let_go_of_pages_and_nothing_else_changes(family: str) -> None:
-    """Hybrid and all-window models, in caches too small for all rows, eagerly."""
+    """Run hybrid and all-window models in caches too small for all rows, eagerly."""
     model = tiny_model(family, max_position_embeddings=1024)
     config = small_config(limits=LIMITS, compile={"dispatch": "eager"}, cache={"memory": "2MiB"})
     cases = random_cases(40, longest=300, max_tokens=24, seed=1)
@@ -92,7 +92,7 @@ def test_windows_let_go_of_pages_and_nothing_else_changes(family: str) -> None:
 
 
 def test_a_window_of_pages_serves_sequences_of_any_length() -> None:
-    """All layers slide: the cache holds far fewer pages than the tokens of one sequence would need."""
+    """In a model whose layers all slide, a cache smaller than one sequence suffices."""
     model = tiny_model("phi3", max_position_embeddings=1024)
     config = small_config(
         limits={"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 640},

@@ -1,4 +1,4 @@
-"""Pages: who holds them, who may share them, and which are handed out again first. Random operations against plain models."""
+"""Random operations on the KV cache manager, compared with a simple model of it."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ machine_settings = settings(max_examples=300, stateful_step_count=40, deadline=N
 
 
 def _first_seen(window: int, position: int) -> int:
-    """The first block that a query at the position sees."""
+    """Return the first block that a query at the position attends to."""
     return max(0, position - window + 1) // BLOCK_SIZE if window else 0
 
 
@@ -28,11 +28,12 @@ def _pages_of_a_sequence(window: int) -> int:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Rows that are filled, in chunks and then one token at a time, and emptied.
+    """Rows that are filled, in chunks and then one token at a time, and freed.
 
-    tokens, computed, registered: of each row that somebody has, its tokens, how many are computed, and full blocks dealt with.
-    contents: of each group, the sequence that ends with a registered page.
-    waiting: the tokens of a sequence for which there was no room, whether it may share, and what the cache knows of it.
+    tokens, computed, registered: for each used row, its tokens, the number of computed ones, and
+        the number of full blocks that were cached.
+    contents: for each group, the tokens up to the end of each cached block.
+    waiting: tokens of a sequence that was refused, whether it may share, and its candidate.
     """
 
     @initialize(
@@ -78,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
         ]
 
     def cached(self, tokens: list[int]) -> int:
-        """How many tokens of a prompt can be shared."""
+        """Return how many tokens of a prompt can be shared."""
         for count in range((len(tokens) - 1) // BLOCK_SIZE, 0, -1):
             ends = [
                 range(_first_seen(window, count * BLOCK_SIZE), count) for window in self.windows
@@ -92,14 +93,14 @@ class CacheMachine(RuleBasedStateMachine):
         return 0
 
     def took(self, before: Int64) -> None:
-        """Pages that came into a table since: what they held before is gone, unless they are shared."""
+        """Forget the former content of blocks that were allocated since, unless they are shared."""
         for group, row, block in np.argwhere(self.cache.tables != before).tolist():
             page = int(self.cache.tables[group, row, block])
             if page != TRASH_PAGE and block * BLOCK_SIZE >= self.computed[row]:
                 self.contents[group].pop(page, None)
 
     def still_seen(self) -> list[list[int]]:
-        """Of each group and row, the pages that the next query sees."""
+        """Return for each group and row the blocks that the next query attends to."""
         return [
             table[
                 row, _first_seen(window, self.computed[row]) : -(-self.computed[row] // BLOCK_SIZE)
@@ -241,7 +242,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.contents = [{} for _ in self.windows]
 
     def check_alone(self, row: int, start: int) -> None:
-        """Nobody else has the pages that a row is about to write from this position on."""
+        """Assert that no other row has the blocks that a row writes from this position on."""
         for group, table in enumerate(self.cache.tables):
             written = table[row, start // BLOCK_SIZE : -(-self.computed[row] // BLOCK_SIZE)]
             assert (written != TRASH_PAGE).all()

@@ -1,4 +1,4 @@
-"""Prompts to requests and back: what is refused before it costs anything, and what an output costs."""
+"""Conversion of prompts to requests, and the construction of outputs."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.helpers.letters import Letters
 
 
 class Broken(Letters):
-    """Raises something else."""
+    """Tokenizer whose `decode` raises."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         raise ValueError("no text today")
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_fails_ends_the_request_with_an_error(tokenizer: Any, e
 
 
 class CountingList(list[Any]):
-    """Counts the items that are copied out of it."""
+    """List that counts the items copied out of it."""
 
     copied = 0
 

@@ -1,4 +1,4 @@
-"""Sampling parameters: what is refused, what is kept, which sampler serves them."""
+"""Sampling parameters: validation, normalization, and the sampler that serves them."""
 
 import dataclasses
 import math
@@ -76,7 +76,7 @@ def test_bad_combinations_are_refused() -> None:
 
 
 def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
-    """Check a request of the prompt 5, 6, in a vocabulary of 8 tokens, whose bad words are already token ids."""
+    """Validate a request of the prompt 5, 6 in a vocabulary of 8 tokens."""
     request = Request(
         prompt_token_ids=[5, 6],
         sampling_params=SamplingParams(**params),

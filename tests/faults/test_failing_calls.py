@@ -1,4 +1,4 @@
-"""Each external call of a step raises, once at each of its places in turn; afterwards tokens are right and no page is lost."""
+"""Each external call of a step raises once; afterwards tokens are right and no block is lost."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config
 
 pytestmark = pytest.mark.gpu
 
-# What a step calls outside of the engine: allocations, copies, launches, waits and reads.
+# Calls of a step outside of the engine: allocations, copies, launches, waits and reads.
 CALLS: dict[str, tuple[Any, str]] = {
     "pages": (BlockPool, "allocate"),
     "shared pages": (BlockPool, "touch"),
@@ -51,10 +51,14 @@ def _leave_alone(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _params() -> list[SamplingParams]:
-    """All ways of a step: plain, with logprobs, with logprobs of the prompt, with a bias, with a processor."""
+    """Return parameters for each kind of step."""
     others: list[dict[str, Any]] = [
-        {}, {"logprobs": 1}, {"prompt_logprobs": 1}, {"logit_bias": {5: 0.0}}, {"logits_processors": [_leave_alone]}
-    ]  # fmt: skip
+        {},
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"logit_bias": {5: 0.0}},
+        {"logits_processors": [_leave_alone]},
+    ]
     return [SamplingParams(**{**PARAMS, **more}) for more in others]
 
 
@@ -100,7 +104,7 @@ def test_a_step_whose_call_fails(
 
 
 def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
-    """It says so, ends what runs and what waits, and refuses everything but to be closed."""
+    """All requests end with an error, and further calls except `close` are refused."""
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
@@ -149,7 +153,7 @@ def _raise(*_: object) -> None:
 def test_an_asynchronous_engine_outlives_a_step(
     owner: Any, name: str, error: type[BaseException], want: list[list[int]]
 ) -> None:
-    """Whoever ran in it is told; the others, and those who come after, get their tokens; nobody waits for ever."""
+    """Requests of the failed step end with an error; all others get their tokens."""
 
     async def one(
         llm: AsyncCompiledLLM, prompt: list[int]
@@ -225,7 +229,7 @@ def test_an_engine_is_not_called_from_within_a_step(
 def test_an_abort_from_within_a_step_waits_for_its_end(
     llm: CompiledLLM, want: list[list[int]]
 ) -> None:
-    """A finalizer may run in the middle of anything."""
+    """A finalizer may abort a request at any point of a step."""
     other = llm._runner.processor.process(PROMPTS[0], SamplingParams(**PARAMS))
     llm.engine.add_request(other.requests[0])
 

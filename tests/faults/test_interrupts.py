@@ -1,4 +1,4 @@
-"""An interrupt before any line of a call leaves an engine whose next answers are right, with all of its pages free."""
+"""After an interrupt at any line of a call, outputs are right and all blocks are free."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ NUM_PAGES = 24
 
 
 def _simulated() -> Engine:
-    """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
+    """Return an engine of three rows with too few blocks, prefix caching and a window."""
     groups = [
         KVCacheGroup(reach=FULL, layers=(0,), num_pages=NUM_PAGES),
         KVCacheGroup(reach=AttentionReach.sliding(24), layers=(1,), num_pages=NUM_PAGES),
@@ -38,7 +38,7 @@ def _simulated() -> Engine:
 
 
 def _jobs() -> list[RequestGroup]:
-    """Shared prompts, greedy and penalised, with stop tokens banned for a while, and logprobs of prompts."""
+    """Return requests that share a prefix, with different sampling parameters."""
     beginning = [1 + number % 20 for number in range(40)]
     jobs = []
     for number in range(6):
@@ -72,7 +72,7 @@ def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
 
 
 def _places(total: int, count: int, seed: int) -> Iterator[int]:
-    """Some of the lines, spread over all of them."""
+    """Return some of the lines, spread over all of them."""
     rng = random.Random(seed)
     return (min(total - 1, int((number + rng.random()) * total / count)) for number in range(count))
 
@@ -85,7 +85,7 @@ def _check_idle(engine: Engine, free: list[int]) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_simulated_engine(error: type[BaseException]) -> None:
-    """Six requests on three rows; about 400 of the lines that they take, in all modules of the engine."""
+    """Interrupt six requests on three rows at about 400 lines, in all modules of the engine."""
     engine = _simulated()
     free = engine.cache.num_free_blocks
     with LineCounter(None) as lines:

@@ -21,7 +21,7 @@ BLOCK_SIZE = 16
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token."""
+    """Return a tokenizer whose tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>"]
     backend = Tokenizer(
@@ -52,7 +52,7 @@ NO_ASCII = [token for token in range(VOCAB) if token not in ASCII]
 
 
 class Reference:
-    """transformers' own generation and logprobs, with eager attention, one prompt at a time."""
+    """Generation and logprobs by transformers, with eager attention, one prompt at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = copy.deepcopy(model)
@@ -73,7 +73,7 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """[L, V] what each of the tokens says of the next."""
+        """Return the logits of each token, [L, V]."""
         logits: Tensor = self._model(torch.tensor([list(ids)], device=DEVICE)).logits[0].cpu()
         return logits
 
@@ -96,7 +96,7 @@ def tokens_of(llm: CompiledLLM, prompts: Sequence[Sequence[int]], params: Any) -
 
 
 class Force:
-    """A logits processor that makes the tokens after the prompt these ones."""
+    """Logits processor that forces the tokens after the prompt."""
 
     def __init__(self, prompt: Sequence[int], tokens: Sequence[int]) -> None:
         self._start, self._tokens = len(prompt), tokens
@@ -110,7 +110,7 @@ class Force:
 def spoken(
     llm: CompiledLLM, text: str, *, tokens: Sequence[int] | None = None, **options: Any
 ) -> CompletionOutput:
-    """The completion of a request that is made to say the text."""
+    """Return the completion of a request whose tokens are forced to be this text."""
     tokens, prompt = tokens or encode(text), "Say: "
     force = Force(encode(prompt), tokens)
     return complete(
@@ -121,7 +121,7 @@ def spoken(
 def check_logprobs(
     found: Sequence[dict[int, Logprob] | None], tokens: Sequence[int], logits: Tensor, count: int
 ) -> None:
-    """Of each token, and of the `count` most likely ones, under these logits [L, V]."""
+    """Assert that `found` has the logprobs of each token and the `count` most likely ones."""
     assert len(found) == len(tokens) == len(logits)
     for entry, token, logprobs in zip(found, tokens, logits.double().log_softmax(-1), strict=True):
         assert entry is not None

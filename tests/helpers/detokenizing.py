@@ -58,7 +58,7 @@ def stream(
     prompt: Sequence[int] = (),
     **params: Any,
 ) -> tuple[Detokenizer, list[str]]:
-    """Push one token at a time, take after each, and check what must always hold."""
+    """Push one token at a time, take after each, and check invariants."""
     chosen = SamplingParams(**params)
     one, all_at_once = (
         Detokenizer(tokenizer, chosen, prompt),

@@ -1,4 +1,4 @@
-"""Drives an engine on a simulated model runner, and checks what must always hold."""
+"""Driver of an engine on a simulated model runner, which checks invariants."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SAMPLINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """A runtime: its groups' windows and the pages that each has beyond one sequence's, and its limits."""
+    """Dimensions of a simulated model runner; spare pages are those beyond one sequence."""
 
     windows: tuple[int, ...] = (0,)
     spare_pages: tuple[int, int] = (0, 0)
@@ -75,7 +75,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A request: its prompt begins like others' do; when it arrives, and how many steps later it is withdrawn, if ever."""
+    """A request whose prompt shares a prefix with others; it may be aborted after some steps."""
 
     length: int = 20
     shared: int = 0
@@ -101,16 +101,23 @@ class Case:
 
     def request(self, max_model_len: int) -> Request:
         params = SamplingParams(
-            **SAMPLINGS[self.sampling], prompt_logprobs=0 if self.scored else None, max_tokens=self.max_tokens,
+            **SAMPLINGS[self.sampling],
+            prompt_logprobs=0 if self.scored else None,
+            max_tokens=self.max_tokens,
             min_tokens=min(self.min_tokens, self.max_tokens),
-        )  # fmt: skip
+        )
         return Request(
-            prompt_token_ids=self.prompt, sampling_params=params, seed=self.seed, stop_token_ids=frozenset(STOPS[self.stops]),
-            max_tokens=min(self.max_tokens, max_model_len - self.length), priority=self.priority, streaming=self.streaming,
-        )  # fmt: skip
+            prompt_token_ids=self.prompt,
+            sampling_params=params,
+            seed=self.seed,
+            stop_token_ids=frozenset(STOPS[self.stops]),
+            max_tokens=min(self.max_tokens, max_model_len - self.length),
+            priority=self.priority,
+            streaming=self.streaming,
+        )
 
     def alone(self, sequences: Sequences, max_tokens: int) -> tuple[list[int], str]:
-        """What it gives when nothing else runs."""
+        """Return what it generates alone."""
         sequence, stops, tokens = sequences.extend(0, self.prompt), STOPS[self.stops], list[int]()
         while len(tokens) < max_tokens:
             banned = stops if len(tokens) < min(self.min_tokens, self.max_tokens) else ()
@@ -122,7 +129,7 @@ class Case:
 
 
 class Driver:
-    """Lets requests arrive and leave, and checks after each step what must always hold."""
+    """Adds and aborts requests, and checks invariants after each step."""
 
     def __init__(self, setup: Setup, cases: Sequence[Case], forget_at: int | None = None) -> None:
         self.model_runner, self._cases, self._forget_at = setup.model_runner(), cases, forget_at
@@ -177,7 +184,7 @@ class Driver:
         self._check_order(scheduled)
 
     def _check_order(self, scheduled: set[Request]) -> None:
-        """The queue keeps its order, and who came last makes room first."""
+        """Assert that the queue is in order, and that the last arrival is preempted first."""
         order = {
             request: (request.priority, number)
             for number, request in enumerate(self.requests.values())
@@ -196,7 +203,7 @@ class Driver:
         assert all(order[request] < first_preempted for request in running)
 
     def _check_places(self) -> None:
-        """Each request that has not ended is in one place, and nobody else holds pages."""
+        """Assert that each unfinished request is in one place, and no other blocks are used."""
         self.engine.cache.check()
         places = [
             *self.engine._core.scheduler.waiting,

@@ -33,7 +33,7 @@ def shared() -> Iterator[AsyncCompiledLLM]:
 
 @pytest.fixture
 def llm(shared: AsyncCompiledLLM) -> Iterator[AsyncCompiledLLM]:
-    """One engine for all tests, which must leave it as they found it: with all pages free and nothing to do."""
+    """Return the shared engine, and check afterwards that all blocks are free and it is idle."""
     before = asyncio.run(free_blocks(shared))
     yield shared
     assert asyncio.run(free_blocks(shared)) == before

@@ -83,7 +83,7 @@ def test_several_threads_and_event_loops_at_once(
         )
 
     def abandon(_: int) -> None:
-        """A loop that is closed while its request runs."""
+        """Close the event loop while its request runs."""
 
         async def main() -> None:
             kept.append(await llm.add_request(prompt_of(60), LONG))

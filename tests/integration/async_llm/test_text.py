@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A token for each byte, from 3 on."""
+    """Return a tokenizer with a token for each byte, from 3 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(
         models.BPE(
@@ -49,7 +49,7 @@ def speaking(tokenizer: PreTrainedTokenizerBase) -> Iterator[AsyncCompiledLLM]:
 def saying(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, **params: Any
 ) -> SamplingParams:
-    """Params that make the model give this answer."""
+    """Return parameters that force this answer."""
     begin, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(answer)["input_ids"]
 
     def force(known: torch.LongTensor, logits: torch.FloatTensor) -> torch.FloatTensor:
@@ -108,7 +108,7 @@ def test_many_streams_of_text_at_once(
 
 
 class NoLetters(Letters):
-    """Fails at some of the tokens that it knows."""
+    """Tokenizer that fails for one of its tokens."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         if 7 in ids:

@@ -104,7 +104,7 @@ def test_scores_that_are_not_finite_end_their_request_alone(
 def test_logits_that_are_not_finite_end_their_request_alone(
     reference: Reference, params: dict[str, Any], bad: str
 ) -> None:
-    """One row of the output head makes them; the prompt that does not fail has been computed before it was broken."""
+    """A broken row of the output head ends the requests whose prompts are computed after it."""
     model = tiny_model("llama")
     with CompiledLLM(
         model, None, small_config(compile={"dispatch": "eager"}), progress=False
@@ -144,7 +144,7 @@ def test_requests_join_and_leave_at_any_step(llm: CompiledLLM, reference: Refere
 
 
 def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> None:
-    """Pages for one and a half sequences: requests are put off and computed again, and nothing is lost."""
+    """With blocks for one and a half sequences, requests are preempted, and outputs are right."""
     config = small_config(
         compile={"dispatch": "eager"}, cache={"memory": 13 * 16 * 2 * 2 * 2 * 16 * 4}
     )
@@ -156,7 +156,8 @@ def test_a_small_cache_makes_requests_wait_their_turn(reference: Reference) -> N
         assert engine.engine.cache.num_free_blocks == [12]
     with pytest.raises(
         ValueError,
-        match=r"one sequence of 128 tokens needs .* lower limits.max_model_len or raise cache.memory",
+        match=r"one sequence of 128 tokens needs .* "
+        "lower limits.max_model_len or raise cache.memory",
     ):
         CompiledLLM(tiny_model("llama"), None, small_config(cache={"memory": 1000}), progress=False)
 

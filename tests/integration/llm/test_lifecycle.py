@@ -35,7 +35,7 @@ def test_another_thread_is_refused(llm: CompiledLLM) -> None:
 
 
 def test_another_thread_does_not_close_what_generates(reference: Reference) -> None:
-    """While the owner generates, in a step or between two of them, it is refused; afterwards it is allowed."""
+    """Closing is refused while the owner generates, and allowed afterwards."""
     llm = CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     )
@@ -61,7 +61,7 @@ def test_another_thread_does_not_close_what_generates(reference: Reference) -> N
             close_elsewhere()
 
         def end(self) -> None:
-            """Nothing is kept."""
+            """Ignore the token."""
 
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
     for params, streamer, message in (
@@ -79,7 +79,7 @@ def test_another_thread_does_not_close_what_generates(reference: Reference) -> N
 
 
 def test_strict_refuses_a_request_whose_steps_would_have_no_bucket(reference: Reference) -> None:
-    """Before anything runs, so that it harms no other."""
+    """The request is refused before anything runs."""
     config = small_config(
         strict=True, buckets={"decode": [], "prefill": [48], "samplers": ["greedy"]}
     )

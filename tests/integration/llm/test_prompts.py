@@ -28,7 +28,10 @@ from tests.helpers.tiny_models import (
         ([[]], "prompt 0: the prompt is empty: expected at least one token"),
         (
             [[5], prompt_of(128)],
-            "prompt 1: the prompt has 128 tokens, and limits.max_model_len=128 leaves no room for output",
+            (
+                "prompt 1: the prompt has 128 tokens, and limits.max_model_len=128 "
+                "leaves no room for output"
+            ),
         ),
         ([[5], [3, VOCAB_SIZE]], f"prompt 1: token id {VOCAB_SIZE} is out of range"),
         ([[-1]], "prompt 0: token id -1 is out of range"),
@@ -43,11 +46,17 @@ from tests.helpers.tiny_models import (
         ),
         (
             bytearray(b"abc"),
-            "prompt 0: a prompt must be text or a list of token ids, got bytearray: decode it to text",
+            (
+                "prompt 0: a prompt must be text or a list of token ids, got "
+                "bytearray: decode it to text"
+            ),
         ),
         (
             memoryview(b"abc"),
-            "prompt 0: a prompt must be text or a list of token ids, got memoryview: decode it to text",
+            (
+                "prompt 0: a prompt must be text or a list of token ids, got "
+                "memoryview: decode it to text"
+            ),
         ),
         (
             [[5], b"abc"],
@@ -59,7 +68,10 @@ from tests.helpers.tiny_models import (
         ),
         (
             [{"role": "user", "content": "a"}],
-            "prompt 0: a prompt must be text or a list of token ids, got dict: pass messages as a list",
+            (
+                "prompt 0: a prompt must be text or a list of token ids, got dict: "
+                "pass messages as a list"
+            ),
         ),
         (
             (prompt for prompt in [[5], [6]]),
@@ -79,7 +91,10 @@ from tests.helpers.tiny_models import (
         (torch.tensor([True, False]), "prompt 0: token ids must be whole numbers, got True"),
         (
             torch.tensor([[5, 6], [7, 0]]),
-            "prompt 0: an array of token ids must have one dimension, got shape (2, 2): pass a list",
+            (
+                "prompt 0: an array of token ids must have one dimension, got shape "
+                "(2, 2): pass a list"
+            ),
         ),
         ([np.array(5), np.array([6])], "prompt 0: token ids must be whole numbers, got array([6])"),
     ],
@@ -156,7 +171,10 @@ def test_what_is_no_conversation_is_refused(llm: CompiledLLM, messages: Any, mes
         ({"role": "user"}, "a message must be a dict with role and content, got {'role': 'user'}"),
         (
             {"role": 1, "content": "a"},
-            "a message's role must be text, and its content text or a list of parts, got {'role': 1",
+            (
+                "a message's role must be text, and its content text or a list of "
+                "parts, got {'role': 1"
+            ),
         ),
         (
             {"role": "user", "content": b"a"},
@@ -192,7 +210,7 @@ def test_params_must_fit_the_prompts(llm: CompiledLLM) -> None:
 
 
 def test_prompts_may_hold_ids_that_the_model_does_not_generate() -> None:
-    """As in Mllama and Moshi, whose input embedding has more rows than the output head."""
+    """The input embedding of Mllama and Moshi has more rows than the output head."""
     model = tiny_model("llama")
     embedding = torch.nn.Embedding(VOCAB_SIZE + 8, model.config.hidden_size, device=model.device)
     with torch.no_grad():
@@ -247,6 +265,7 @@ def test_prompts_may_hold_ids_that_the_model_does_not_generate() -> None:
             llm.generate([VOCAB_SIZE + 8])
         with pytest.raises(
             ValueError,
-            match=f"logit_bias: token id {VOCAB_SIZE} is out of range: the model generates ids 0 to",
+            match=f"logit_bias: token id {VOCAB_SIZE} is out of range: the model "
+            "generates ids 0 to",
         ):
             llm.generate([5], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}))

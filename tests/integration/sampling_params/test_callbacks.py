@@ -55,7 +55,7 @@ def test_logits_processors_of_transformers(llm: CompiledLLM) -> None:
 
 
 def test_what_a_logits_processor_is_given(llm: CompiledLLM, reference: Reference) -> None:
-    """All ids so far and the model's own logits, which it may write to; logprobs stay the model's."""
+    """It gets all ids so far and the logits; writing to these leaves the logprobs unchanged."""
     prompt, seen = prompt_of(70), []
 
     def record(ids: Tensor, logits: Tensor) -> Tensor:

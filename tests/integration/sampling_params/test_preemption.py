@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_nothing_is_lost_where_requests_make_room() -> None:
-    """Penalties, bans, logprobs, text and processors of requests that are computed again are those of requests that are not."""
+    """Preempted requests keep their penalties, bans, logprobs, text and logits processors."""
     stops, prompts = (
         encode("ab"),
         [prompt_of(length, 3) for length in (60, 45, 10, 50, 70, 30, 14, 33)],

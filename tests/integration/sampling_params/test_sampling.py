@@ -28,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_greedy_options_are_those_of_transformers(llm: CompiledLLM, reference: Reference) -> None:
-    """Alone, and together in more requests than there are rows."""
+    """Requests run alone, and together in greater number than rows."""
     prompts = [
         prompt_of(length, seed) for seed, length in enumerate((9, 33, 50, 5, 17, 100, 20, 3))
     ]
@@ -73,7 +73,7 @@ def test_greedy_options_are_those_of_transformers(llm: CompiledLLM, reference: R
 
 
 def test_bad_words(llm: CompiledLLM, reference: Reference) -> None:
-    """Of one token and of many, one of them begun by the prompt."""
+    """Words have one or more tokens; the prompt ends with the beginning of one."""
     prompt = encode("Tell me a story, ")
     base = reference(prompt, 24, suppress_tokens=NO_ASCII)
     text = TOKENIZER.decode(base)
@@ -107,7 +107,7 @@ def test_bad_words_that_the_model_has_no_tokens_for_are_refused() -> None:
 
 
 def test_logprobs(llm: CompiledLLM, reference: Reference) -> None:
-    """Of prompts shorter and longer than a page and a step, of tokens drawn in any way: always the model's own."""
+    """Logprobs are the model's for prompts of any length and all ways of sampling."""
     options: list[SamplingParams] = [
         greedy(logprobs=5, prompt_logprobs=3),
         drawn(logprobs=0, prompt_logprobs=20),
@@ -152,7 +152,7 @@ def test_logprobs(llm: CompiledLLM, reference: Reference) -> None:
 
 
 def test_several_completions(llm: CompiledLLM) -> None:
-    """More than there are rows; the later ones share the pages of the prompt."""
+    """Completions outnumber the rows; the later ones share the blocks of the prompt."""
     llm.reset_prefix_cache()
     prompt = prompt_of(40)
     params = drawn(n=6, seed=2**63 - 3, logprobs=2)

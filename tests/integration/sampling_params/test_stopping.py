@@ -38,7 +38,7 @@ STOPS = [
 
 @pytest.mark.parametrize(("text", "stops"), STOPS)
 def test_stop_strings(llm: CompiledLLM, text: str, stops: list[str]) -> None:
-    """They end within any of the bytes of a character, each of which is a token."""
+    """Each byte is a token, so that stop strings end within characters."""
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     end, start = min(found, default=(len(text), len(text)))
     reason = "stop" if found else "length"
@@ -59,7 +59,7 @@ def test_stop_strings(llm: CompiledLLM, text: str, stops: list[str]) -> None:
 
 
 def test_stop_strings_of_tokens_chosen_in_the_graph(llm: CompiledLLM, reference: Reference) -> None:
-    """The step that runs ahead of the end leaves nothing behind; others in the batch go on."""
+    """The step launched before the end was known has no effect; other requests continue."""
     prompt = encode("One, two, ")
     expected = reference(prompt, 24, suppress_tokens=NO_ASCII)
     text = TOKENIZER.decode(expected)
