@@ -100,10 +100,10 @@ class ModelRunnerProtocol(Protocol):
     def write_sampler_state(self, row: int, extras: SamplerState) -> None:
         """Write a row's state of the full sampler."""
 
-    def tokens(self, ticket: StepHandle, /) -> NDArray[np.int64]:
+    def tokens(self, handle: StepHandle, /) -> NDArray[np.int64]:
         """Return the sampled tokens, [R + 1], -1 if logits were not finite; waits for the step."""
 
-    def logprobs(self, ticket: StepHandle, /) -> Logprobs:
+    def logprobs(self, handle: StepHandle, /) -> Logprobs:
         """Return logprobs, [R + 1, 1 + M], of a step of the full sampler; waits for the step."""
 
     def prompt_logprobs(self, num_tokens: int) -> Logprobs:
