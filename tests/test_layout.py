@@ -25,6 +25,7 @@ LAYERS = (
     ("runtime.step",),
     ("runtime.memory",),
     ("runtime.artifacts",),
+    ("runtime.build_context",),
     ("runtime.compilation",),
     ("runtime.capture",),
     ("runtime.verify",),

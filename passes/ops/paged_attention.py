@@ -174,11 +174,14 @@ def paged_attention_kernel(
 
     q may have any strides; D and E are at most 256; a page has at least 16 tokens.
     """
-    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
     options = (sinks_H, slopes_H, scale, window, softcap)
     if max_query_len == 1:
-        return decode_attention(q_THD, *caches, seq_lens_S, split_counters, *options)
-    return prefill_attention(q_THD, *caches, query_start, seq_lens_S, *options)
+        return decode_attention(
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, split_counters, *options
+        )
+    return prefill_attention(
+        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, *options
+    )
 
 
 def paged_attention_cpu(
@@ -187,15 +190,19 @@ def paged_attention_cpu(
     slopes_H: Tensor | None, scale: float, window: int, softcap: float, max_query_len: int,
 ) -> Tensor:  # fmt: skip
     """Return attention [T, H, E], with C++ for float32 and by the reference for other dtypes."""
-    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
-    options = (sinks_H, slopes_H, scale, window, softcap)
     if q_THD.dtype != torch.float32:
         return paged_attention_reference(
-            q_THD, *caches, query_start, seq_lens_S, split_counters, *options, max_query_len
-        )
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S,
+            split_counters, sinks_H, slopes_H, scale, window, softcap, max_query_len,
+        )  # fmt: skip
+    options = (sinks_H, slopes_H, scale, window, softcap)
     if max_query_len == 1:
-        return cpu.decode_attention(q_THD, *caches, seq_lens_S, *options)
-    return cpu.prefill_attention(q_THD, *caches, query_start, seq_lens_S, *options)
+        return cpu.decode_attention(
+            q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, seq_lens_S, *options
+        )
+    return cpu.prefill_attention(
+        q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN, query_start, seq_lens_S, *options
+    )
 
 
 def _paged_attention_fake(

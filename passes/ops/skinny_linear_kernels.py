@@ -106,7 +106,9 @@ def _features_in(base, WARPS: tl.constexpr, TILE_K: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _load_weights(rows, k_WK, n_mask, K: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_weights(  # type: ignore[no-untyped-def]
+    rows, k_WK, n_mask, K: tl.constexpr, EVEN: tl.constexpr
+):
     if EVEN:
         return tl.load(rows + k_WK[:, None, :])
     return tl.load(rows + k_WK[:, None, :], mask=n_mask & (k_WK[:, None, :] < K), other=0.0)

@@ -11,7 +11,7 @@ from compiled_llm import CompiledLLM
 from passes import PassContext, fuse_skinny_linear
 from passes.fuse_skinny_linear import FUSE_SKINNY_LINEAR
 from passes.fx_utils import insert_call
-from passes.ops.skinny_linear import skinny_linear
+from passes.ops.skinny_linear import MAX_TOKENS, skinny_linear
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ def test_weights_that_the_graph_computes_are_not_fused(
 
 def test_no_match_in_large_steps() -> None:
     graph = Graph()
-    num_tokens = fuse_skinny_linear.MAX_TOKENS + 1
+    num_tokens = MAX_TOKENS + 1
     with FakeTensorMode():
         x, weight = graph.placeholder("x"), graph.placeholder("weight")
         x.meta["val"], weight.meta["val"] = torch.empty(num_tokens, 64), torch.empty(64, 64)

@@ -23,10 +23,10 @@ def decode_attention(
     softcap: float,
 ) -> Tensor:  # fmt: skip
     """Return what `passes.ops.decode_attention` returns; all floating-point tensors are float32."""
-    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
-    options = (sinks_H, slopes_H, scale, window, softcap)
-    kernel = _library(vector_isa()).decode_attention
-    return _attend(kernel, q_SHD, *caches, (seq_lens_S,), *options)
+    return _attend(
+        _library(vector_isa()).decode_attention, q_SHD, k_cache_PBGD, v_cache_PBGE, block_table_SN,
+        (seq_lens_S,), sinks_H, slopes_H, scale, window, softcap,
+    )  # fmt: skip
 
 
 def prefill_attention(
@@ -35,10 +35,10 @@ def prefill_attention(
     scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """Return what `passes.ops.prefill_attention` returns; floating-point tensors are float32."""
-    caches = (k_cache_PBGD, v_cache_PBGE, block_table_SN)
-    options = (sinks_H, slopes_H, scale, window, softcap)
-    kernel = _library(vector_isa()).prefill_attention
-    return _attend(kernel, q_THD, *caches, (query_start, seq_lens_S), *options)
+    return _attend(
+        _library(vector_isa()).prefill_attention, q_THD, k_cache_PBGD, v_cache_PBGE, block_table_SN,
+        (query_start, seq_lens_S), sinks_H, slopes_H, scale, window, softcap,
+    )  # fmt: skip
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""What is taken for attention in a graph, what is made of it, and what is not taken for it."""
+"""Recognition of attention in exported graphs: matches, replacements and rejected functions."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """Attention of its own between two projections; `core` takes q, k and v [1, H, T, D]."""
+    """Attention between two projections; `core` takes q, k and v [1, H, T, D]."""
 
     def __init__(self, core: Core) -> None:
         super().__init__()
@@ -27,17 +27,20 @@ class Layer(nn.Module):
 
 
 class Attend(nn.Module):
-    def __init__(self, bias: ScoreMod) -> None:
+    """The replacement of a match: attention with the inferred parameters."""
+
+    def __init__(self, score_mod: ScoreMod) -> None:
         super().__init__()
-        self.bias = bias
+        self.score_mod = score_mod
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T = q.shape[2]
         distance = torch.arange(T)[:, None] - torch.arange(T)
-        slopes = torch.zeros(HEADS) if self.bias.slopes is None else self.bias.slopes
-        scores = q @ k.transpose(-1, -2) * self.bias.scale - slopes[:, None, None] * distance
-        seen = (distance >= 0) & (distance < (self.bias.window or T))
-        return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+        score_mod = self.score_mod
+        slopes = torch.zeros(HEADS) if score_mod.slopes is None else score_mod.slopes
+        scores = q @ k.transpose(-1, -2) * score_mod.scale - slopes[:, None, None] * distance
+        visible = (distance >= 0) & (distance < (score_mod.window or T))
+        return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
 def _distance(scores: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of three dims, with the bias put in by the product, from the first key on."""
+    """Without a batch dim; `baddbmm` adds the bias, which grows from the first key on."""
     bias = torch.tensor([0.5, 0.25])[:, None, None] * torch.arange(q.shape[2])
     q, k, v = (x[0] for x in (q, k, v))
     return _softmax(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.25), v)[None]
@@ -82,7 +85,7 @@ def sdpa_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-ALIKE: dict[Core, tuple[float, int, list[float]]] = {
+MATCHES: dict[Core, tuple[float, int, list[float]]] = {
     plain: (1 / 3, 0, []),
     window: (1.0, 7, []),
     in_place: (0.5, 0, []),
@@ -102,20 +105,26 @@ def _replaced(core: Core) -> tuple[nn.Module, torch.fx.GraphModule, list[ScoreMo
             dynamic_shapes=({0: torch.export.Dim.AUTO},),
             strict=False,
         )
-    module, found = exported.module(check_guards=False), list[ScoreMod]()
+    module = exported.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
-    replace_attention_subgraphs(module, lambda bias: found.append(bias) or Attend(bias), ROWS)  # type: ignore[func-returns-value]
+    found = list[ScoreMod]()
+
+    def make(score_mod: ScoreMod) -> nn.Module:
+        found.append(score_mod)
+        return Attend(score_mod)
+
+    replace_attention_subgraphs(module, make, ROWS)
     return layer, module, found
 
 
-@pytest.mark.parametrize("core", ALIKE, ids=lambda core: core.__name__)
+@pytest.mark.parametrize("core", MATCHES, ids=lambda core: core.__name__)
 @torch.no_grad()
-def test_what_attention_does_is_found_and_replaced(core: Core) -> None:
-    layer, module, (bias,) = _replaced(core)
-    scale, reach, slopes = ALIKE[core]
-    assert bias.scale == pytest.approx(scale, rel=1e-6)
-    assert bias.window == reach
-    assert ([] if bias.slopes is None else bias.slopes.tolist()) == slopes
+def test_attention_is_replaced(core: Core) -> None:
+    layer, module, (score_mod,) = _replaced(core)
+    scale, window, slopes = MATCHES[core]
+    assert score_mod.scale == pytest.approx(scale, rel=1e-6)
+    assert score_mod.window == window
+    assert ([] if score_mod.slopes is None else score_mod.slopes.tolist()) == slopes
     assert not any("softmax" in str(node.target) for node in module.graph.nodes)
     for num_tokens in (1, 2, 50):
         x = torch.randn(num_tokens, 16)
@@ -140,7 +149,7 @@ def keys_scaled_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _softmax(scores * torch.arange(1, scores.shape[-1] + 1), v)
 
 
-UNLIKE: dict[Core, str] = {
+UNSUPPORTED: dict[Core, str] = {
     bidirectional: "its mask is neither causal",
     capped: "its scores are not all scaled by one constant",
     bucketed: "a bias to scores that is not linear",
@@ -148,13 +157,13 @@ UNLIKE: dict[Core, str] = {
 }
 
 
-@pytest.mark.parametrize("core", UNLIKE, ids=lambda core: core.__name__)
-def test_what_is_unlike_attention_is_named(core: Core) -> None:
-    with pytest.raises(UnsupportedScoreModError, match=UNLIKE[core]):
+@pytest.mark.parametrize("core", UNSUPPORTED, ids=lambda core: core.__name__)
+def test_unsupported_functions_are_named(core: Core) -> None:
+    with pytest.raises(UnsupportedScoreModError, match=UNSUPPORTED[core]):
         _replaced(core)
 
 
-def test_weights_that_are_changed_are_not_taken_for_attention() -> None:
+def test_modified_weights_do_not_match() -> None:
     def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2)
         return (scores.masked_fill(_distance(scores) < 0, float("-inf")).softmax(-1) * 2) @ v

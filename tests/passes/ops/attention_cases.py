@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import DEVICE
+
+Operation = Callable[..., Tensor]
+Batch = tuple[list[int], list[int]]
+Options = dict[str, Any]
 
 # Lengths of the sequences, and how many of their last tokens are queries.
 MIXED = ([40, 7, 0, 33, 1, 100], [40, 1, 0, 5, 1, 37])
@@ -91,14 +96,15 @@ class Case:
             self.k_cache[page, : end - begin] = keys[begin:end]
             self.v_cache[page, : end - begin] = values[begin:end]
 
-    def run(self, op, *, scale=0.3, window=0, softcap=0.0) -> Tensor:  # type: ignore[no-untyped-def]
+    def run(
+        self, op: Operation, *, scale: float = 0.3, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
         """Call an implementation of `paged_attention`."""
         max_query_len = int((self.starts[1:] - self.starts[:-1]).max())
-        result: Tensor = op(
+        return op(
             self.q, self.k_cache, self.v_cache, self.table, self.starts, self.lens,
             self.split_counters, self.sinks, self.slopes, scale, window, softcap, max_query_len,
         )  # fmt: skip
-        return result
 
     def expected(self, *, scale: float = 0.3, window: int = 0, softcap: float = 0.0) -> Tensor:
         """Return attention in float64 on contiguous tensors, computed a token at a time."""
@@ -133,7 +139,7 @@ class Case:
         return torch.einsum("hk,khd->hd", scores.softmax(-1)[:, : len(keys)], values)
 
 
-def check_nan(op, batch, shape, options, position: str) -> None:  # type: ignore[no-untyped-def]
+def check_nan(op: Operation, batch: Batch, shape: Options, options: Options, position: str) -> None:
     """Check that NaN in one tensor reaches the outputs that depend on it and no others.
 
     Args:

@@ -1,4 +1,8 @@
-"""Where there is no GPU, the attention kernels run interpreted; that Triton and ptxas can make them for one is seen here."""
+"""Compilation of the attention kernels for Hopper, which needs no GPU.
+
+Without a GPU other tests run the kernels in Triton's interpreter, which does not show whether
+Triton and ptxas accept them.
+"""
 
 import os
 import subprocess
@@ -14,24 +18,17 @@ from passes.ops.decode_attention import _decode_attention_kernel
 from passes.ops.prefill_attention import _prefill_attention_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
-HALF, FLOAT, INTS = "*bf16", "*fp32", "*i32"
+MAX_SHARED_MEMORY = 227 * 1024  # bytes per block
+BFLOAT16, FLOAT32, INT32 = "*bf16", "*fp32", "*i32"
+# Types of arguments by name; all others are i32.
 TYPES = {
-    **dict.fromkeys(("out", "q", "k_cache", "v_cache", "sinks"), HALF),
-    **dict.fromkeys(("partial_out", "partial_ml", "slopes"), FLOAT),
-    **dict.fromkeys(("block_table", "query_start", "seq_lens", "split_counters"), INTS),
+    **dict.fromkeys(("out", "q", "k_cache", "v_cache", "sinks"), BFLOAT16),
+    **dict.fromkeys(("partial_out", "partial_ml", "slopes"), FLOAT32),
+    **dict.fromkeys(("block_table", "query_start", "seq_lens", "split_counters"), INT32),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
-}  # all others are integers
-HEADS = {
-    "H": 16,
-    "G": 8,
-    "D": 128,
-    "E": 128,
-    "PAGE": 16,
-    "TILE_D": 128,
-    "TILE_E": 128,
-    "TILE_K": 64,
-    "STAGES": 2,
 }
+HEADS = {"H": 16, "G": 8, "D": 128, "E": 128, "PAGE": 16}
+TILES = {"TILE_D": 128, "TILE_E": 128, "TILE_K": 64, "STAGES": 2}
 KERNELS = {
     "decode": (
         _decode_attention_kernel,
@@ -48,11 +45,10 @@ OPTIONS = {
 
 
 def test_all_compile(tmp_path: Path) -> None:
-    """In a process of its own, since here Triton has been told to interpret what it imports."""
+    """Compile in another process, because this one imports kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.passes.ops.test_compiles_for_hopper"]
     found = subprocess.run(
-        command,
+        [sys.executable, "-m", "tests.passes.ops.test_compiles_for_hopper"],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -65,20 +61,21 @@ def test_all_compile(tmp_path: Path) -> None:
 
 def _compile(name: str, option: str) -> None:
     kernel, tiles = KERNELS[name]
-    constants: dict[str, Any] = {**HEADS, **tiles, **OPTIONS[option]}
-    for tensor, used in (("sinks", "HAS_SINKS"), ("slopes", "HAS_SLOPES")):
-        if not constants[used]:
+    constants: dict[str, Any] = {**HEADS, **TILES, **tiles, **OPTIONS[option]}
+    for tensor, flag in (("sinks", "HAS_SINKS"), ("slopes", "HAS_SLOPES")):
+        if not constants[flag]:
             constants[tensor] = None
     signature = {
-        n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in kernel.arg_names
+        argument: "constexpr" if argument in constants else TYPES.get(argument, "i32")
+        for argument in kernel.arg_names
     }
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER)
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared < 227 * 1024, "what a block may have"
+    assert compiled.metadata.shared < MAX_SHARED_MEMORY
 
 
 if __name__ == "__main__":
-    for each in KERNELS:
-        for way in OPTIONS:
-            _compile(each, way)
-            print(f"{each}-{way}")
+    for kernel_name in KERNELS:
+        for option_name in OPTIONS:
+            _compile(kernel_name, option_name)
+            print(f"{kernel_name}-{option_name}")

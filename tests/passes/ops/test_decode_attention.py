@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from passes.ops.paged_attention import paged_attention_kernel
-from tests.passes.ops.attention_cases import DTYPES, TOLERANCES, Case
+from tests.passes.ops.attention_cases import DTYPES, TOLERANCES, Case, Options
 
 LONG = [1300, 64, 65, 127, 128, 129, 700]
 
@@ -22,7 +22,9 @@ LONG = [1300, 64, 65, 127, 128, 129, 700]
         ({"slopes": True}, {}),
     ],
 )
-def test_splits_of_long_sequences(lens, shape, options, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_splits_of_long_sequences(
+    lens: list[int], shape: Options, options: Options, dtype: torch.dtype
+) -> None:
     """The kernel is launched twice, because the second launch uses the counters of the first."""
     case = Case(lens, [1] * len(lens), **shape, dtype=dtype)
     tolerance = TOLERANCES[dtype]

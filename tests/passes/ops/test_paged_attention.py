@@ -12,14 +12,17 @@ from tests.passes.ops.attention_cases import (
     NAN_SHAPES,
     SHAPES,
     TOLERANCES,
+    Batch,
     Case,
+    Operation,
+    Options,
     check_nan,
 )
 
 
 @pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
-def test_reference(batch, shape, options) -> None:  # type: ignore[no-untyped-def]
+def test_reference(batch: Batch, shape: Options, options: Options) -> None:
     case = Case(*batch, **shape)
     actual = case.run(paged_attention_reference, **options)
     expected = case.expected(**options).float()
@@ -30,7 +33,7 @@ def test_reference(batch, shape, options) -> None:  # type: ignore[no-untyped-de
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
-def test_kernel(batch, shape, options, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_kernel(batch: Batch, shape: Options, options: Options, dtype: torch.dtype) -> None:
     case = Case(*batch, **shape, dtype=dtype)
     tolerance = TOLERANCES[dtype]
     expected = case.expected(**options)
@@ -45,13 +48,15 @@ def test_kernel(batch, shape, options, dtype) -> None:  # type: ignore[no-untype
 @pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("shape", "options"), NAN_SHAPES)
 @pytest.mark.parametrize("op", [paged_attention_reference, paged_attention_kernel])
-def test_nan_propagates_to_dependent_outputs(op, batch, shape, options, position) -> None:  # type: ignore[no-untyped-def]
+def test_nan_propagates_to_dependent_outputs(
+    op: Operation, batch: Batch, shape: Options, options: Options, position: str
+) -> None:
     check_nan(op, batch, shape, options, position)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [paged_attention_reference, paged_attention_kernel])
-def test_padding_is_zero(op) -> None:  # type: ignore[no-untyped-def]
+def test_padding_is_zero(op: Operation) -> None:
     mixed, decode = Case(*MIXED, pad_tokens=3), Case(*DECODE)
     assert not mixed.run(op)[-3:].any()
     assert not decode.run(op)[2].any()
@@ -59,7 +64,7 @@ def test_padding_is_zero(op) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("window", [0, 24, -32])
-def test_reference_in_slices(batch, window: int, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_reference_in_slices(batch: Batch, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound on intermediate tensors is reached within a sequence and between sequences."""
     case = Case(*batch, pad_tokens=0 if batch is DECODE else 3)
     whole = case.run(paged_attention_reference, window=window)

@@ -15,6 +15,7 @@ from tests.conftest import DEVICE
 # Triton's interpreter computes with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+Shape = tuple[int, int, int]
 # gated, residual
 OPTIONS = [(False, False), (True, False), (False, True)]
 # tokens, output features, input features
@@ -35,16 +36,16 @@ Arguments = tuple[Tensor, Tensor, Tensor | None, float, Tensor | None, bool]
 
 
 def make_arguments(
-    shape: tuple[int, int, int], *, gated: bool, residual: bool, norm: bool,
-    dtype: torch.dtype = torch.float32,
+    shape: Shape, *, gated: bool, residual: bool, norm: bool,
+    dtype: torch.dtype = torch.float32, device: torch.device = DEVICE,
 ) -> Arguments:  # fmt: skip
     torch.manual_seed(0)
     num_tokens, num_out, num_in = shape
     # The rows of x are apart, as those of a slice of a product are.
-    x = torch.randn(num_tokens, 2 * num_in, device=DEVICE, dtype=dtype)[:, :num_in]
-    weight = torch.randn(num_out * (1 + gated), num_in, device=DEVICE, dtype=dtype) / num_in**0.5
-    scale = torch.rand(num_in, device=DEVICE, dtype=dtype) + 0.5 if norm else None
-    added = torch.randn(num_tokens, num_out, device=DEVICE, dtype=dtype) if residual else None
+    x = torch.randn(num_tokens, 2 * num_in, device=device, dtype=dtype)[:, :num_in]
+    weight = torch.randn(num_out * (1 + gated), num_in, device=device, dtype=dtype) / num_in**0.5
+    scale = torch.rand(num_in, device=device, dtype=dtype) + 0.5 if norm else None
+    added = torch.randn(num_tokens, num_out, device=device, dtype=dtype) if residual else None
     return x, weight, scale, 1e-6, added, gated
 
 
@@ -53,7 +54,7 @@ def make_arguments(
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("gated", "residual"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel(shape, gated, residual, norm, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_kernel(shape: Shape, gated: bool, residual: bool, norm: bool, dtype: torch.dtype) -> None:
     arguments = make_arguments(shape, gated=gated, residual=residual, norm=norm, dtype=dtype)
     if norm:
         expected = skinny_linear_reference(*arguments).double()
@@ -65,13 +66,12 @@ def test_kernel(shape, gated, residual, norm, dtype) -> None:  # type: ignore[no
 
 
 @pytest.mark.usefixtures("vector_isa")
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the arguments are on the GPU")
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("gated", "residual"), OPTIONS)
 @pytest.mark.parametrize("shape", CPP_SHAPES, ids=str)
-def test_cpp(shape, gated, residual, norm) -> None:  # type: ignore[no-untyped-def]
+def test_cpp(shape: Shape, gated: bool, residual: bool, norm: bool) -> None:
     x, weight, scale, eps, added, _ = make_arguments(
-        shape, gated=gated, residual=residual, norm=norm
+        shape, gated=gated, residual=residual, norm=norm, device=torch.device("cpu")
     )
     together = skinny_linear_cpu(x, weight, scale, eps, added, gated)
     expected = skinny_linear_reference(x, weight, scale, eps, added, gated)

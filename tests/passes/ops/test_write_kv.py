@@ -1,5 +1,7 @@
 """The write of keys and values to the cache: reference and kernel."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.conftest import DEVICE
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [write_kv_reference, write_kv_kernel])
-def test_only_the_given_slots_are_written(op) -> None:  # type: ignore[no-untyped-def]
+def test_only_the_given_slots_are_written(op: Callable[..., None]) -> None:
     k = torch.randn(2, 5, 80, device=DEVICE).transpose(0, 1)
     v = torch.randn(2, 5, 48, device=DEVICE).transpose(0, 1)
     k_cache = torch.zeros(4, 16, 2, 80, device=DEVICE)

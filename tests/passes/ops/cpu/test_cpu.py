@@ -5,7 +5,16 @@ import torch
 
 from passes.ops.paged_attention import paged_attention_cpu, paged_attention_reference
 from tests.conftest import DEVICE
-from tests.passes.ops.attention_cases import DECODE, MIXED, NAN_SHAPES, SHAPES, Case, check_nan
+from tests.passes.ops.attention_cases import (
+    DECODE,
+    MIXED,
+    NAN_SHAPES,
+    SHAPES,
+    Batch,
+    Case,
+    Options,
+    check_nan,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("vector_isa"),
@@ -15,7 +24,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("lens", [DECODE[0], [1300, 64, 65, 700]], ids=["short", "long"])
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
-def test_decode(lens, shape, options) -> None:  # type: ignore[no-untyped-def]
+def test_decode(lens: list[int], shape: Options, options: Options) -> None:
     case = Case(lens, [1] * len(lens), **shape)
     actual = case.run(paged_attention_cpu, **options)
     torch.testing.assert_close(actual, case.expected(**options).float(), rtol=1e-4, atol=1e-5)
@@ -25,7 +34,7 @@ def test_decode(lens, shape, options) -> None:  # type: ignore[no-untyped-def]
     "batch", [MIXED, ([300, 64, 65, 200], [300, 64, 3, 130])], ids=["short", "long"]
 )
 @pytest.mark.parametrize(("shape", "options"), SHAPES)
-def test_prefill(batch, shape, options) -> None:  # type: ignore[no-untyped-def]
+def test_prefill(batch: Batch, shape: Options, options: Options) -> None:
     """The error is at most 1.5 times that of the reference, which computes in float32 as well."""
     case = Case(*batch, **shape, pad_tokens=5)
     expected = case.expected(**options)
@@ -47,5 +56,7 @@ def test_prefill_bits_do_not_depend_on_the_batch(window: int) -> None:
 @pytest.mark.parametrize("position", ["query", "key", "value"])
 @pytest.mark.parametrize("batch", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("shape", "options"), NAN_SHAPES)
-def test_nan_propagates_to_dependent_outputs(batch, shape, options, position) -> None:  # type: ignore[no-untyped-def]
+def test_nan_propagates_to_dependent_outputs(
+    batch: Batch, shape: Options, options: Options, position: str
+) -> None:
     check_nan(paged_attention_cpu, batch, shape, options, position)

@@ -31,7 +31,7 @@ def test_supported_sets_follow_the_processor(
 
 @pytest.mark.parametrize("isa", REGISTERS, ids=lambda isa: isa.name)
 def test_tiles_fit_the_registers(isa: VectorISA) -> None:
-    """Sums and operands fit: a linear tile of 2 features, and a 6 x 2 block of prefill attention."""
+    """Check a linear tile of 2 features and a 6 x 2 block of prefill attention, with operands."""
     assert 2 * isa.linear_tokens + 2 <= REGISTERS[isa]
     assert REGISTERS[isa] >= 6 * 2 + 2 + 1
     assert isa.width in (4, 8, 16)
