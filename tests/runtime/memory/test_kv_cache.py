@@ -10,6 +10,7 @@ from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory import kv_cache
 from compiled_llm.runtime.memory.kv_cache import NUM_TRASH_PAGES, plan_groups, trash_groups
+from passes.attention_reach import AttentionReach
 
 CPU = torch.device("cpu")
 LIMITS = Limits(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=256)
@@ -20,7 +21,8 @@ PAGES = 256 // 16  # of a sequence
 def _layer(number: int, window: int = 0) -> AttentionLayer:
     values: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "value_dim": 8}
     values |= {"softcap": 0.0, "sinks": False, "alibi": False, "dtype": torch.float32}
-    return AttentionLayer(name=f"layers.{number}", window=window, **values)
+    reach = AttentionReach.decode(window)
+    return AttentionLayer(name=f"layers.{number}", reach=reach, **values)
 
 
 LAYERS = [_layer(0), _layer(1), _layer(2)]

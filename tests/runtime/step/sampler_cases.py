@@ -58,7 +58,7 @@ def request(
         "bad_words": list(bad_words),
         "stop_token_ids": frozenset(stops),
     }
-    return Request(params=wanted, seed=wanted.seed or 0, **ids)
+    return Request(sampling_params=wanted, seed=wanted.seed or 0, **ids)
 
 
 def rows_of(requests: Sequence[Request]) -> tuple[SamplingTensors, LogitsProcessorState]:
