@@ -20,7 +20,6 @@ from compiled_llm.errors import NeedsWeightsError, UnsupportedModelError
 from compiled_llm.models.attention import CURRENT, AttentionCall
 from compiled_llm.models.attention_routing import route
 from compiled_llm.system.compiler_lock import eager_steps_excluded
-from passes.attention_reach import AttentionReach
 from passes.export.recognize_attention import replace_attention_subgraphs
 from passes.export.score_mod import ScoreMod, UnsupportedScoreModError
 from passes.ops.paged_attention import dense_attention
@@ -133,7 +132,7 @@ class _AttentionCallModule(nn.Module):
     def __init__(self, score_mod: ScoreMod, device: torch.device) -> None:
         super().__init__()
         self._scale = score_mod.scale
-        self._reach = AttentionReach.decode(score_mod.window)
+        self._reach = score_mod.reach
         self._repeats = 1
         # Scores are evaluated on the CPU.
         slopes = None if score_mod.slopes is None else score_mod.slopes.to(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.attention_reach import FULL, AttentionReach
 from passes.fx_utils import backward_slice
 
 # Scores up to this are masked: exp underflows next to any score that is not.
@@ -34,12 +35,12 @@ class ScoreMod:
 
     Attributes:
         scale: factor of the score.
-        window: number of tokens to which a query attends, including its own; 0 for all.
+        reach: the keys that the mask leaves to a query; full or a sliding window.
         slopes: [H] float32 ALiBi slopes, or None if they are all 0.
     """
 
     scale: float
-    window: int
+    reach: AttentionReach
     slopes: Tensor | None
 
 
@@ -60,7 +61,7 @@ def infer_score_mod(module: GraphModule, scores: Node, result: object, num_token
     evaluate = _Evaluation(module, scores, result, num_tokens)
     at_zero, at_one, at_large = (evaluate(score) for score in (0.0, 1.0, _LARGE))
     visible = at_zero > _MASKED
-    window = _infer_window(visible)
+    reach = _infer_reach(visible)
     tolerance = torch.finfo(evaluate.dtype).eps * 4
     factors = ((at_large - at_zero) / _LARGE)[visible]
     scale = float(factors.median())
@@ -70,29 +71,28 @@ def infer_score_mod(module: GraphModule, scores: Node, result: object, num_token
     factors_at_one = (at_one - at_zero)[visible]
     if not is_constant or not torch.allclose(factors_at_one, factors, rtol=1e-3, atol=bias_error):
         raise UnsupportedScoreModError("its scores are not all scaled by one constant")
-    slopes = _infer_slopes(at_zero, visible, window, tolerance)
-    return ScoreMod(scale=scale, window=window, slopes=slopes)
+    slopes = _infer_slopes(at_zero, visible, reach, tolerance)
+    return ScoreMod(scale=scale, reach=reach, slopes=slopes)
 
 
-def _infer_window(visible_HTT: Tensor) -> int:
+def _infer_reach(visible_HTT: Tensor) -> AttentionReach:
     num_tokens = visible_HTT.shape[-1]
     positions = torch.arange(num_tokens)
     distance = positions[:, None] - positions[None, :]
-    count = int(visible_HTT[0, -1].sum())
-    window = 0 if count == num_tokens else count
-    expected = (distance >= 0) & (distance < (window or num_tokens))
+    size = int(visible_HTT[0, -1].sum()) or num_tokens
+    expected = (distance >= 0) & (distance < size)
     if not torch.equal(visible_HTT, expected.expand_as(visible_HTT)):
         raise UnsupportedScoreModError("its mask is neither causal nor a causal window")
-    return window
+    return FULL if size == num_tokens else AttentionReach.sliding(size)
 
 
 def _infer_slopes(
-    bias_HTT: Tensor, visible_HTT: Tensor, window: int, tolerance: float
+    bias_HTT: Tensor, visible_HTT: Tensor, reach: AttentionReach, tolerance: float
 ) -> Tensor | None:
     """Return ALiBi slopes [H] float32 from the function's values at score 0, or None for zeros."""
     num_tokens = bias_HTT.shape[-1]
     bias = bias_HTT[visible_HTT]
-    if window:
+    if not reach.is_full:
         if bool(bias.any()):
             raise UnsupportedScoreModError("it adds a bias to scores in a window")
         return None

@@ -24,8 +24,9 @@ Arguments of the op:
 - `sinks` [H] are scores without a value that take part in the softmax, as in gpt-oss.
 - `slopes` [H] bias a head's scores by `-slope * distance` between query and key (ALiBi,
   arXiv:2108.12409).
-- `window` limits the keys of a query: 0 for all before it, n > 0 for the last n including its own,
-  -n for those of its own chunk of n tokens. Pages that no query attends to are not read.
+- `window` limits the keys of a query, as encoded by `passes.attention_reach`: 0 for all before it,
+  n > 0 for the last n including its own, -n for those of its own chunk of n tokens. Pages that no
+  query attends to are not read.
 - `softcap` > 0 replaces scores by `softcap * tanh(scores / softcap)`.
 - `max_query_len` is a static upper bound on the queries of a sequence. 1 selects the decode
   kernel, for which T = S.

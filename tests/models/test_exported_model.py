@@ -18,6 +18,7 @@ from compiled_llm.models.discovery import AttentionLayer, examine_model
 from compiled_llm.models.exported_model import ExportedModel
 from compiled_llm.models.token_independence import check_token_independence
 from compiled_llm.models.weight_packing import linears_by_input
+from passes.attention_reach import FULL
 from passes.export.score_mod import ScoreMod
 from tests.conftest import DEVICE
 from tests.model_sweep.check import (
@@ -116,7 +117,7 @@ def test_slopes_are_on_the_models_device(
     def replace(
         module: GraphModule, make: Callable[[ScoreMod], nn.Module], num_tokens: int
     ) -> list[str]:
-        made.append(make(ScoreMod(scale=1.0, window=0, slopes=torch.ones(4))))
+        made.append(make(ScoreMod(scale=1.0, reach=FULL, slopes=torch.ones(4))))
         return ["attention"]
 
     monkeypatch.setattr(exported_model, "replace_attention_subgraphs", replace)

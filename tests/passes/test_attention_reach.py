@@ -14,7 +14,9 @@ def test_an_encoded_reach_decodes_to_itself(reach: AttentionReach) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reach", "expected"), zip(REACHES, ([0, 0, 0], [-4, 0, 5], [0, 4, 8]), strict=True), ids=str
+    ("reach", "expected"),
+    list(zip(REACHES, ([0, 0, 0], [-4, 0, 5], [0, 4, 8]), strict=True)),
+    ids=str,
 )
 def test_first_visible_token(reach: AttentionReach, expected: list[int]) -> None:
     positions = [0, 4, 9]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from passes.ops.cpu.vector_isa import VectorISA, vector_isa
+from passes.torch_internals import CPP_CODE_CACHE
 
 # Concatenated into one source; vectors.cpp defines what the others use.
 _SOURCES = ("vectors.cpp", "skinny_linear.cpp", "decode_attention.cpp", "prefill_attention.cpp")
@@ -98,12 +99,9 @@ def skinny_linear(
 @cache
 def _library(isa: VectorISA) -> ctypes.CDLL:
     """Compile the kernels for an instruction set, or load them from Inductor's cache."""
-    # Imported here because it imports the compiler, which takes seconds.
-    from torch._inductor.codecache import CppCodeCache
-
     folder = Path(__file__).parent
     source = isa.source_prefix + "\n".join((folder / name).read_text() for name in _SOURCES)
-    library = CppCodeCache.load(source)
+    library = CPP_CODE_CACHE.get().load(source)
     assert isinstance(library, ctypes.CDLL)
     for name, argtypes in _ARGTYPES.items():
         getattr(library, name).argtypes = argtypes

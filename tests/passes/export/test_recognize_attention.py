@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from passes.attention_reach import AttentionReach
 from passes.export.recognize_attention import replace_attention_subgraphs
 from passes.export.score_mod import ScoreMod, UnsupportedScoreModError
 
@@ -23,7 +24,8 @@ class Layer(nn.Module):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         q, k, v = self.qkv(x_TK)[None].view(1, -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
-        return self.out(self.core(q, k, v).transpose(1, 2).reshape(x_TK.shape[0], -1))
+        out: Tensor = self.out(self.core(q, k, v).transpose(1, 2).reshape(x_TK.shape[0], -1))
+        return out
 
 
 class Attend(nn.Module):
@@ -39,7 +41,7 @@ class Attend(nn.Module):
         score_mod = self.score_mod
         slopes = torch.zeros(HEADS) if score_mod.slopes is None else score_mod.slopes
         scores = q @ k.transpose(-1, -2) * score_mod.scale - slopes[:, None, None] * distance
-        visible = (distance >= 0) & (distance < (score_mod.window or T))
+        visible = (distance >= 0) & (distance < (score_mod.reach.size or T))
         return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
@@ -123,7 +125,7 @@ def test_attention_is_replaced(core: Core) -> None:
     layer, module, (score_mod,) = _replaced(core)
     scale, window, slopes = MATCHES[core]
     assert score_mod.scale == pytest.approx(scale, rel=1e-6)
-    assert score_mod.window == window
+    assert score_mod.reach == AttentionReach.decode(window)
     assert ([] if score_mod.slopes is None else score_mod.slopes.tolist()) == slopes
     assert not any("softmax" in str(node.target) for node in module.graph.nodes)
     for num_tokens in (1, 2, 50):
