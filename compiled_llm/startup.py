@@ -1,6 +1,5 @@
 """Start an engine: resolve its config, examine the model and prepare a model runner."""
 
-import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from compiled_llm.runtime.model_runner import ModelRunner
 from compiled_llm.system.compiler_lock import COMPILER_LOCK, eager_steps_excluded
-
-logger = logging.getLogger(__name__)
 
 ConfigLike = Config | str | Path | dict[str, Any] | None
 
@@ -83,8 +80,6 @@ def start(
         ValueError: the config does not fit the model or the machine.
     """
     limits = Limits.resolve(config.limits, model.config, model.device)
-    if limits.warning is not None:
-        logger.warning(limits.warning)
     with COMPILER_LOCK:
         with eager_steps_excluded(), report.phase("examine model", model.device):
             served, layers = _prepare_model(model, config, limits, resources)

@@ -90,7 +90,7 @@ def _experts_implementation(model: PreTrainedModel) -> dict[str, str | None]:
     replaced = {
         name: "batched_mm" if choice == "grouped_mm" else choice for name, choice in chosen.items()
     }
-    if replaced != chosen:
+    if replaced != chosen and model.device.type != "meta":
         logger.warning(
             "the experts implementation is batched_mm instead of grouped_mm: compiled in %s, the "
             "latter synchronises with the GPU",

@@ -9,7 +9,7 @@ from compiled_llm.config.pass_names import RENAMED_PASSES
 from passes import PASSES
 
 
-@pytest.mark.parametrize(("former", "current"), RENAMED_PASSES.items())
+@pytest.mark.parametrize(("former", "current"), list(RENAMED_PASSES.items()))
 def test_a_former_name_is_accepted_with_a_warning(former: str, current: str) -> None:
     with pytest.warns(FutureWarning, match=f"pass '{former}' is now called '{current}'"):
         config = load_config(None, [f"passes.{former}=off"])

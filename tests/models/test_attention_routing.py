@@ -26,7 +26,7 @@ def _state(model: PreTrainedModel) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("order", permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_the_last_engine_restores_the_original_values(order: tuple[int, ...]) -> None:
     model = tiny_model("gpt_oss").train()
     model.model.layers[0].eval()
