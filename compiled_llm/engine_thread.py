@@ -1,173 +1,123 @@
-"""The thread that owns an engine, and the way from it to those who wait in event loops."""
+"""The thread that owns an engine, and runs steps and commands in turn.
+
+CUDA graph trees are thread-local, so no part of the engine may run in another thread.
+"""
 
 import asyncio
+import logging
 import os
 import traceback
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from functools import partial
-from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from compiled_llm.engine.channel import Channel, wake
+from compiled_llm.engine.command_queue import CommandQueue, to_exception
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import RequestGroup
 from compiled_llm.engine.request import Request
 from compiled_llm.errors import EngineBrokenError
 from compiled_llm.llm import CompiledLLM
 from compiled_llm.outputs import RequestOutput
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Channel:
-    """A job's way from the engine's thread to its consumer, with room for one output, or the error that ended the thread.
-
-    Attributes:
-        latest: filled by the thread, emptied by the consumer.
-        notified: `arrived`, which belongs to the loop, is about to be set there.
-        settled: how many characters of each completion's text no stop string can take back.
-    """
-
-    job: RequestGroup
-    loop: asyncio.AbstractEventLoop
-    streaming: bool
-    latest: deque[RequestOutput | BaseException] = field(default_factory=lambda: deque(maxlen=1))
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    notified: bool = False
-    settled: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-
-    @property
-    def request_id(self) -> str:
-        assert self.job.request_id is not None
-        return self.job.request_id
-
-    async def take(self) -> RequestOutput | BaseException:
-        while not self.latest:
-            if asyncio.get_running_loop() is not self.loop:  # where nothing will wake
-                raise RuntimeError(
-                    "this stream belongs to another event loop: take its outputs in the one that added it"
-                )
-            self.arrived.clear()
-            await self.arrived.wait()
-        return self.latest.popleft()
-
-    def settle(self, output: RequestOutput) -> RequestOutput:
-        """Without the text that may become a stop string; in the thread, once for each new output."""
-        for index, request in enumerate(self.job.requests):
-            if request.detokenizer is not None:
-                self.settled[index] += len(
-                    request.detokenizer.take(final=request.finish_reason is not None)
-                )
-        texts = [done.text[: self.settled.get(done.index)] for done in output.outputs]
-        if texts == [done.text for done in output.outputs]:
-            return output
-        return replace(
-            output,
-            outputs=[
-                replace(done, text=text) for done, text in zip(output.outputs, texts, strict=True)
-            ],
-        )
-
-    @staticmethod
-    def wake(channels: "list[Channel]") -> None:
-        """In the loop."""
-        for channel in channels:
-            channel.notified = False
-            channel.arrived.set()
+logger = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Makes a CompiledLLM, and alternates between steps and commands: functions that others want it to run.
+    """Makes a CompiledLLM in a new thread, which then alternates between steps and commands.
 
-    Graph trees are thread-local, so nothing of the engine may run elsewhere.
+    Args:
+        make: makes the CompiledLLM; the constructor waits for it, and raises its exceptions.
     """
 
     def __init__(self, make: Callable[[], CompiledLLM]) -> None:
         self._process = os.getpid()
-        self._commands: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._commands = CommandQueue()
         self._llm: CompiledLLM | None = None
-        self._cause: BaseException | None = None
+        self._cause: BaseException | None = None  # of the end of the thread
         self._closing = False
         self._channels: dict[str, Channel] = {}
-        self._owners: dict[Request, Channel] = {}
+        self._channel_of: dict[Request, Channel] = {}
         started: Future[None] = Future()
         self._thread = Thread(
-            target=self._live, args=(make, started), name="compiled-llm-engine", daemon=True
+            target=self._main, args=(make, started), name="compiled-llm-engine", daemon=True
         )
         self._thread.start()
         try:
             started.result()
-        except (
-            BaseException
-        ):  # after an interrupt the thread goes on starting, and shall end when it has
-            self._commands.put((self._stop, Future()))
+        except BaseException:
+            # After an interrupt the thread continues to start; it ends when it has started.
+            self._commands.submit(self._stop)
             raise
 
     @property
     def llm(self) -> CompiledLLM:
-        """What the thread runs; a RuntimeError when it has ended, or is another process's."""
+        """The CompiledLLM; raises RuntimeError if the thread has ended, or in a forked process."""
         self._check_process()
         llm = self._llm
         if llm is None:
-            raise self._ended()
+            raise self._ended_error()
         return llm
 
     @property
     def forked(self) -> bool:
-        """Whether this process is a fork of the one that has the thread."""
+        """Whether this process is a fork of the one that runs the thread."""
         return os.getpid() != self._process
 
     def submit(self, command: Callable[[], T]) -> Future[T]:
-        """Have a function run before the next step."""
+        """Run a command in the thread before the next step, and return the future of its result."""
         self._check_process()
-        future: Future[T] = Future()
-        self._commands.put((command, future))
-        if self._llm is None:  # the thread looks no more, or has just looked for the last time
-            self._refuse()
+        future = self._commands.submit(command)
+        if self._llm is None:  # the thread may have rejected its last commands just before
+            self._commands.reject(self._ended_error)
         return future
 
     def abort_soon(self, channel: Channel) -> None:
-        """Also from finalizers, which may interrupt anything: SimpleQueue.put is reentrant."""
+        """Abort the requests of a channel before the next step; may be called from finalizers."""
         if self._llm is not None and not self.forked:
-            self._commands.put((partial(self._abort, channel), Future()))
+            self._commands.submit(partial(self._abort, channel))
 
     def close(self) -> None:
-        """Abort what runs, and wait for the end; in a forked process there is nothing to end."""
+        """Abort all requests, and wait until the thread has ended. No effect in a fork."""
         if self.forked:
             return
         self.submit(self._stop)
         self._thread.join()
 
-    def enter(self, channel: Channel) -> None:
-        """A command: let the engine have a checked job's requests, all or none; raises ValueError and QueueFullError."""
-        engine, requests = self.llm.engine, channel.job.requests
-        engine.check_room(len(requests))
+    def add_requests(self, channel: Channel) -> None:
+        """Add all validated requests of a channel to the engine, or none. A command.
+
+        Raises:
+            ValueError: a running request has the same name.
+            QueueFullError: the queue is full.
+        """
+        engine, requests = self.llm.engine, channel.group.requests
+        engine.check_queue(len(requests))
         if channel.request_id in self._channels:
             raise ValueError(
-                f"request_id {channel.request_id!r} is that of a running request: expected another, or None"
+                f"request_id {channel.request_id!r} is that of a running request: "
+                "expected another, or None"
             )
         try:
             for request in requests:
-                engine.add(request)
+                engine.add_request(request)
         except BaseException:
             for request in requests:
                 engine.abort(request)
             raise
         self._channels[channel.request_id] = channel
-        self._owners.update(dict.fromkeys(requests, channel))
+        self._channel_of.update(dict.fromkeys(requests, channel))
 
-    def abort_named(self, request_id: str) -> None:
-        """A command."""
+    def abort_by_id(self, request_id: str) -> None:
+        """Abort the requests of this name, if there are any. A command."""
         if request_id in self._channels:
             self._abort(self._channels[request_id])
 
-    def _live(self, make: Callable[[], CompiledLLM], started: Future[None]) -> None:
+    def _main(self, make: Callable[[], CompiledLLM], started: Future[None]) -> None:
         try:
             llm = self._llm = make()
         except BaseException as error:
@@ -176,25 +126,25 @@ class EngineThread:
         started.set_result(None)
         del make, started
         try:
-            self._work(llm)
+            self._run(llm)
         except BaseException as error:
-            traceback.clear_frames(
-                error.__traceback__
-            )  # their variables would keep caches and graphs
-            self._cause, self._llm = (
-                error,
-                None,
-            )  # whoever is told, and asks for more, shall be refused for this cause
-            self._deliver(dict.fromkeys(self._channels.values(), _ordinary(error)))
+            logger.error("The engine's thread ended: %s: %s", type(error).__name__, error)
+            # Local variables of the frames would keep caches and graphs alive.
+            traceback.clear_frames(error.__traceback__)
+            # Set before the delivery, so that a consumer's next call is refused with this cause.
+            self._cause = error
+            self._llm = None
+            self._deliver(dict.fromkeys(self._channels.values(), to_exception(error)))
         finally:
             self._llm = None
-            self._refuse()
+            self._commands.reject(self._ended_error)
             llm.close()
             del llm
 
-    def _work(self, llm: CompiledLLM) -> None:
+    def _run(self, llm: CompiledLLM) -> None:
         while not self._closing:
-            self._obey(wait=not (llm.engine.has_work or llm.model_runner.capture_pending))
+            capture_pending = llm.model_runner.capture_pending
+            self._commands.run(wait=not (llm.engine.has_work or capture_pending))
             if llm.engine.has_work and not self._closing:
                 self._step(llm.engine)
             elif llm.model_runner.capture_pending and not self._closing:
@@ -203,107 +153,79 @@ class EngineThread:
             self._abort(channel)
 
     def _step(self, engine: Engine) -> None:
-        """Run one step. If it fails, the requests that ran end with the next one; only a broken engine ends the thread."""
+        """Run a step. If it fails, its requests end with the next step; a broken engine raises."""
         try:
-            news = engine.step()
+            updated = engine.step()
         except EngineBrokenError:
             raise
         except BaseException as error:
             warnings.warn(
-                f"a step failed, and the requests that ran in it: {type(error).__name__}: {error}",
+                f"a step failed, and its requests with it: {type(error).__name__}: {error}",
                 stacklevel=2,
             )
             return
-        self._tell(news)
-
-    def _obey(self, *, wait: bool) -> None:
-        """Run the commands that have come, or wait for one."""
-        while wait or not self._commands.empty():
-            command, future = self._commands.get()
-            wait = False
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(command())
-                except BaseException as error:
-                    future.set_exception(_ordinary(error))
+        self._deliver_updates(updated)
 
     def _stop(self) -> None:
         self._closing = True
 
     def _abort(self, channel: Channel) -> None:
         if self._channels.get(channel.request_id) is channel:
-            for request in channel.job.requests:
+            for request in channel.group.requests:
                 self.llm.engine.abort(request)
             self._deliver({channel: self._output(channel)})
 
-    def _tell(self, news: list[Request]) -> None:
-        """Hand out what a step brought."""
+    def _deliver_updates(self, updated: Iterable[Request]) -> None:
         channels = dict.fromkeys(
-            self._owners[request] for request in news if request in self._owners
+            self._channel_of[request] for request in updated if request in self._channel_of
         )
-        ready = [channel for channel in channels if channel.streaming or channel.job.finished]
+        ready = [channel for channel in channels if channel.streaming or channel.group.finished]
         self._deliver({channel: self._output(channel) for channel in ready})
 
     def _output(self, channel: Channel) -> RequestOutput | Exception:
-        """What has come for the channel; whatever is raised in making it ends its requests alone."""
+        """Return the output of a channel; an exception in building it ends its requests only."""
         try:
-            return channel.settle(self.llm.jobs.output(channel.job))
+            return self.llm._runner.outputs.build(channel.group)
         except BaseException as error:
-            for request in channel.job.requests:
+            for request in channel.group.requests:
                 self.llm.engine.abort(request)
-            return _ordinary(error)
+            return to_exception(error)
 
-    def _deliver(self, items: dict[Channel, Any]) -> None:
-        """Fill channels with outputs or errors; one call for each event loop wakes those who wait there."""
-        wakes: defaultdict[asyncio.AbstractEventLoop, list[Channel]] = defaultdict(list)
+    def _deliver(self, items: dict[Channel, RequestOutput | Exception]) -> None:
+        """Write items to channels, and wake their consumers with one call for each event loop."""
+        to_wake: defaultdict[asyncio.AbstractEventLoop, list[Channel]] = defaultdict(list)
         for channel, item in items.items():
             channel.latest.append(item)
             if isinstance(item, BaseException) or item.finished:
-                self._forget(channel)
+                self._remove(channel)
             if not channel.notified or channel.loop.is_closed():
                 channel.notified = True
-                wakes[channel.loop].append(channel)
-        for loop, channels in wakes.items():
+                to_wake[channel.loop].append(channel)
+        for loop, channels in to_wake.items():
             try:
-                loop.call_soon_threadsafe(Channel.wake, channels)
-            except Exception:  # the loop is closed, as a rule: nobody can wait there
+                loop.call_soon_threadsafe(wake, channels)
+            except Exception:  # usually because the loop is closed and no consumer can wait there
                 for channel in channels:
                     self._abort(channel)
 
-    def _forget(self, channel: Channel) -> None:
+    def _remove(self, channel: Channel) -> None:
         del self._channels[channel.request_id]
-        for request in channel.job.requests:
-            del self._owners[request]
+        for request in channel.group.requests:
+            del self._channel_of[request]
 
     def _check_process(self) -> None:
         if self.forked:
             raise RuntimeError(
-                f"this AsyncCompiledLLM belongs to process {self._process}, and its thread is not in this fork of it: "
-                "make a new one here, or start the process by spawning"
+                f"this AsyncCompiledLLM belongs to process {self._process}, and its thread does "
+                "not run in this fork of it: make a new one here, or start the process by spawning"
             )
 
-    def _refuse(self) -> None:
-        """Nobody runs these commands any more."""
-        with suppress(Empty):
-            while True:
-                _, future = self._commands.get_nowait()
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(self._ended())
-
-    def _ended(self) -> RuntimeError:
+    def _ended_error(self) -> RuntimeError:
         if self._cause is None:
             return RuntimeError("this AsyncCompiledLLM is closed: make a new one")
         error = RuntimeError(
-            f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: make a new one"
+            f"this AsyncCompiledLLM has failed, {type(self._cause).__name__}: {self._cause}: "
+            "make a new one"
         )
         error.__cause__ = self._cause
         return error
-
-
-def _ordinary(error: BaseException) -> Exception:
-    """Return the error, or a RuntimeError for one that would end an event loop or that asyncio takes for something else."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration | CancelledError):
-        return error
-    wrapped = RuntimeError(f"{type(error).__name__} was raised in the engine's thread: {error}")
-    wrapped.__cause__ = error
-    return wrapped

@@ -1,10 +1,7 @@
-"""What generation returns; the shapes are vLLM's."""
+"""Outputs of generation; the names are those of vLLM."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, overload
-
-from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -13,39 +10,29 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """One token's log-probability under the model's own distribution, and its rank in it, from 1."""
+    """Log-probability of one token under the model's distribution.
+
+    Attributes:
+        logprob: natural logarithm of the probability, before temperature and penalties.
+        rank: rank among all tokens, from 1.
+        decoded_token: text of the token.
+    """
 
     logprob: float
     rank: int
     decoded_token: str | None = None
 
 
-def by_token(
-    token: int,
-    values: NDArray[Any],
-    ids: NDArray[Any],
-    count: int | None,
-    decode: Callable[[int], str] | None,
-) -> dict[int, Logprob]:
-    """The chosen token's logprob and the top ones, of one row of `passes.ops.top_logprobs`."""
-    ranks = [int(ids[0]), *range(1, (count or 0) + 1)]
-    tokens = [token, *ids[1 : len(ranks)].tolist()]
-    found: dict[int, Logprob] = {}
-    for number, value, rank in zip(tokens, values.tolist(), ranks, strict=False):
-        found.setdefault(
-            number,
-            Logprob(
-                logprob=value,
-                rank=rank,
-                decoded_token=decode(number) if decode is not None else None,
-            ),
-        )
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Seconds: in the queue, to the first token (the queue included), between tokens on average, and in all."""
+    """Times of a completion in seconds; None before the event.
+
+    Attributes:
+        queue: from arrival until it was scheduled.
+        time_to_first_token: from arrival to the first token.
+        time_per_output_token: mean time between tokens; None for a single token.
+        total: from arrival to the last token.
+    """
 
     queue: float | None
     time_to_first_token: float | None
@@ -54,56 +41,60 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning(Generic[T]):
-    """The first `length` items of a list to which more are appended later."""
+class ListPrefix(Generic[T]):
+    """The first `length` items of a list that grows later."""
 
     items: list[T]
     length: int
 
 
-class CopiedWhenRead(Generic[T]):
-    """A list (or None) of a dataclass that may be set to a `Beginning`, which is copied when it is first read.
+class LazyListField(Generic[T]):
+    """Dataclass field of a list (or None) that may be set to a `ListPrefix`.
 
-    A stream makes an output for each step, and few of them are read in full, so a step does not take longer the more tokens
-    have come.
+    The prefix is copied when the field is first read. A stream makes an output for each step, of
+    which few are read in full, so the time of a step does not grow with the number of tokens.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     @overload
-    def __get__(self, instance: None, owner: type) -> "CopiedWhenRead[T]": ...
+    def __get__(self, instance: None, owner: type) -> "LazyListField[T]": ...
 
     @overload
     def __get__(self, instance: object, owner: type) -> T: ...
 
-    def __get__(self, instance: object | None, owner: type) -> "CopiedWhenRead[T] | T":
+    def __get__(self, instance: object | None, owner: type) -> "LazyListField[T] | T":
         if instance is None:
-            raise AttributeError(self._name)  # the field has no default
+            raise AttributeError(self._name)  # the dataclass field has no default
         value = instance.__dict__[self._name]
-        if isinstance(value, Beginning):
+        if isinstance(value, ListPrefix):
             value = instance.__dict__[self._name] = value.items[: value.length]
         return value  # type: ignore[no-any-return]
 
-    def __set__(self, instance: object, value: T | Beginning[Any]) -> None:
+    def __set__(self, instance: object, value: T | ListPrefix[Any]) -> None:
         instance.__dict__[self._name] = value
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOutput:
-    """One completion. `text` is empty when the model has no tokenizer.
+    """One completion of a prompt.
 
     Attributes:
-        token_ids: a stopping token included.
-        logprobs: for each token, by token id, the one drawn first; None unless asked for.
-        finish_reason: `stop`, `length`, `abort` or `error`; None while it runs.
-        error: what went wrong, for `abort` and `error`.
+        index: number of the completion, from 0.
+        text: generated text; empty if the model has no tokenizer.
+        token_ids: generated token ids, including a stop token.
+        logprobs: for each token, log-probabilities by token id, that of the token itself first;
+            None if not requested.
+        finish_reason: `stop`, `length`, `abort` or `error`; None while it is unfinished.
+        error: description of the failure, for `abort` and `error`.
+        metrics: times of the completion.
     """
 
     index: int
     text: str
-    token_ids: CopiedWhenRead[list[int]] = CopiedWhenRead()
-    logprobs: CopiedWhenRead[list[dict[int, Logprob]] | None] = CopiedWhenRead()
+    token_ids: LazyListField[list[int]] = LazyListField()
+    logprobs: LazyListField[list[dict[int, Logprob]] | None] = LazyListField()
     finish_reason: FinishReason | None
     error: str | None = None
     metrics: RequestMetrics | None = None
@@ -111,12 +102,16 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A prompt and its completions; `prompt` is None when it was given as token ids.
+    """A prompt and its completions.
 
     Attributes:
-        prompt_token_ids: a list that all outputs of the prompt share.
-        prompt_logprobs: for each token of the prompt, by token id, None for the first; None unless asked for.
-        num_cached_tokens: tokens of the prompt whose keys and values an earlier request had left, or a sibling shares.
+        prompt: text of the prompt; None if it was given in another form.
+        prompt_token_ids: token ids of the prompt, in a list that all outputs of it share.
+        outputs: the completions.
+        prompt_logprobs: for each token of the prompt, log-probabilities by token id, None for the
+            first token; None if not requested.
+        num_cached_tokens: tokens of the prompt whose keys and values were in the prefix cache.
+        request_id: name of the request.
     """
 
     prompt: str | None
@@ -128,7 +123,7 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """The text of the first completion."""
+        """Text of the first completion."""
         return self.outputs[0].text
 
     @property
@@ -138,11 +133,9 @@ class RequestOutput:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Token counts under OpenAI's names."""
-        prompt, completion = (
-            len(self.prompt_token_ids),
-            sum(len(output.token_ids) for output in self.outputs),
-        )
+        """Numbers of tokens, under the names of OpenAI's API."""
+        prompt = len(self.prompt_token_ids)
+        completion = sum(len(output.token_ids) for output in self.outputs)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

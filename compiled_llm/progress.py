@@ -1,4 +1,4 @@
-"""What a user sees while requests run: a progress bar, or the tokens in a transformers streamer."""
+"""Progress of running requests: a progress bar, and tokens for a transformers streamer."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,28 +12,34 @@ from transformers.generation.streamers import BaseStreamer
 from compiled_llm.engine.request import Request
 
 
-def feeder(streamer: BaseStreamer | None) -> Callable[[Request], None]:
-    """Hands a streamer what transformers would: the prompt, each token, and the end."""
-    begun, given = False, 0
+def streamer_callback(streamer: BaseStreamer) -> Callable[[Request], None]:
+    """Return a callback that passes a request's prompt, each token and the end to a streamer."""
+    begun, num_given = False, 0
 
-    def feed(request: Request) -> None:
-        nonlocal begun, given
-        if streamer is None:
-            return
+    def update(request: Request) -> None:
+        nonlocal begun, num_given
         if not begun:
             streamer.put(torch.tensor([list(request.prompt_token_ids)]))
-        for token in request.token_ids[given:]:
+        for token in request.token_ids[num_given:]:
             streamer.put(torch.tensor([token]))
-        begun, given = True, len(request.token_ids)
+        begun, num_given = True, len(request.token_ids)
         if request.finish_reason is not None:
             streamer.end()
 
-    return feed
+    return update
 
 
 @contextmanager
 def progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[Request], None]]:
-    """Shows requests that have ended, and the tokens per second that they generated."""
+    """Show the number of finished requests, and their tokens per second, on standard error.
+
+    Args:
+        total: number of requests.
+        enabled: whether to show it, if standard error is a terminal.
+
+    Returns:
+        A context manager whose value is a callback for each updated request.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -42,21 +48,16 @@ def progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[Request], N
         TimeElapsedColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(
-        *columns, console=console, disable=not (enabled and console.is_terminal), transient=True
-    ) as bar:
-        task, began, tokens = (
-            bar.add_task("generating", total=total, speed=""),
-            time.perf_counter(),
-            0,
-        )
+    shown = enabled and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task("generating", total=total, speed="")
+        began, num_tokens = time.perf_counter(), 0
 
-        def show(request: Request) -> None:
-            nonlocal tokens
+        def update(request: Request) -> None:
+            nonlocal num_tokens
             if request.finish_reason is not None:
-                tokens += len(request.token_ids)
-                bar.update(
-                    task, advance=1, speed=f"{tokens / (time.perf_counter() - began):.0f} tokens/s"
-                )
+                num_tokens += len(request.token_ids)
+                speed = num_tokens / (time.perf_counter() - began)
+                bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
 
-        yield show
+        yield update

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen and returned; the names, their meaning and the defaults are vLLM's."""
+"""Sampling parameters; their names, meaning and defaults are those of vLLM."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,45 +14,50 @@ LogitsProcessor = Callable[["torch.LongTensor", "torch.FloatTensor"], "torch.Flo
 
 MAX_LOGPROBS = 20  # of one token, besides the sampled token's own
 
+_GENERATION_CONFIG_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_SEED = 2**63 - 1
 _MAX_INT = 2**31 - 1
 _MAX_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, as torch.finfo has it
 _MIN_FLOAT = 2.0**-126
 _MAX_BIAS = 100.0
-_MAX_N = 16_384  # each completion is a request of its own, made before the first is run
+_MAX_N = 16_384  # each completion is a request, and all are made before the first one runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Sampling options of one request. Lists are kept as tuples, and a single stop string as a tuple of one.
+    """Sampling parameters of one request.
+
+    Lists are stored as tuples, and a single stop string as a tuple of one.
 
     Args:
-        n: how many completions to draw; more than one needs a temperature.
-        temperature: 0 is greedy; above, logits are divided by it.
-        top_k: draw from this many of the most likely tokens; 0 or -1 is all of them.
-        top_p: draw from the fewest most likely tokens whose probabilities add up to this.
-        min_p: draw from tokens at least this likely, relative to the most likely one.
-        presence_penalty: subtracted from the logits of tokens that were generated.
-        frequency_penalty: subtracted once for each time that they were generated.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output.
-        seed: with it, the same request draws the same tokens whatever runs beside it; drawn at random when None.
-        max_tokens: the most tokens to generate, None for as many as the model's length limit allows.
-        min_tokens: no stopping token and no stop string ends the request within so many tokens.
+        n: number of completions; more than one needs a temperature above 0.
+        temperature: divisor of the logits; 0 for greedy sampling.
+        top_k: sample from this many of the most likely tokens; 0 or -1 for all of them.
+        top_p: sample from the fewest most likely tokens whose probabilities add up to this.
+        min_p: sample from tokens with at least this probability, relative to the most likely one.
+        presence_penalty: subtracted from the logits of generated tokens.
+        frequency_penalty: subtracted from the logits of generated tokens for each occurrence.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of the prompt
+            and the completion.
+        seed: makes the sampled tokens independent of other requests; None for a random seed.
+        max_tokens: number of tokens to generate at most; None for the model's length limit.
+        min_tokens: number of tokens before which no stop token or stop string ends the request.
         stop: strings that end the request; the text is cut before them.
-        stop_token_ids: ids that end the request, besides the model's own end of sequence.
-        ignore_eos: go on past the model's end of sequence.
-        include_stop_str_in_output: cut the text after the stop string instead.
+        stop_token_ids: token ids that end the request, besides the model's end of sequence.
+        ignore_eos: continue after the model's end of sequence.
+        include_stop_str_in_output: cut the text after the stop string instead of before it.
         skip_special_tokens: leave special tokens out of the text.
-        logprobs: log-probabilities of so many most likely tokens, and of the one drawn, for each generated token.
+        logprobs: number of most likely tokens whose log-probabilities are returned with that of
+            each generated token; None for no log-probabilities.
         prompt_logprobs: the same for each token of the prompt.
-        logit_bias: added to the logits of these token ids, clamped to -100 and 100.
-        allowed_token_ids: no other tokens are drawn.
-        bad_words: texts that are never completed.
-        logits_processors: each maps the ids so far [1, L] and the logits [1, V] to new logits, as transformers'
-            `LogitsProcessor` objects do.
+        logit_bias: added to the logits of these token ids; clamped to the range from -100 to 100.
+        allowed_token_ids: the only token ids that may be generated; None for all.
+        bad_words: texts that are not generated.
+        logits_processors: functions from the token ids so far, [1, L], and the logits, [1, V], to
+            new logits, such as transformers' `LogitsProcessor` objects.
 
     Raises:
-        ValueError: a value is out of range; the message names the field, what it must be, and what it got.
+        ValueError: a value is out of range; the message gives the field, the range and the value.
     """
 
     n: int = 1
@@ -97,26 +102,25 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, config: "GenerationConfig | None", **overrides: Any) -> Self:
-        """What a checkpoint's generation config sets, over the defaults here; `overrides` win.
+        """Return the parameters of a checkpoint's generation config.
 
-        Only what the checkpoint says counts: a config keeps None for the rest, and transformers' own defaults stay out.
+        The config holds None where the checkpoint sets nothing; the defaults of this class apply
+        there, rather than those of transformers.
+
+        Args:
+            config: the generation config, if there is one.
+            overrides: parameters that take precedence.
         """
-        names = {
-            name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        }
-        found = {
-            ours: getattr(config, theirs, None)
-            for ours, theirs in {**names, "max_tokens": "max_new_tokens"}.items()
-        }
+        found = {name: getattr(config, name, None) for name in _GENERATION_CONFIG_FIELDS}
+        found["max_tokens"] = getattr(config, "max_new_tokens", None)
         if getattr(config, "do_sample", None) is False:
             found["temperature"] = 0.0
-        return cls(
-            **{**{name: value for name, value in found.items() if value is not None}, **overrides}
-        )
+        given = {name: value for name, value in found.items() if value is not None}
+        return cls(**{**given, **overrides})
 
     @property
     def sampler(self) -> Sampler:
-        """The cheapest sampler in the graph that serves this; prompt log-probabilities do not count."""
+        """The cheapest sampler of the graph that serves these, apart from `prompt_logprobs`."""
         truncates = self.temperature > 0 and (self.top_k != 0 or self.top_p < 1 or self.min_p > 0)
         penalises = (
             self.presence_penalty != 0

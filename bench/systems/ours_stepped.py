@@ -135,14 +135,16 @@ class OursStepped(Ours):
         requests = [
             Request(
                 prompt_token_ids=prompt,
-                params=SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    temperature=temperature, max_tokens=n, ignore_eos=True
+                ),
                 max_tokens=n,
             )
             for prompt, n in zip(prompts, output_lengths, strict=True)
         ]
         engine = self.llm.engine
         for request in requests:
-            engine.add(request)
+            engine.add_request(request)
         try:
             yield
         finally:

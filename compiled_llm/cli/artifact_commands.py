@@ -50,14 +50,14 @@ def compile_buckets(
 
 def _check_saved(report: "Report", out: Path | None) -> None:
     """Raise a ValueError unless all buckets were saved, to `out` where that is given."""
+    refusal = report.startup.artifact_refusal
     saved_in = report.facts.get("artifact")
     if saved_in is None:
         expected = "expected compile.dispatch=direct, no compile.dump, and compile.artifact not off"
-        raise ValueError(f"nothing was saved: {report.startup.artifact_refusal or expected}")
+        raise ValueError(f"nothing was saved: {refusal or expected}")
     if out is not None and saved_in != str(out):
         raise ValueError(
-            f"{report.startup.artifact_refusal}; choose another directory, or replace its contents with "
-            "--force"
+            f"{refusal}; choose another directory, or replace its contents with --force"
         )
     missing = [
         bucket.save_failure or bucket.bucket

@@ -1,7 +1,8 @@
-"""The pages of one group of layers: reference counts, and the full pages that later requests may share.
+"""Block allocator of one group of layers, with reference counts and prefix caching.
 
-A full page is known by a key that stands for all tokens up to its end (see `kv_cache.chain`). A page that nobody holds any
-more keeps its key until it is handed out again, least recently used first.
+A full block is identified by a hash of all tokens up to its end (see `prefix_cache.hash_blocks`).
+A block whose reference count drops to 0 stays cached until it is allocated again; the least
+recently used block is evicted first.
 """
 
 from collections import OrderedDict
@@ -9,100 +10,114 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """Hands out pages 1 to `num_pages - 1`; page 0 is the runtime's trash page."""
+    """Allocates blocks 1 to `num_blocks - 1`; block 0 receives what padding writes."""
 
-    def __init__(self, num_pages: int) -> None:
-        self.capacity = num_pages - 1
-        self._holders = [0] * num_pages
-        self._blank = list(range(num_pages - 1, 0, -1))
-        self._kept: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # held by nobody, but with a key; oldest first
-        self._keys: dict[int, bytes] = {}
-        self._pages: dict[bytes, int] = {}
+    def __init__(self, num_blocks: int) -> None:
+        self.capacity = num_blocks - 1
+        self._ref_counts = [0] * num_blocks
+        self._uncached_free = list(range(num_blocks - 1, 0, -1))
+        # Least recently used first.
+        self._cached_free: OrderedDict[int, None] = OrderedDict()
+        self._hash_of_block: dict[int, bytes] = {}
+        self._block_of_hash: dict[bytes, int] = {}
 
     @property
-    def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._blank) + len(self._kept)
+    def num_free_blocks(self) -> int:
+        """Number of blocks that no sequence uses, cached ones included."""
+        return len(self._uncached_free) + len(self._cached_free)
 
-    def allocate(self, num_pages: int) -> list[int]:
-        """Take pages that are free; the caller has checked that there are so many."""
-        assert num_pages <= self.num_free, f"{num_pages} pages asked, {self.num_free} free"
-        pages = [self._blank.pop() if self._blank else self._evict() for _ in range(num_pages)]
-        for page in pages:
-            self._holders[page] = 1
-        return pages
-
-    def find(self, key: bytes) -> int | None:
-        """The page with this key."""
-        return self._pages.get(key)
-
-    def num_found(self, keys: Sequence[bytes]) -> int:
-        """How many of these keys can be found, up to the first that cannot."""
-        return next(
-            (number for number, key in enumerate(keys) if key not in self._pages), len(keys)
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Allocate blocks; the caller has checked that enough are free."""
+        assert num_blocks <= self.num_free_blocks, (
+            f"{num_blocks} blocks requested, {self.num_free_blocks} free"
         )
+        block_ids = [
+            self._uncached_free.pop() if self._uncached_free else self._evict_lru()
+            for _ in range(num_blocks)
+        ]
+        for block_id in block_ids:
+            self._ref_counts[block_id] = 1
+        return block_ids
 
-    def num_idle(self, keys: Sequence[bytes]) -> int:
-        """How many pages with these keys, all of which can be found, nobody holds: to share them takes free pages."""
-        return sum(self._pages[key] in self._kept for key in keys)
+    def get_cached_block(self, block_hash: bytes) -> int | None:
+        """Return the block with this hash, or None if it is not cached."""
+        return self._block_of_hash.get(block_hash)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Hand out the pages with these keys only after all others that nobody holds."""
-        for key in reversed(keys):
-            page = self._pages.get(key)
-            if page is not None and page in self._kept:
-                self._kept.move_to_end(page)
+    def num_cached(self, block_hashes: Sequence[bytes]) -> int:
+        """Return how many of the hashes are cached, up to the first that is not."""
+        for number, block_hash in enumerate(block_hashes):
+            if block_hash not in self._block_of_hash:
+                return number
+        return len(block_hashes)
 
-    def share(self, page: int) -> None:
-        """One more holder for a page that was found."""
-        self._kept.pop(page, None)
-        self._holders[page] += 1
+    def num_cached_free(self, block_hashes: Sequence[bytes]) -> int:
+        """Return how many of the blocks with these hashes, all cached, no sequence uses.
 
-    def register(self, page: int, key: bytes) -> None:
-        """From now on the page, which is full, can be found; unless another one with the same tokens already can."""
-        if key not in self._pages and page not in self._keys:
-            self._pages[key], self._keys[page] = page, key
+        Sharing such a block reduces the number of free blocks by one.
+        """
+        return sum(self._block_of_hash[key] in self._cached_free for key in block_hashes)
 
-    def unregister(self, pages: Iterable[int]) -> None:
-        """From now on these pages, which somebody holds, cannot be found."""
-        for page in pages:
-            key = self._keys.pop(page, None)
-            if key is not None:
-                del self._pages[key]
+    def mark_recently_used(self, block_hashes: Sequence[bytes]) -> None:
+        """Evict the blocks with these hashes only after all other cached blocks."""
+        for block_hash in reversed(block_hashes):
+            block_id = self._block_of_hash.get(block_hash)
+            if block_id is not None and block_id in self._cached_free:
+                self._cached_free.move_to_end(block_id)
 
-    def release(self, pages: Sequence[int]) -> None:
-        """One holder less. The last pages of a sequence are the first to be handed out again."""
-        for page in reversed(pages):
-            self._holders[page] -= 1
-            assert self._holders[page] >= 0, f"page {page} was given back twice"
-            if self._holders[page] == 0:
-                if page in self._keys:
-                    self._kept[page] = None
+    def touch(self, block_ids: Sequence[int]) -> None:
+        """Increment the reference counts of cached blocks that another sequence shares."""
+        for block_id in block_ids:
+            self._cached_free.pop(block_id, None)
+            self._ref_counts[block_id] += 1
+
+    def cache_full_blocks(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> None:
+        """Make full blocks available to other sequences.
+
+        A block whose tokens are cached already, in another block, is not cached twice.
+        """
+        for block_id, block_hash in zip(block_ids, block_hashes, strict=True):
+            if block_hash not in self._block_of_hash and block_id not in self._hash_of_block:
+                self._block_of_hash[block_hash] = block_id
+                self._hash_of_block[block_id] = block_hash
+
+    def uncache(self, block_ids: Iterable[int]) -> None:
+        """Remove blocks that are in use from the prefix cache."""
+        for block_id in block_ids:
+            block_hash = self._hash_of_block.pop(block_id, None)
+            if block_hash is not None:
+                del self._block_of_hash[block_hash]
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Decrement reference counts; the last blocks of a sequence are evicted first."""
+        for block_id in reversed(block_ids):
+            self._ref_counts[block_id] -= 1
+            assert self._ref_counts[block_id] >= 0, f"block {block_id} was freed twice"
+            if self._ref_counts[block_id] == 0:
+                if block_id in self._hash_of_block:
+                    self._cached_free[block_id] = None
                 else:
-                    self._blank.append(page)
+                    self._uncached_free.append(block_id)
 
-    def forget(self) -> None:
-        """Find no page any more."""
-        self._blank.extend(self._kept)
-        self._kept.clear()
-        self._keys.clear()
-        self._pages.clear()
+    def reset_prefix_cache(self) -> None:
+        """Drop all cached blocks; blocks in use stay allocated."""
+        self._uncached_free.extend(self._cached_free)
+        self._cached_free.clear()
+        self._hash_of_block.clear()
+        self._block_of_hash.clear()
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that the holders are these sequences' pages, and that every other page is free once."""
-        held: dict[int, int] = {}
+        """Assert that these sequences' blocks are in use, and every other block is free once."""
+        used: dict[int, int] = {}
         for table in tables:
-            for page in table:
-                held[page] = held.get(page, 0) + 1
-        assert {page: count for page, count in enumerate(self._holders) if count} == held
-        free = [*self._blank, *self._kept]
-        assert sorted([*free, *held]) == list(range(1, self.capacity + 1))
-        assert self._pages == {key: page for page, key in self._keys.items()}
-        assert self._kept.keys() <= self._keys.keys() <= {*free, *held}
+            for block_id in table:
+                used[block_id] = used.get(block_id, 0) + 1
+        assert {block_id: n for block_id, n in enumerate(self._ref_counts) if n} == used
+        free = [*self._uncached_free, *self._cached_free]
+        assert sorted([*free, *used]) == list(range(1, self.capacity + 1))
+        assert self._block_of_hash == {key: block for block, key in self._hash_of_block.items()}
+        assert self._cached_free.keys() <= self._hash_of_block.keys() <= {*free, *used}
 
-    def _evict(self) -> int:
-        page, _ = self._kept.popitem(last=False)
-        del self._pages[self._keys.pop(page)]
-        return page
+    def _evict_lru(self) -> int:
+        block_id, _ = self._cached_free.popitem(last=False)
+        del self._block_of_hash[self._hash_of_block.pop(block_id)]
+        return block_id

@@ -1,4 +1,4 @@
-"""A request's own logits processors, which run outside the graph."""
+"""Logits processors of a request, which run outside the graph."""
 
 from typing import Any
 
@@ -10,14 +10,22 @@ from torch import Tensor
 from compiled_llm.engine.request import Request
 
 
-def processed(request: Request, tokens: NDArray[np.integer], logits: Tensor) -> Tensor:
-    """The logits [1, V] as the processors change them; raises what they raise, and ValueError for what is no logits.
+def apply_logits_processors(
+    request: Request, tokens: NDArray[np.integer], logits: Tensor
+) -> Tensor:
+    """Return the logits as the request's processors change them, [1, V].
 
     Args:
-        tokens: [T], of the prompt and the completion so far.
+        request: the request.
+        tokens: [T], token ids of the prompt and the completion so far.
+        logits: [1, V] float32.
+
+    Raises:
+        ValueError: a processor returned something other than logits of this shape.
+        Exception: whatever a processor raised.
     """
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(logits.device)
-    for processor in request.params.logits_processors:
+    for processor in request.sampling_params.logits_processors:
         changed: Any = processor(ids, logits)  # type: ignore[arg-type]
         if not isinstance(changed, Tensor) or changed.shape != logits.shape:
             got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__

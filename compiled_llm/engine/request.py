@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""State of a request in the engine."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from compiled_llm.sampling_params import SamplingParams
 
 @dataclass(slots=True, kw_only=True)
 class Timings:
-    """When things happened, in seconds of `time.perf_counter`; None where they have not."""
+    """Times of events, in seconds of `time.perf_counter`; None before the event."""
 
     arrived: float = field(default_factory=time.perf_counter)
     scheduled: float | None = None
@@ -21,28 +21,30 @@ class Timings:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """One prompt, one completion, and what has come of it.
+    """One prompt and one completion.
 
     Attributes:
-        prompt_token_ids, params: what was asked.
-        seed: what its draws depend on, besides their positions.
-        max_tokens: how many tokens it may generate, all limits considered.
-        stop_token_ids: ids that end it.
-        bad_words: token sequences that it must not complete.
-        priority: lower numbers go first; equals in the order of their arrival.
-        detokenizer: where stop strings or a stream need the text as it comes.
-        streaming: `token_ids` shall be kept current; otherwise they are there at the end.
-        token_ids: what was generated so far, a stopping token included.
-        logprobs, prompt_logprobs: for each token of the output or of the prompt, by token id; None where not asked for.
-        finish_reason: `stop` at a stopping token or string, `length` at a limit, `abort` when it was withdrawn or waited too long,
-            `error` when its own code failed; None while it runs.
-        error: what went wrong.
-        num_preemptions: how often it had to make room for others, and was computed again.
-        num_cached_tokens: tokens of the prompt that were found in shared pages.
+        prompt_token_ids: token ids of the prompt.
+        sampling_params: sampling parameters as given by the user.
+        seed: seed of its random draws, which depend on it and on their positions alone.
+        max_tokens: number of tokens it may generate, within all limits.
+        stop_token_ids: token ids that end it.
+        bad_words: token sequences that it must not generate.
+        priority: lower numbers are scheduled first, equal ones in the order of arrival.
+        detokenizer: detokenizer that runs with each token, for stop strings and streams.
+        streaming: whether `token_ids` is updated after each step, rather than only at the end.
+        token_ids: tokens generated so far, including a stop token.
+        logprobs: for each generated token, log-probabilities by token id; None if not requested.
+        prompt_logprobs: the same for each token of the prompt, None for the first.
+        finish_reason: `stop` at a stop token or stop string, `length` at a limit, `abort` when it
+            was aborted or waited too long, `error` when it failed; None while it is unfinished.
+        error: description of the failure.
+        num_preemptions: number of times its blocks were freed for others and it was computed again.
+        num_cached_tokens: tokens of the prompt whose blocks were in the prefix cache.
     """
 
     prompt_token_ids: Sequence[int]
-    params: SamplingParams
+    sampling_params: SamplingParams
     seed: int = 0
     max_tokens: int = 16
     stop_token_ids: frozenset[int] = frozenset()
@@ -59,22 +61,14 @@ class Request:
     num_cached_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
 
-    @property
-    def watched(self) -> bool:
-        """Whether each of its tokens must be looked at when it comes."""
-        return self.streaming or self.detokenizer is not None or self.params.logprobs is not None
-
-    def readable(self, token_ids: list[int]) -> list[int]:
-        """Those of its new tokens that its text shall have: without a stopping one, unless that is asked for."""
-        stops = (
-            token_ids
-            and token_ids[-1] in self.stop_token_ids
-            and not self.params.include_stop_str_in_output
-        )
-        return token_ids[:-1] if stops else token_ids
-
     def __post_init__(self) -> None:
-        if self.params.logprobs is not None:
+        if self.sampling_params.logprobs is not None:
             self.logprobs = []
-        if self.params.prompt_logprobs is not None:
+        if self.sampling_params.prompt_logprobs is not None:
             self.prompt_logprobs = []
+
+    @property
+    def needs_host_update(self) -> bool:
+        """Whether the host must process each of its tokens one by one."""
+        wants_logprobs = self.sampling_params.logprobs is not None
+        return self.streaming or self.detokenizer is not None or wants_logprobs

@@ -1,4 +1,4 @@
-"""The requests that wait for a row, in the order in which they are to get one."""
+"""Priority queue of the requests that wait for a row of the batch."""
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
@@ -8,17 +8,18 @@ from compiled_llm.engine.request import Request
 
 
 class RequestQueue:
-    """Waiting requests: those of lower priority numbers first, equals by arrival.
+    """Waiting requests, lower priority numbers first, equal ones in the order of arrival.
 
-    No operation but iteration takes longer in a longer queue; a new priority is inserted into a sorted list.
+    Every operation except iteration takes the same time in a queue of any length; a new priority
+    is inserted into a sorted list.
     """
 
     def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[Request, None]] = {}  # none of them empty
-        self._priorities: list[int] = []  # sorted
-        self._new: OrderedDict[Request, None] = (
-            OrderedDict()
-        )  # those that never had a row, by arrival
+        # No level is empty.
+        self._levels: dict[int, OrderedDict[Request, None]] = {}
+        self._priorities: list[int] = []
+        # Requests that were never scheduled, in the order of arrival.
+        self._new: OrderedDict[Request, None] = OrderedDict()
         self._length = 0
 
     def __len__(self) -> int:
@@ -30,16 +31,16 @@ class RequestQueue:
 
     @property
     def first(self) -> Request | None:
-        """The request that is to get the next row."""
+        """The request that is scheduled next, or None if the queue is empty."""
         return next(iter(self), None)
 
     @property
     def new(self) -> Iterator[Request]:
-        """Requests that never had a row, by arrival."""
+        """Requests that were never scheduled, in the order of arrival."""
         return iter(self._new)
 
     def add(self, request: Request) -> None:
-        """Add a request that has arrived last."""
+        """Add a request behind all others of its priority."""
         level = self._levels.get(request.priority)
         if level is None:
             level = self._levels[request.priority] = OrderedDict()
@@ -50,12 +51,12 @@ class RequestQueue:
         self._length += 1
 
     def put_back(self, request: Request) -> None:
-        """Add a request that had a row, and so arrived before all others of its priority that wait."""
+        """Add a preempted request before all others of its priority, which arrived later."""
         self.add(request)
         self._levels[request.priority].move_to_end(request, last=False)
 
     def remove(self, request: Request) -> bool:
-        """Remove a request; False when it does not wait."""
+        """Remove a request; return False if it is not in the queue."""
         level = self._levels.get(request.priority)
         if level is None or request not in level:
             return False

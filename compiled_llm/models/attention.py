@@ -125,13 +125,7 @@ def attention_forward(
             "attention with an explicit attention_mask is not supported: only causal masks and "
             "windows are"
         )
-    if dropout:
-        raise UnsupportedModelError(
-            f"attention dropout of {dropout} is not supported: put the model in eval mode"
-        )
-    for name, given in kwargs.items():
-        if given is not None and name not in _REDUNDANT:
-            raise UnsupportedModelError(f"attention argument {name!r} is not supported")
+    _check_arguments(dropout, kwargs)
     if CURRENT.attention is None:
         raise RuntimeError(
             "this model's attention belongs to a CompiledLLM: call the model through that, or "
@@ -146,6 +140,16 @@ def attention_forward(
         is_causal=reach is not None or is_declared_causal,
     )
     return CURRENT.attention(module, query, key, value, call), None
+
+
+def _check_arguments(dropout: float, others: dict[str, object]) -> None:
+    if dropout:
+        raise UnsupportedModelError(
+            f"attention dropout of {dropout} is not supported: put the model in eval mode"
+        )
+    for name, given in others.items():
+        if given is not None and name not in _REDUNDANT:
+            raise UnsupportedModelError(f"attention argument {name!r} is not supported")
 
 
 # No mask function is registered under the first name, so transformers builds no mask for it.

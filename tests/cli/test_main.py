@@ -56,7 +56,7 @@ from compiled_llm.cli import main as cli
         ("explain {dir} {dir}", "{dir} has no complete manifest"),
         ("buckets suggest {dir}/none", "{dir}/none has no record of traffic"),
         ("exlain", "No such command 'exlain'"),
-        ("bench latency --batch=x", "--batch 'x': expected positive numbers with commas"),
+        ("bench latency --batch=x", "--batch 'x': expected positive numbers separated by commas"),
         ("bench latency --rounds=x", "Invalid value for '--rounds'"),
         ("bench latency --config {dir}", "config file {dir} cannot be read: Is a directory"),
     ],

@@ -84,7 +84,7 @@ def test_bytes_that_are_not_utf8_and_files_without_prompts_are_refused(
     [
         (
             {"prompt": "x" * 200},
-            "the prompt has 202 tokens, which limits.max_model_len=128 leaves no answer to",
+            "the prompt has 202 tokens, and limits.max_model_len=128 leaves no room for output",
         ),
         ({"prompt": [259]}, "token id 259 is out of range"),
         (

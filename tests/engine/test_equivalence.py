@@ -1,4 +1,4 @@
-"""Two hundred requests that come, go, share and make room for each other give, each, what they give alone."""
+"""Requests that arrive, leave, share and are preempted generate what each generates alone."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -62,14 +62,14 @@ def test_tokens_do_not_depend_on_what_else_runs(llm: CompiledLLM) -> None:
     for number in plain[:20]:
         assert alone[number].token_ids == reference(cases[number].prompt, alone[number].max_tokens)
 
-    free, stats = llm.engine.cache.num_free, llm.report().scheduling
+    free, stats = llm.engine.cache.num_free_blocks, llm.report().scheduling
     for arranged in (cases, rearranged(cases, 1)):
         llm.reset_prefix_cache()
         before = replace(stats)
         together = run_together(llm, arranged)
         for case, expected, request in zip(arranged, alone, together, strict=True):
             _check(case, expected, request)
-        assert llm.engine.cache.num_free == free
+        assert llm.engine.cache.num_free_blocks == free
         assert stats.preemptions >= before.preemptions + 5
         assert stats.cached_tokens > before.cached_tokens + 500
     assert not llm.report().fallbacks
@@ -77,29 +77,29 @@ def test_tokens_do_not_depend_on_what_else_runs(llm: CompiledLLM) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])
 def test_windows_let_go_of_pages_and_nothing_else_changes(family: str) -> None:
-    """Hybrid and all-window models, in caches too small for all rows, eagerly."""
+    """Run hybrid and all-window models in caches too small for all rows, eagerly."""
     model = tiny_model(family, max_position_embeddings=1024)
     config = small_config(limits=LIMITS, compile={"dispatch": "eager"}, cache={"memory": "2MiB"})
     cases = random_cases(40, longest=300, max_tokens=24, seed=1)
     with CompiledLLM(model, None, config, progress=False) as llm:
-        free = llm.engine.cache.num_free
+        free = llm.engine.cache.num_free_blocks
         alone = [run_alone(llm, case) for case in cases]
         together = run_together(llm, cases)
-        assert llm.engine.cache.num_free == free
+        assert llm.engine.cache.num_free_blocks == free
     for expected, request in zip(alone, together, strict=True):
         if request.finish_reason != "abort":
             assert request.token_ids == expected.token_ids
 
 
 def test_a_window_of_pages_serves_sequences_of_any_length() -> None:
-    """All layers slide: the cache holds far fewer pages than the tokens of one sequence would need."""
+    """In a model whose layers all slide, a cache smaller than one sequence suffices."""
     model = tiny_model("phi3", max_position_embeddings=1024)
     config = small_config(
         limits={"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 640},
         compile={"dispatch": "eager"},
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
-        (pages,) = llm.engine.cache.num_free
+        (pages,) = llm.engine.cache.num_free_blocks
         assert pages < 2 * 640 // 16 // 4
         (case,) = random_cases(
             1,
@@ -121,7 +121,7 @@ def test_ten_thousand_tiny_requests_leave_nothing_behind() -> None:
         compile={"dispatch": "eager"},
     )
     with CompiledLLM(model, None, config, progress=False) as llm:
-        free, process = llm.engine.cache.num_free, psutil.Process()
+        free, process = llm.engine.cache.num_free_blocks, psutil.Process()
 
         def run(count: int, seed: int) -> int:
             cases = random_cases(
@@ -133,7 +133,7 @@ def test_ten_thousand_tiny_requests_leave_nothing_behind() -> None:
             )
             outputs = llm.generate([case.prompt for case in cases], [case.params for case in cases])
             assert all(1 <= len(output.outputs[0].token_ids) <= 2 for output in outputs)
-            assert llm.engine.cache.num_free == free
+            assert llm.engine.cache.num_free_blocks == free
             return int(process.memory_info().rss)
 
         run(1000, 0)

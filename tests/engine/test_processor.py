@@ -1,34 +1,18 @@
-"""Prompts to requests and back: what is refused before it costs anything, and what an output costs."""
+"""Conversion of prompts to requests, and the construction of outputs."""
 
 from typing import Any
 
 import pytest
 
 from compiled_llm import SamplingParams
-from compiled_llm.engine.processor import RequestGroup, RequestProcessor
-from compiled_llm.outputs import Beginning, CompletionOutput, Logprob
-
-
-class Letters:
-    """A tokenizer of 26 tokens, which raises what sentencepiece does for others; it keeps what it was given."""
-
-    chat_template, eos_token_id = None, None
-
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        self.lengths.append(len(text))
-        return {"input_ids": [ord(character) % 26 for character in text if character != " "]}
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        if any(token >= 26 for token in ids):
-            raise IndexError("piece id is out of range.")
-        return "".join(chr(97 + token) for token in ids)
+from compiled_llm.engine.output_builder import OutputBuilder, RequestGroup
+from compiled_llm.engine.processor import RequestProcessor
+from compiled_llm.outputs import CompletionOutput, ListPrefix, Logprob
+from tests.helpers.letters import Letters
 
 
 class Broken(Letters):
-    """Raises something else."""
+    """Tokenizer whose `decode` raises."""
 
     def decode(self, ids: list[int], **_: object) -> str:
         raise ValueError("no text today")
@@ -45,12 +29,12 @@ class Panicking(Letters):
         return super().decode(ids)
 
 
-def jobs_of(tokenizer: Any, max_model_len: int = 8) -> RequestProcessor:
+def processor_of(tokenizer: Any, max_model_len: int = 8) -> RequestProcessor:
     return RequestProcessor(tokenizer, None, max_model_len=max_model_len)
 
 
-def finish(job: RequestGroup, token_ids: list[int]) -> None:
-    for request in job.requests:
+def finish(group: RequestGroup, token_ids: list[int]) -> None:
+    for request in group.requests:
         request.token_ids, request.finish_reason = token_ids, "length"
 
 
@@ -58,15 +42,19 @@ def test_a_text_that_is_far_too_long_is_refused_by_its_beginning() -> None:
     letters = Letters()
     with pytest.raises(
         ValueError,
-        match=r"the prompt has 10000000 characters, and its first 128 are 128 tokens already, which ",
+        match=r"the prompt has 10000000 characters, and its first 128 are 128 tokens already; ",
     ):
-        jobs_of(letters).make("a" * 10_000_000)
+        processor_of(letters).process("a" * 10_000_000)
     assert letters.lengths == [128]
 
 
 def test_a_text_of_few_tokens_is_tokenised_whatever_its_length() -> None:
     letters = Letters()
-    assert jobs_of(letters).make(" " * 100_000 + "abc").requests[0].prompt_token_ids == [19, 20, 21]
+    assert processor_of(letters).process(" " * 100_000 + "abc").requests[0].prompt_token_ids == [
+        19,
+        20,
+        21,
+    ]
     assert sum(letters.lengths) < 2 * 100_003
 
 
@@ -76,11 +64,11 @@ def test_more_completions_than_any_engine_takes_are_refused() -> None:
 
 
 def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
-    jobs = jobs_of(Letters())
-    assert [jobs.decode_token(token) for token in (3, 26, 999)] == ["d", "", ""]
-    job = jobs.make([4, 99, 5])
-    finish(job, [1, 50, 2, 99, 3])
-    output = jobs.output(job).outputs[0]
+    outputs = OutputBuilder(Letters())  # type: ignore[arg-type]
+    assert [outputs.decode_token(token) for token in (3, 26, 999)] == ["d", "", ""]
+    group = processor_of(Letters()).process([4, 99, 5])
+    finish(group, [1, 50, 2, 99, 3])
+    output = outputs.build(group).outputs[0]
     assert (output.text, output.token_ids, output.error) == ("bcd", [1, 50, 2, 99, 3], None)
 
 
@@ -92,17 +80,16 @@ def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
     ],
 )
 def test_a_tokenizer_that_fails_ends_the_request_with_an_error(tokenizer: Any, error: str) -> None:
-    jobs = jobs_of(tokenizer)
-    job = jobs.make([4])
-    finish(job, [1, 7])
-    output = jobs.output(job).outputs[0]
+    outputs, group = OutputBuilder(tokenizer), processor_of(tokenizer).process([4])
+    finish(group, [1, 7])
+    output = outputs.build(group).outputs[0]
     assert (output.finish_reason, output.error) == ("error", error)
     with pytest.raises((ValueError, RuntimeError)):
-        jobs.decode_token(7)
+        outputs.decode_token(7)
 
 
 class CountingList(list[Any]):
-    """Counts the items that are copied out of it."""
+    """List that counts the items copied out of it."""
 
     copied = 0
 
@@ -117,16 +104,16 @@ class CountingList(list[Any]):
 
 
 def test_an_output_that_is_not_read_copies_no_tokens() -> None:
-    job = jobs_of(None, max_model_len=10_000).make(
+    group = processor_of(None, max_model_len=10_000).process(
         list(range(5000)), SamplingParams(logprobs=1), streaming=True
     )
-    jobs, request = jobs_of(None), job.requests[0]
+    builder, request = OutputBuilder(None), group.requests[0]
     request.prompt_token_ids, request.token_ids, request.logprobs = (
         CountingList(range(n)) for n in (5000, 3000, 3000)
     )
     outputs = []
     for token in range(10):
-        outputs.append(jobs.output(job))
+        outputs.append(builder.build(group))
         request.token_ids.append(token)
         request.logprobs.append({})
     assert CountingList.copied == 0
@@ -147,8 +134,8 @@ def test_outputs_compare_and_print_as_what_they_hold() -> None:
     lazy = CompletionOutput(
         index=0,
         text="a",
-        token_ids=Beginning([1, 2, 3], 2),
-        logprobs=Beginning(logprobs, 1),
+        token_ids=ListPrefix([1, 2, 3], 2),
+        logprobs=ListPrefix(logprobs, 1),
         finish_reason=None,
     )
     plain = CompletionOutput(

@@ -1,4 +1,4 @@
-"""Sampling parameters: what is refused, what is kept, which sampler serves them."""
+"""Sampling parameters: validation, normalization, and the sampler that serves them."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig, MinPLogitsWarper
 
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.request_checks import check
+from compiled_llm.engine.request_validation import validate
 from compiled_llm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, "hot", True, None, 10**400]
@@ -76,15 +76,15 @@ def test_bad_combinations_are_refused() -> None:
 
 
 def _check(stop: set[int], words: list[list[int]], **params: Any) -> None:
-    """Check a request of the prompt 5, 6, in a vocabulary of 8 tokens, whose bad words are already token ids."""
+    """Validate a request of the prompt 5, 6 in a vocabulary of 8 tokens."""
     request = Request(
         prompt_token_ids=[5, 6],
-        params=SamplingParams(**params),
+        sampling_params=SamplingParams(**params),
         stop_token_ids=frozenset(stop),
         bad_words=words,
         max_tokens=4,
     )
-    check(request, vocab_size=8, max_model_len=16)
+    validate(request, vocab_size=8, max_model_len=16)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Exceptions raised at chosen points of a call: after any number of lines of this package, or in the n-th call of a function."""
+"""Exceptions raised at chosen points: before any line, or in any call of a function."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ _ROOT = str(Path(compiled_llm.__file__).parent)
 
 
 class LineCounter:
-    """A trace function that counts the lines of the package that are executed, and raises when a given number is reached.
+    """Trace function that counts executed lines of the package, and raises at one of them.
 
     Args:
-        at: the line, counted from 0, before which to raise; None to count alone.
-        error: what to raise, as the interpreter raises KeyboardInterrupt between any two instructions.
+        at: the line, counted from 0, before which to raise; None to count only.
+        error: the exception; the interpreter may raise KeyboardInterrupt at any instruction.
     """
 
     def __init__(self, at: int | None, error: type[BaseException] = KeyboardInterrupt) -> None:
@@ -55,7 +55,10 @@ class LineCounter:
 def failing_call(
     owner: Any, name: str, number: int, error: type[BaseException], *, after: bool = False
 ) -> Iterator[list[int]]:
-    """Raise in the n-th call of an attribute, counted from 0, before it runs or after it has run; yields the number of calls."""
+    """Raise in the n-th call of an attribute, counted from 0, before or after it runs.
+
+    Yields a list whose item is the number of calls.
+    """
     original: Callable[..., Any] = getattr(owner, name)
     calls = [0]
 

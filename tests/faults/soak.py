@@ -1,10 +1,11 @@
-"""Three engines in one process, for as long as wanted: every answer is compared with what the request gives alone.
+"""Soak test of three engines in one process; each output is compared with that of a lone request.
 
     python -m tests.faults.soak [--minutes 10] [--seed 0]
 
-Two asynchronous engines serve random requests that share prompts, make room for each other and are withdrawn, while they
-compile and capture their buckets lazily; both are closed and started anew now and then. At the same time a synchronous engine is
-interrupted, as by Ctrl-C, at random moments. Exits with 1 at the first wrong token, lost page or request without an end.
+Two asynchronous engines serve random requests that share prompts, are preempted and are aborted,
+while they compile and capture their buckets lazily; both are closed and restarted repeatedly. At
+the same time a synchronous engine is interrupted, as by Ctrl-C, at random moments. The exit status
+is 1 at the first wrong token, lost block or request that does not end.
 """
 
 import argparse
@@ -38,7 +39,7 @@ LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 128}
 
 @dataclass(slots=True)
 class Soak:
-    """What all threads share: when to stop, what was done, and what went wrong."""
+    """Deadline, counters and failures, shared by all threads."""
 
     deadline: float
     counts: Counter[str] = field(default_factory=Counter)
@@ -54,7 +55,7 @@ class Soak:
 
 
 def lazy_config() -> Config:
-    """Two sequences beyond one fit, so that requests are preempted."""
+    """Return a config whose cache is too small for all rows, so that requests are preempted."""
     return small_config(
         limits=LIMITS,
         cache={"memory": 20 * 16 * 2 * 2 * 2 * 32 * 4},
@@ -64,7 +65,7 @@ def lazy_config() -> Config:
 
 
 def alone(model: PreTrainedModel, cases: list[Case]) -> list[tuple[list[int], str | None]]:
-    """What each request gives by itself, eagerly."""
+    """Return what each request generates alone, eagerly."""
     with CompiledLLM(
         model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False
     ) as llm:
@@ -80,13 +81,13 @@ async def serve(
     want: list[tuple[list[int], str | None]],
     seed: int,
 ) -> None:
-    """Lives of an asynchronous engine, one after another."""
+    """Start an asynchronous engine repeatedly, and serve random requests."""
     rng = random.Random(seed)
     while not soak.over:
         llm = await asyncio.to_thread(
             AsyncCompiledLLM, lambda: CompiledLLM(model, None, lazy_config(), progress=False)
         )
-        free = await llm.call(lambda engine: engine.engine.cache.num_free)
+        free = await llm.call(lambda engine: engine.engine.cache.num_free_blocks)
         for _ in range(ROUNDS_A_LIFE):
             if soak.over:
                 break
@@ -97,7 +98,7 @@ async def serve(
             ]
             await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE)
             await llm.call(lambda engine: engine.engine.cache.check())
-            now = await llm.call(lambda engine: engine.engine.cache.num_free)
+            now = await llm.call(lambda engine: engine.engine.cache.num_free_blocks)
             soak.check(now == free, f"{name}: {now} pages are free, expected {free}")
             soak.counts[f"{name} rounds"] += 1
         report = await llm.report()
@@ -116,9 +117,9 @@ async def one(
     want: tuple[list[int], str | None],
     chance: float,
 ) -> None:
-    """A request that arrives at some time, and in one case of five is withdrawn."""
+    """Run one request after a random delay; abort one in five."""
     await asyncio.sleep(0.2 * chance)
-    stream = await llm.add(case.prompt, case.params, streaming=chance < 0.5)
+    stream = await llm.add_request(case.prompt, case.params, streaming=chance < 0.5)
     if chance % 0.1 < 0.02:
         with suppress(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.05 * chance)
@@ -140,13 +141,13 @@ def interrupt(
     want: list[tuple[list[int], str | None]],
     seed: int,
 ) -> None:
-    """In the main thread, which alone gets signals: interrupted and whole calls of a synchronous engine, in turns."""
+    """Alternate interrupted and complete calls, in the main thread, which receives signals."""
     rng = random.Random(seed)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     with CompiledLLM(
         model, None, small_config(limits=LIMITS, compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        free, seconds = llm.engine.cache.num_free, 1.0
+        free, seconds = llm.engine.cache.num_free_blocks, 1.0
         while not soak.over:
             numbers = rng.sample(range(len(cases)), 6)
             began = time.monotonic()
@@ -164,7 +165,9 @@ def interrupt(
                 f"after an interrupt: {numbers} gave {found}",
             )
             llm.engine.cache.check()
-            soak.check(llm.engine.cache.num_free == free, "after an interrupt, pages are not free")
+            soak.check(
+                llm.engine.cache.num_free_blocks == free, "after an interrupt, pages are not free"
+            )
             soak.counts["calls"] += 1
 
 
@@ -176,7 +179,7 @@ def generate(llm: CompiledLLM, cases: list[Case]) -> list[tuple[list[int], str |
 
 
 def guarded(soak: Soak, name: str, work: Callable[[], None]) -> None:
-    """Run a thread's work; an exception is a failure, not a silence."""
+    """Run a thread's work, and record an exception as a failure."""
     try:
         work()
     except BaseException as error:
@@ -185,7 +188,7 @@ def guarded(soak: Soak, name: str, work: Callable[[], None]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Random requests, aborts, interrupts and lazy captures on three engines at once."
+        description="Random requests, aborts, interrupts and captures on three engines at once."
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)

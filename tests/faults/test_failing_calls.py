@@ -1,4 +1,4 @@
-"""Each external call of a step raises, once at each of its places in turn; afterwards tokens are right and no page is lost."""
+"""Each external call of a step raises once; afterwards tokens are right and no block is lost."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import torch
 
 from compiled_llm import AsyncCompiledLLM, CompiledLLM, SamplingParams
 from compiled_llm.engine.block_pool import BlockPool
+from compiled_llm.engine.engine_core import EngineCore
 from compiled_llm.errors import EngineBrokenError
 from compiled_llm.runtime.memory.allocation import Memory
 from compiled_llm.runtime.model_runner import ModelRunner
@@ -21,10 +22,10 @@ from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config
 
 pytestmark = pytest.mark.gpu
 
-# What a step calls outside of the engine: allocations, copies, launches, waits and reads.
+# Calls of a step outside of the engine: allocations, copies, launches, waits and reads.
 CALLS: dict[str, tuple[Any, str]] = {
     "pages": (BlockPool, "allocate"),
-    "shared pages": (BlockPool, "share"),
+    "shared pages": (BlockPool, "touch"),
     "copy of a decode batch": (StepBuffers, "stage_decode"),
     "copy of a prefill batch": (StepBuffers, "stage_prefill"),
     "pinned copy": (_StagingBuffer, "copy_to"),
@@ -50,10 +51,14 @@ def _leave_alone(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _params() -> list[SamplingParams]:
-    """All ways of a step: plain, with logprobs, with logprobs of the prompt, with a bias, with a processor."""
+    """Return parameters for each kind of step."""
     others: list[dict[str, Any]] = [
-        {}, {"logprobs": 1}, {"prompt_logprobs": 1}, {"logit_bias": {5: 0.0}}, {"logits_processors": [_leave_alone]}
-    ]  # fmt: skip
+        {},
+        {"logprobs": 1},
+        {"prompt_logprobs": 1},
+        {"logit_bias": {5: 0.0}},
+        {"logits_processors": [_leave_alone]},
+    ]
     return [SamplingParams(**{**PARAMS, **more}) for more in others]
 
 
@@ -81,7 +86,7 @@ def test_a_step_whose_call_fails(
     llm: CompiledLLM, want: list[list[int]], call: str, after: bool
 ) -> None:
     owner, name = CALLS[call]
-    free = llm.engine.cache.num_free
+    free = llm.engine.cache.num_free_blocks
     assert _tokens(llm) == want  # so that all runs below find the same blocks shared
     with failing_call(owner, name, -1, OSError) as calls:
         assert _tokens(llm) == want
@@ -94,17 +99,17 @@ def test_a_step_whose_call_fails(
             _tokens(llm)
         assert _tokens(llm) == want
         llm.engine.cache.check()
-        assert llm.engine.cache.num_free == free
+        assert llm.engine.cache.num_free_blocks == free
         assert not llm.engine.has_work
 
 
 def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
-    """It says so, ends what runs and what waits, and refuses everything but to be closed."""
+    """All requests end with an error, and further calls except `close` are refused."""
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        stream_job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add(stream_job.requests[0])
+        stream_job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(stream_job.requests[0])
         with (
             failing_call(DecodeStep, "forward", 0, RuntimeError),
             failing_call(Readback, "resynchronize", 0, RuntimeError),
@@ -125,14 +130,14 @@ def test_steps_that_fail_for_no_request_break_the_engine() -> None:
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        job = llm.jobs.make(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add(job.requests[0])
+        job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(job.requests[0])
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(type(llm.engine), "_expire", _raise)
+            patched.setattr(EngineCore, "_abort_overdue", _raise)
             for _ in range(4):
                 with pytest.raises(ZeroDivisionError):
                     llm.engine.step()
-            with pytest.raises(EngineBrokenError, match="its steps fail although nothing runs"):
+            with pytest.raises(EngineBrokenError, match="its steps fail although no request runs"):
                 llm.engine.step()
         assert job.requests[0].finish_reason == "error"
 
@@ -148,12 +153,14 @@ def _raise(*_: object) -> None:
 def test_an_asynchronous_engine_outlives_a_step(
     owner: Any, name: str, error: type[BaseException], want: list[list[int]]
 ) -> None:
-    """Whoever ran in it is told; the others, and those who come after, get their tokens; nobody waits for ever."""
+    """Requests of the failed step end with an error; all others get their tokens."""
 
     async def one(
         llm: AsyncCompiledLLM, prompt: list[int]
     ) -> tuple[list[int], str | None, str | None]:
-        *_, last = [output async for output in await llm.add(prompt, SamplingParams(**PARAMS))]
+        *_, last = [
+            output async for output in await llm.add_request(prompt, SamplingParams(**PARAMS))
+        ]
         done = last.outputs[0]
         return done.token_ids, done.finish_reason, done.error
 
@@ -222,9 +229,9 @@ def test_an_engine_is_not_called_from_within_a_step(
 def test_an_abort_from_within_a_step_waits_for_its_end(
     llm: CompiledLLM, want: list[list[int]]
 ) -> None:
-    """A finalizer may run in the middle of anything."""
-    other = llm.jobs.make(PROMPTS[0], SamplingParams(**PARAMS))
-    llm.engine.add(other.requests[0])
+    """A finalizer may abort a request at any point of a step."""
+    other = llm._runner.processor.process(PROMPTS[0], SamplingParams(**PARAMS))
+    llm.engine.add_request(other.requests[0])
 
     def withdraw(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         llm.engine.abort(other.requests[0])

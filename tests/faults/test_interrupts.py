@@ -1,4 +1,4 @@
-"""An interrupt before any line of a call leaves an engine whose next answers are right, with all of its pages free."""
+"""After an interrupt at any line of a call, outputs are right and all blocks are free."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ import pytest
 from compiled_llm import CompiledLLM, SamplingParams
 from compiled_llm.config.schema import Config
 from compiled_llm.engine.engine import Engine
-from compiled_llm.engine.processor import RequestGroup
+from compiled_llm.engine.output_builder import RequestGroup
 from compiled_llm.engine.request import Request
-from compiled_llm.running import run
+from compiled_llm.engine.run import run_to_completion
 from compiled_llm.runtime.limits import Limits
 from compiled_llm.runtime.memory.kv_cache import KVCacheGroup
 from passes.attention_reach import FULL, AttentionReach
 from tests.faults.injection import LineCounter
-from tests.helpers.simulated import VOCAB_SIZE, SimulatedRuntime
+from tests.helpers.simulated import VOCAB_SIZE, SimulatedModelRunner
 from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -25,20 +25,20 @@ NUM_PAGES = 24
 
 
 def _simulated() -> Engine:
-    """Three rows, pages for fewer than three sequences of full length, sharing, a window beside full attention."""
+    """Return an engine of three rows with too few blocks, prefix caching and a window."""
     groups = [
         KVCacheGroup(reach=FULL, layers=(0,), num_pages=NUM_PAGES),
         KVCacheGroup(reach=AttentionReach.sliding(24), layers=(1,), num_pages=NUM_PAGES),
     ]
     limits = Limits(max_num_seqs=3, max_num_batched_tokens=32, max_model_len=160)
-    model_runner = SimulatedRuntime(
+    model_runner = SimulatedModelRunner(
         groups, limits, block_size=16, prefill_sizes=[8, 32], apart=True, sharing=True
     )
     return Engine(model_runner, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
 
 
 def _jobs() -> list[RequestGroup]:
-    """Shared prompts, greedy and penalised, with stop tokens banned for a while, and logprobs of prompts."""
+    """Return requests that share a prefix, with different sampling parameters."""
     beginning = [1 + number % 20 for number in range(40)]
     jobs = []
     for number in range(6):
@@ -53,7 +53,7 @@ def _jobs() -> list[RequestGroup]:
                 requests=[
                     Request(
                         prompt_token_ids=prompt,
-                        params=params,
+                        sampling_params=params,
                         seed=number,
                         max_tokens=30,
                         stop_token_ids=stops,
@@ -66,28 +66,28 @@ def _jobs() -> list[RequestGroup]:
 
 def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
     jobs = _jobs()
-    for _ in run(engine, jobs):
+    for _ in run_to_completion(engine, jobs):
         pass
     return [(job.requests[0].token_ids, job.requests[0].finish_reason) for job in jobs]
 
 
 def _places(total: int, count: int, seed: int) -> Iterator[int]:
-    """Some of the lines, spread over all of them."""
+    """Return some of the lines, spread over all of them."""
     rng = random.Random(seed)
     return (min(total - 1, int((number + rng.random()) * total / count)) for number in range(count))
 
 
 def _check_idle(engine: Engine, free: list[int]) -> None:
     engine.cache.check()
-    assert engine.cache.num_free == free
+    assert engine.cache.num_free_blocks == free
     assert not engine.has_work
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_the_simulated_engine(error: type[BaseException]) -> None:
-    """Six requests on three rows; about 400 of the lines that they take, in all modules of the engine."""
+    """Interrupt six requests on three rows at about 400 lines, in all modules of the engine."""
     engine = _simulated()
-    free = engine.cache.num_free
+    free = engine.cache.num_free_blocks
     with LineCounter(None) as lines:
         want = _tokens(engine)
     assert lines.count > 2000
@@ -120,7 +120,7 @@ def _check_model(config: Config, count: int) -> None:
     prompts = [prompt_of(17 + 7 * number, number) for number in range(6)]
     want = [reference(prompt, 12) for prompt in prompts]
     with CompiledLLM(model, None, config, progress=False) as llm:
-        free = llm.engine.cache.num_free
+        free = llm.engine.cache.num_free_blocks
         with LineCounter(None) as lines:
             assert greedy(llm, prompts, 12) == want
         for at in _places(lines.count, count, seed=1):

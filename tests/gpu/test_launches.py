@@ -35,11 +35,11 @@ def _launches(run) -> Counter[str]:  # type: ignore[no-untyped-def]
 def _add(llm: CompiledLLM, lengths: list[int], **params: Any) -> list[Request]:
     wanted = SamplingParams(**{"temperature": 0, "max_tokens": 60, "ignore_eos": True, **params})
     requests = [
-        Request(prompt_token_ids=prompt_of(length), params=wanted, max_tokens=60, seed=7)
+        Request(prompt_token_ids=prompt_of(length), sampling_params=wanted, max_tokens=60, seed=7)
         for length in lengths
     ]
     for request in requests:
-        llm.engine.add(request)
+        llm.engine.add_request(request)
     return requests
 
 
@@ -116,8 +116,8 @@ def test_the_host_runs_ahead_of_the_device() -> None:
         before = llm.report().scheduling.steps
         torch.cuda._sleep(200_000_000)  # about 0.1 s on the device
         began = time.perf_counter()
-        plan = llm.engine._plan()
-        llm.engine._launch(plan)
+        plan = llm.engine._core.schedule()
+        llm.engine._core.launch(plan)
         assert time.perf_counter() - began < 0.03
         assert llm.report().scheduling.steps == before + 1
 

@@ -1,4 +1,4 @@
-"""Random requests that arrive, and are withdrawn, at random steps."""
+"""Random requests that arrive and are aborted at random steps."""
 
 import random
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from compiled_llm import CompiledLLM, SamplingParams
-from compiled_llm.engine.processor import RequestGroup
+from compiled_llm.engine.output_builder import RequestGroup
 from compiled_llm.engine.request import Request
-from compiled_llm.running import run
+from compiled_llm.engine.run import run_to_completion
 from tests.helpers.tiny_models import VOCAB_SIZE
 
 
 def prefer_even(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """A logits processor that depends on the last token."""
+    """Logits processor that depends on the last token."""
     bonus = (torch.arange(logits.shape[1], device=logits.device) + ids[0, -1]) % 2
     return logits + bonus
 
@@ -36,7 +36,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A prompt and params; the step at which it arrives, and how many steps later it is withdrawn, if ever."""
+    """A prompt, the step at which it arrives, and after how many steps it is aborted, if at all."""
 
     prompt: list[int]
     params: SamplingParams
@@ -52,7 +52,10 @@ def random_cases(
     seed: int = 0,
     samplings: Sequence[dict[str, Any]] = SAMPLINGS,
 ) -> list[Case]:
-    """Prompts of 1 to `longest` tokens, a third of them with a shared beginning, arriving over many steps; a tenth is aborted."""
+    """Return prompts of 1 to `longest` tokens that arrive over many steps.
+
+    A third of them share a prefix, and a tenth is aborted.
+    """
     rng = random.Random(seed)
     beginnings = [[rng.randrange(3, VOCAB_SIZE) for _ in range(longest)] for _ in range(3)]
     cases = []
@@ -75,7 +78,7 @@ def random_cases(
 
 
 def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
-    """The same requests in another order of arrival, with other ones withdrawn."""
+    """Return the same requests in another order of arrival, with other ones aborted."""
     rng = random.Random(seed)
     aborts = [rng.randint(0, 30) if rng.random() < 0.1 else None for _ in cases]
     return [
@@ -85,15 +88,15 @@ def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
 
 
 def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
-    """Each case's request after all have ended, in the cases' order."""
+    """Run all cases, and return their requests in order."""
     jobs: dict[int, RequestGroup] = {}
     step = 0
     while len(jobs) < len(cases) or llm.engine.has_work:
         for number, case in enumerate(cases):
             if number not in jobs and case.arrival <= step:
-                jobs[number] = llm._jobs.make(case.prompt, case.params)
-                llm.engine.check(jobs[number].requests[0])
-                llm.engine.add(jobs[number].requests[0])
+                jobs[number] = llm._runner.processor.process(case.prompt, case.params)
+                llm.engine.validate(jobs[number].requests[0])
+                llm.engine.add_request(jobs[number].requests[0])
             if (
                 number in jobs
                 and case.abort_after is not None
@@ -108,9 +111,9 @@ def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
 
 
 def run_alone(llm: CompiledLLM, case: Case) -> Request:
-    """The case's request when nothing else runs, and nothing is shared with what ran."""
+    """Run a case alone, without cached blocks, and return its request."""
     llm.reset_prefix_cache()
-    (job,) = llm._make_jobs([case.prompt], case.params, None, streaming=False)
-    for _ in run(llm.engine, [job]):
+    (job,) = llm._runner.make_groups([case.prompt], case.params, None, streaming=False)
+    for _ in run_to_completion(llm.engine, [job]):
         pass
     return job.requests[0]

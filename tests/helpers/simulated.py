@@ -1,7 +1,7 @@
-"""A runtime without a model: each token is a function of those before it, and the caches hold what the steps wrote.
+"""Simulated model runner: each token is a function of those before it.
 
-It knows batches and nothing of the engine, keeps the state that the device keeps, and asserts what a step may rely on: above
-all that each query sees, through its row's table, exactly the tokens of its own sequence.
+It keeps the state that the device keeps, and asserts what a step relies on: above all, that each
+query attends, through its row's block table, to exactly the tokens of its own sequence.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ _SEED, _TEMPERATURE, _FLAGS = map(SamplingTensors._fields.index, ("seed", "tempe
 
 
 class Sequences:
-    """All sequences met so far, each with a number; 0 is the empty one."""
+    """All sequences so far, each with a number; 0 is the empty one."""
 
     def __init__(self) -> None:
         self._longer: dict[tuple[int, int], int] = {}
@@ -47,7 +47,7 @@ class Sequences:
         return sequence
 
     def path(self, sequence: int) -> NDArray[np.int64]:
-        """The numbers of its beginnings: of one token, of two, and so on, up to itself."""
+        """Return the numbers of its prefixes, from one token up to the sequence itself."""
         return self._paths[sequence]
 
     def recent(self, sequence: int) -> list[int]:
@@ -55,14 +55,14 @@ class Sequences:
         return [-1] * (RECENT - len(tokens)) + tokens
 
     def draw(self, sequence: int, seed: int, banned: Collection[int] = ()) -> int:
-        """The token that follows."""
+        """Return the token that follows."""
         drawn = (
             (hash((self._hashes[sequence], seed, number)) >> 7) % VOCAB_SIZE for number in count()
         )
         return next(token for token in drawn if token not in banned)
 
 
-class SimulatedRuntime:
+class SimulatedModelRunner:
     """Stands in for `ModelRunner`: R rows, G groups of pages, N pages a row at most.
 
     Attributes:
@@ -106,19 +106,20 @@ class SimulatedRuntime:
         self._scored: list[int] = []
 
     def check_owner(self) -> None:
-        """Tests have one thread."""
+        """Accept any thread."""
 
     def check_samplers(self, sampler: str, *, scoring: bool) -> None:
-        """All are served."""
+        """Accept any sampler."""
 
     def recover(self) -> None:
-        """Steps are counted once they have run."""
+        """Do nothing: steps are counted after they have run."""
 
     def maybe_capture(self, *, prompts_pending: bool, steps_in_flight: bool) -> bool:
+        """Return False: there is no bucket to capture."""
         return False
 
     def check_model(self) -> None:
-        """Nothing can change here."""
+        """Do nothing: there is no model."""
 
     def decode(self, batch: DecodeBatch) -> StepHandle:
         assert self.separate_decode
@@ -168,7 +169,7 @@ class SimulatedRuntime:
         return self._ring[ticket.step].copy()
 
     def prompt_logprobs(self, num_tokens: int) -> Logprobs:
-        """The "logprob" of what follows a sequence is the sequence's number."""
+        """Return as logprob of the token after a sequence the number of the sequence."""
         values = np.zeros((num_tokens, 1 + MAX_LOGPROBS), np.float32)
         values[:, 0] = self._scored
         return Logprobs(values, np.ones_like(values, np.int64))
@@ -185,7 +186,7 @@ class SimulatedRuntime:
         return int(self._tokens[row]), None
 
     def _compute(self, rows: list[int], pieces: list[list[int]], ends: list[int]) -> list[int]:
-        """All tokens are written before any is read, as in each layer of a model. Gives each token's sequence."""
+        """Write all tokens before any is read, and return each token's sequence."""
         assert len(set(rows)) == len(rows) <= self.limits.max_num_seqs
         computed: list[int] = []
         for row, piece, end in zip(rows, pieces, ends, strict=True):
@@ -206,7 +207,7 @@ class SimulatedRuntime:
         return computed
 
     def _sample(self, rows: list[int], wanted: list[int], sampler: str) -> StepHandle:
-        """Draw a token in each row; of those that are not wanted, nobody may read it."""
+        """Sample a token in each row; only those of `wanted` rows may be read."""
         ring = np.full(len(self._tokens), -1, np.int64)
         for row in rows:
             external = self._params[row, _FLAGS] & _EXTERNAL

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, and what transformers itself generates with them."""
+"""Tiny random models of several families, and what transformers generates with them."""
 
 import copy
 from collections.abc import Sequence
@@ -14,10 +14,19 @@ from tests.conftest import DEVICE
 
 VOCAB_SIZE = 160
 _COMMON = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 _ALTERNATING = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -43,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A random float32 model of two layers."""
+    """Return a random float32 model of two layers."""
     values = {**_COMMON, **FAMILIES[family], **changes}
     if family == "gpt2":
         values = {
@@ -59,7 +68,7 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
 
 
 class Reference:
-    """transformers' own greedy generation, with eager attention, one prompt at a time."""
+    """Greedy generation by transformers, with eager attention, one prompt at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = copy.deepcopy(model)
@@ -74,7 +83,7 @@ class Reference:
 
 
 def small_config(**changes: Any) -> Config:
-    """Few and small buckets, greedy unless told otherwise: 4 sequences, 48 tokens a step, 128 a sequence."""
+    """Return a config of few small buckets: 4 sequences, 48 tokens a step, 128 of a sequence."""
     buckets = {"decode": [2], "prefill": [16], "samplers": ["greedy"], **changes.pop("buckets", {})}
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 128}
     compiling = {"artifact": "off", **changes.pop("compile", {})}
@@ -92,7 +101,7 @@ def greedy(llm: CompiledLLM, prompts: Sequence[Sequence[int]], num_tokens: int) 
 
 
 def check_matches(report: Report) -> None:
-    """Every pass matched what it must, and two take what there is."""
+    """Assert that every pass with an expected number of matches found them."""
     found = [graph_pass for bucket in report.buckets for graph_pass in bucket.passes]
     assert all(
         p.matches == p.expected or p.name in ("hoist_step_invariants", "fuse_skinny_linear")
@@ -101,7 +110,7 @@ def check_matches(report: Report) -> None:
 
 
 def poison(llm: CompiledLLM) -> None:
-    """Fill every page with NaN; to be called while no request runs, so that all of them are free or trash."""
+    """Fill the KV cache with NaN. No request may run, so that no block is in use."""
     llm.reset_prefix_cache()
     for cache in llm.model_runner.memory.caches:
         cache.k.fill_(float("nan"))

@@ -60,7 +60,7 @@ def test_an_engine_is_replaced_and_collected(in_thread: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("phase", ["examine", "merged", "ModelRunner", "_facts"])
+@pytest.mark.parametrize("phase", ["examine_model", "packed_weights", "ModelRunner", "_facts"])
 def test_a_start_that_fails_restores_the_model(
     phase: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ async def _start(model: PreTrainedModel, config: Config) -> AsyncCompiledLLM:
 
 async def _complete(llm: AsyncCompiledLLM, prompt: Sequence[int], num_tokens: int) -> list[int]:
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    async with await llm.add(list(prompt), params, streaming=False) as outputs:
+    async with await llm.add_request(list(prompt), params, streaming=False) as outputs:
         (output,) = [output async for output in outputs]
     return output.outputs[0].token_ids
 

@@ -12,7 +12,6 @@ from compiled_llm.models.discovery import (
     discover_attention_layers,
     examine_model,
 )
-from compiled_llm.models.token_independence import check_token_independence
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 
 
@@ -110,19 +109,6 @@ def test_windows_are_found_in_masks() -> None:
         model = _model(kind, **changes)
         with attention_routed(model):
             assert [layer.reach.encode() for layer in discover_attention_layers(model)] == windows
-
-
-def test_tokens_must_interact_in_attention_alone() -> None:
-    """Logits reveal attention outside the interface and positions inferred by the model."""
-    mixed = _model("gptj", n_embd=32, n_head=4, n_layer=2, rotary_dim=4)
-    with (
-        pytest.raises(UnsupportedModelError, match="gptj: its tokens interact outside"),
-        attention_routed(mixed),
-    ):
-        check_token_independence(mixed, 128)
-    model = tiny_model("llama")
-    with attention_routed(model):
-        check_token_independence(model, 128)
 
 
 def test_unknown_attention_arguments_are_refused_by_name() -> None:

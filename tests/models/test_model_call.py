@@ -1,10 +1,13 @@
 """Tests of calls with a position per token, for models that accept or infer positions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from compiled_llm.models.attention import CURRENT
+from compiled_llm.models.attention import CURRENT, AttentionCall
 from compiled_llm.models.attention_routing import attention_routed
 from compiled_llm.models.model_call import ModelCall
 from tests.conftest import DEVICE
@@ -26,7 +29,9 @@ def _bart() -> torch.nn.Module:
 @pytest.mark.parametrize(
     "make", [_bart, lambda: tiny_model("llama")], ids=["counts positions", "takes positions"]
 )
-def test_logits_depend_on_a_tokens_position_and_not_on_its_index(make) -> None:  # type: ignore[no-untyped-def]
+def test_logits_depend_on_a_tokens_position_and_not_on_its_index(
+    make: Callable[[], PreTrainedModel],
+) -> None:
     model = make()
     ids, rows = (
         torch.tensor([11, 12, 13], device=DEVICE),
@@ -35,7 +40,8 @@ def test_logits_depend_on_a_tokens_position_and_not_on_its_index(make) -> None: 
     forward = ModelCall(model)
     seen: list[torch.Tensor] = []
 
-    def attend(module, q, k, v, call):  # type: ignore[no-untyped-def]  # a sum of what a token brings, by its place
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """Return each token's query plus its key."""
         seen.append(k)
         return (q + k.repeat_interleave(q.shape[1] // k.shape[1], 1)).transpose(1, 2).contiguous()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compiled_llm import CompiledLLM
 from compiled_llm.config.loader import parse_config
-from compiled_llm.config.schema import CacheConfig
+from compiled_llm.config.schema import CacheConfig, Sampler
 from compiled_llm.models.discovery import AttentionLayer
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.runtime.buckets import Bucket, make_buckets
@@ -28,8 +28,8 @@ from tests.helpers.tiny_models import Reference, greedy, prompt_of, small_config
 MIB = 2**20
 
 
-def _decode(*sizes: int, samplers: tuple[str, ...] = ("greedy",)) -> list[Bucket]:
-    return make_buckets("decode", list(sizes), samplers, limit=max(sizes), growth=2)  # type: ignore[arg-type]
+def _decode(*sizes: int, samplers: tuple[Sampler, ...] = ("greedy",)) -> list[Bucket]:
+    return make_buckets("decode", list(sizes), samplers, limit=max(sizes), growth=2)
 
 
 @settings(deadline=None)

@@ -63,7 +63,7 @@ def test_the_most_needed_bucket_is_built_first_and_steps_get_as_much_time() -> N
 
 
 def test_strict_and_lazy_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"compile\.capture=lazy begins with them"):
+    with pytest.raises(ValueError, match=r"with compile\.capture=lazy the first steps are eager"):
         parse_config({"strict": True, **LAZY})
 
 
@@ -157,7 +157,7 @@ def test_an_idle_engine_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: CompiledLLM(tiny_model("llama"), None, config, progress=False)
         )
         try:
-            stream = await llm.add(prompt_of(9), params, streaming=False)
+            stream = await llm.add_request(prompt_of(9), params, streaming=False)
             async for output in stream:
                 assert len(output.outputs[0].token_ids) == 4
             while await llm.call(lambda engine: engine.model_runner.capture_pending):
@@ -220,8 +220,8 @@ def test_a_capture_delays_no_token_that_is_ready(
     with CompiledLLM(tiny_model("llama"), None, config, progress=False) as llm:
         for count, then_made in ((1, []), (6, [48, 16, 2])):
             params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1)
-            (request,) = llm.jobs.make(prompt_of(100), params).requests
-            llm.engine.add(request)
+            (request,) = llm._runner.processor.process(prompt_of(100), params).requests
+            llm.engine.add_request(request)
             while request not in llm.engine.step():
                 pass
             assert (len(request.token_ids), made) == (1, [])

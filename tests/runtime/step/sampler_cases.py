@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from compiled_llm.engine.request import Request
-from compiled_llm.engine.sampling_rows import extras_of, pack_params
+from compiled_llm.engine.sampling_metadata import make_sampler_state, pack_sampling_params
 from compiled_llm.runtime.step.sampler import (
     MAX_BAD_WORD_LEN,
     MAX_BAD_WORDS,
@@ -70,7 +70,7 @@ def rows_of(requests: Sequence[Request]) -> tuple[SamplingTensors, LogitsProcess
     bad_words[..., -1] = torch.arange(MAX_BAD_WORDS)
     recent = torch.full((count, MAX_BAD_WORD_LEN - 1), -1)
     for row, wanted in enumerate(requests):
-        extras = extras_of(wanted, VOCAB)
+        extras = make_sampler_state(wanted, VOCAB)
         if extras.bias is not None:
             bias[row] = torch.from_numpy(extras.bias)
         if extras.counts is not None:
@@ -82,7 +82,7 @@ def rows_of(requests: Sequence[Request]) -> tuple[SamplingTensors, LogitsProcess
         last = [*wanted.prompt_token_ids, *wanted.token_ids][-recent.shape[1] :]
         recent[row, recent.shape[1] - len(last) :] = torch.tensor(last)
     params = SamplingTensors.unpack(
-        torch.from_numpy(np.stack([pack_params(wanted) for wanted in requests])).to(DEVICE)
+        torch.from_numpy(np.stack([pack_sampling_params(wanted) for wanted in requests])).to(DEVICE)
     )
     return params, LogitsProcessorState(bias, counts, bad_words, recent)
 

@@ -71,9 +71,9 @@ def test_state_and_pages_are_restored(llm: CompiledLLM) -> None:
     reference = Reference(llm.model)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [prompt_of(length) for length in (20, 33)]
-    jobs = [llm.jobs.make(prompt, params) for prompt in prompts]
+    jobs = [llm._runner.processor.process(prompt, params) for prompt in prompts]
     for job in jobs:
-        llm.engine.add(job.requests[0])
+        llm.engine.add_request(job.requests[0])
     for step in range(9):
         llm.engine.step()
         memory = llm.model_runner.memory
