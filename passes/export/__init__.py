@@ -1,0 +1,1 @@
+"""Passes over graphs made by `torch.export`."""
