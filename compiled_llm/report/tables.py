@@ -130,7 +130,7 @@ def _verification_table(buckets: Iterable[BucketReport]) -> ReportTable:
 
 
 def _verified_row(bucket: str, found: Verification) -> list[str]:
-    logits = "not kept" if found.logit_difference is None else f"{found.logit_difference:.2g}"
+    logits = "not stored" if found.logit_difference is None else f"{found.logit_difference:.2g}"
     errors = (found.choice_gap, found.cache_difference, found.error, found.allowed)
     return [
         bucket,
