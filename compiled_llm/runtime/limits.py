@@ -80,9 +80,9 @@ def _check_length(config: PretrainedConfig, length: int, positions: int | None) 
     limit = rotary_limit(config)
     if limit is not None and length > limit.length:
         raise ValueError(
-            f"limits.max_model_len={length} is not supported: beyond {limit.length} tokens, "
-            f"rope_type {limit.rope_type!r} changes its frequencies for all sequences of a batch; "
-            f"lower it to {limit.length}, or use auto"
+            f"limits.max_model_len={length}, but beyond {limit.length} tokens, rope_type "
+            f"{limit.rope_type!r} changes its frequencies for all sequences of a batch, which is "
+            f"not supported: lower it to {limit.length}, or use auto"
         )
     if positions is not None and length > positions:
         raise ValueError(
