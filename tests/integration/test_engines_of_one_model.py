@@ -42,7 +42,7 @@ def test_an_engine_closes_and_the_other_goes_on(first_to_close: int) -> None:
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_an_engine_that_is_made_again_and_collected(in_thread: bool) -> None:
-    """A notebook cell that runs twice replaces its engine; garbage collection may run in any thread."""
+    """A notebook cell that runs twice replaces its engine; any thread may collect the old one."""
     model = tiny_model("llama")
     reference, prompt = Reference(model), prompt_of(20)
     llm = _engine(model)
