@@ -56,5 +56,5 @@ def test_a_bad_word_that_would_be_the_whole_text_is_banned() -> None:
 
 def test_stopping_tokens_return_after_min_tokens() -> None:
     wanted = request(P, min_tokens=5, stops=[*EOS, VOCAB + 7], logit_bias={EOS[0]: 2.0})
-    assert make_bias(wanted, VOCAB, may_stop=False)[EOS].tolist() == [-INF, -INF]
-    assert make_bias(wanted, VOCAB, may_stop=True)[EOS].tolist() == [2.0, 0.0]
+    assert make_bias(wanted, VOCAB)[EOS].tolist() == [-INF, -INF]
+    assert make_bias(wanted, VOCAB, min_tokens_reached=True)[EOS].tolist() == [2.0, 0.0]
