@@ -58,8 +58,7 @@ class EngineThread:
     def llm(self) -> CompiledLLM:
         """The CompiledLLM; raises RuntimeError if the thread has ended, or in a forked process."""
         self._check_process()
-        llm = self._llm
-        if llm is None:
+        if (llm := self._llm) is None:
             raise self._ended_error()
         return llm
 
@@ -72,7 +71,7 @@ class EngineThread:
         """Run a command in the thread before the next step, and return the future of its result."""
         self._check_process()
         future = self._commands.submit(command)
-        if self._llm is None:  # the thread may have rejected its last commands just before
+        if self._llm is None:  # the thread may have rejected its last commands
             self._commands.reject(self._ended_error)
         return future
 
@@ -83,10 +82,9 @@ class EngineThread:
 
     def close(self) -> None:
         """Abort all requests, and wait until the thread has ended. No effect in a fork."""
-        if self.forked:
-            return
-        self.submit(self._stop)
-        self._thread.join()
+        if not self.forked:
+            self.submit(self._stop)
+            self._thread.join()
 
     def add_requests(self, channel: Channel) -> None:
         """Add all validated requests of a channel to the engine, or none. A command.
@@ -143,8 +141,8 @@ class EngineThread:
 
     def _run(self, llm: CompiledLLM) -> None:
         while not self._closing:
-            capture_pending = llm.model_runner.capture_pending
-            self._commands.run(wait=not (llm.engine.has_work or capture_pending))
+            is_idle = not (llm.engine.has_work or llm.model_runner.capture_pending)
+            self._commands.run(wait=is_idle)
             if llm.engine.has_work and not self._closing:
                 self._step(llm.engine)
             elif llm.model_runner.capture_pending and not self._closing:

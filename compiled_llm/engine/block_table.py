@@ -85,7 +85,8 @@ class BlockTable:
 
     def cache_full_blocks(self, row: int, hashes: list[bytes], first: int, end: int) -> None:
         """Cache the row's blocks from `first` to `end`, which are full."""
-        first = max(first, int(self.begin[row]))
+        if self.window:
+            first = max(first, int(self.begin[row]))
         self.pool.cache_full_blocks(self.block_ids[row, first:end].tolist(), hashes[first:end])
 
     def uncache(self, row: int) -> None:

@@ -139,8 +139,7 @@ class InputBatch:
 
     def take_sampler_updates(self) -> dict[int, SamplerState]:
         """Return the sampler state to write before the next step, and forget it."""
-        updates = self.sampler_updates
-        self.sampler_updates = {}
+        updates, self.sampler_updates = self.sampler_updates, {}
         return updates
 
     def mark_sampled(self, rows: NDArray[np.int64]) -> None:

@@ -71,24 +71,21 @@ class RequestProcessor:
         prompt_token_ids = self._prompts.encode(prompt)
         bad_words = self._prompts.encode_bad_words(params.bad_words)
         seed = secrets.randbits(62) if params.seed is None else params.seed
-        max_completion = max(1, self._max_model_len - len(prompt_token_ids))
-        stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_token_ids |= self._eos_token_ids
-        requests = []
-        for number in range(params.n):
-            request = Request(
+        requests = [
+            Request(
                 prompt_token_ids=prompt_token_ids,
                 sampling_params=params,
                 seed=(seed + number) & _MAX_SEED,
-                max_tokens=min(params.max_tokens or self._max_model_len, max_completion),
-                stop_token_ids=stop_token_ids,
+                max_tokens=self._max_tokens(params, len(prompt_token_ids)),
+                stop_token_ids=self._stop_token_ids(params),
                 bad_words=bad_words,
                 priority=priority,
                 streaming=streaming,
             )
+            for number in range(params.n)
+        ]
+        for request in requests:
             self._add_detokenizer(request)
-            requests.append(request)
         text = prompt if isinstance(prompt, str) else None
         return RequestGroup(prompt=text, requests=requests, request_id=request_id)
 
@@ -99,6 +96,15 @@ class RequestProcessor:
             raise ValueError(
                 f"stream() yields one completion, got n={sampling_params.n}: use generate()"
             )
+
+    def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        # At least 1, so that the validation of the request reports the length of the prompt.
+        within_limit = max(1, self._max_model_len - num_prompt_tokens)
+        return min(params.max_tokens or self._max_model_len, within_limit)
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        given = frozenset(params.stop_token_ids)
+        return given if params.ignore_eos else given | self._eos_token_ids
 
     def _add_detokenizer(self, request: Request) -> None:
         """Give the request a detokenizer if its text is needed before it ends."""

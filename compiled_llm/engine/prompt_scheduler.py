@@ -45,8 +45,7 @@ class PromptScheduler:
 
     def take_new_rows(self) -> list[int]:
         """Return the rows of requests admitted since the last call."""
-        rows = self._new_rows
-        self._new_rows = []
+        rows, self._new_rows = self._new_rows, []
         return rows
 
     def row_order(self, row: int) -> tuple[int, int]:

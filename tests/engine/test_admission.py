@@ -57,9 +57,9 @@ def request_of(length: int, priority: int = 0, **options: Any) -> Request:
 
 def served(scheduler: Scheduler) -> list[Request]:
     """Schedule a step, and return the requests whose tokens it computes, in order."""
-    plan = scheduler.schedule()
-    assert plan is not None
-    rows = plan.batch.seq_rows if isinstance(plan.batch, PrefillBatch) else plan.batch.rows
+    output = scheduler.schedule()
+    assert output is not None
+    rows = output.batch.seq_rows if isinstance(output.batch, PrefillBatch) else output.batch.rows
     return [scheduler.input_batch.request(row) for row in rows.tolist()]
 
 

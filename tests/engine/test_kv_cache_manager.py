@@ -27,8 +27,8 @@ def _pages_of_a_sequence(window: int) -> int:
     return min(MAX_BLOCKS, window // BLOCK_SIZE + 4) if window else MAX_BLOCKS
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Rows that are filled, in chunks and then one token at a time, and freed.
+class _CacheModel(RuleBasedStateMachine):
+    """A KV cache manager, and a simple model of what its rows hold.
 
     tokens, computed, registered: for each used row, its tokens, the number of computed ones, and
         the number of full blocks that were cached.
@@ -108,6 +108,37 @@ class CacheMachine(RuleBasedStateMachine):
             for window, table in zip(self.windows, self.cache.tables, strict=True)
             for row in sorted(self.tokens)
         ]
+
+    def check_alone(self, row: int, start: int) -> None:
+        """Assert that no other row has the blocks that a row writes from this position on."""
+        for group, table in enumerate(self.cache.tables):
+            written = table[row, start // BLOCK_SIZE : -(-self.computed[row] // BLOCK_SIZE)]
+            assert (written != TRASH_PAGE).all()
+            assert not np.isin(np.delete(table, row, axis=0), written).any()
+            assert not set(written.tolist()) & self.contents[group].keys()
+
+    @invariant()
+    def blocks_belong_to_their_rows(self) -> None:
+        self.cache.check()
+        assert all(TRASH_PAGE not in pages for pages in self.still_seen())
+        for table in self.cache.tables:
+            holders: dict[int, Any] = {}
+            for row, block in np.argwhere(table != TRASH_PAGE).tolist():
+                content = self.tokens[row][: (block + 1) * BLOCK_SIZE]
+                assert holders.setdefault(int(table[row, block]), (block, content)) == (
+                    block,
+                    content,
+                )
+
+    def teardown(self) -> None:
+        for row in list(self.tokens):
+            self.cache.free(row)
+        assert self.cache.num_free_blocks == [group.pool.capacity for group in self.cache.groups]
+        self.cache.check()
+
+
+class CacheMachine(_CacheModel):
+    """Rows that are filled, in chunks and then one token at a time, and freed."""
 
     @precondition(lambda self: len(self.tokens) < NUM_ROWS)
     @rule(
@@ -240,33 +271,6 @@ class CacheMachine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.cache.reset_prefix_cache()
         self.contents = [{} for _ in self.windows]
-
-    def check_alone(self, row: int, start: int) -> None:
-        """Assert that no other row has the blocks that a row writes from this position on."""
-        for group, table in enumerate(self.cache.tables):
-            written = table[row, start // BLOCK_SIZE : -(-self.computed[row] // BLOCK_SIZE)]
-            assert (written != TRASH_PAGE).all()
-            assert not np.isin(np.delete(table, row, axis=0), written).any()
-            assert not set(written.tolist()) & self.contents[group].keys()
-
-    @invariant()
-    def pages_are_whose_they_should_be(self) -> None:
-        self.cache.check()
-        assert all(TRASH_PAGE not in pages for pages in self.still_seen())
-        for table in self.cache.tables:
-            holders: dict[int, Any] = {}
-            for row, block in np.argwhere(table != TRASH_PAGE).tolist():
-                content = self.tokens[row][: (block + 1) * BLOCK_SIZE]
-                assert holders.setdefault(int(table[row, block]), (block, content)) == (
-                    block,
-                    content,
-                )
-
-    def teardown(self) -> None:
-        for row in list(self.tokens):
-            self.cache.free(row)
-        assert self.cache.num_free_blocks == [group.pool.capacity for group in self.cache.groups]
-        self.cache.check()
 
 
 TestKVCacheManager = CacheMachine.TestCase

@@ -33,12 +33,12 @@ def test_prompts_of_a_model_with_states_take_turns_with_rows_that_decode() -> No
         )
     sizes = []
     for _ in range(9):
-        plan = scheduler.schedule()
-        assert plan is not None
+        output = scheduler.schedule()
+        assert output is not None
         sizes.append(
-            ("prefill", len(plan.batch.ids))
-            if isinstance(plan.batch, PrefillBatch)
-            else ("decode", len(plan.rows))
+            ("prefill", len(output.batch.ids))
+            if isinstance(output.batch, PrefillBatch)
+            else ("decode", len(output.rows))
         )
     first = [("prefill", 4), ("prefill", 8), ("prefill", 8)]
     assert sizes == [
@@ -95,9 +95,9 @@ def test_a_full_bucket_is_preferred_to_a_slight_spill(
         )
     sizes = []
     while left:
-        plan = scheduler.schedule()
-        assert plan is not None
-        assert isinstance(plan.batch, PrefillBatch)
-        sizes.append(len(plan.batch.ids))
-        left -= int((plan.batch.ids >= 0).sum())
+        output = scheduler.schedule()
+        assert output is not None
+        assert isinstance(output.batch, PrefillBatch)
+        sizes.append(len(output.batch.ids))
+        left -= int((output.batch.ids >= 0).sum())
     assert sizes[0] == expected

@@ -124,7 +124,7 @@ async def one(
         with suppress(TimeoutError):
             await asyncio.wait_for(anext(stream), 0.05 * chance)
         stream.close()
-        soak.counts[f"{name} withdrawn"] += 1
+        soak.counts[f"{name} aborted"] += 1
         return
     *_, last = [output async for output in stream]
     done = last.outputs[0]

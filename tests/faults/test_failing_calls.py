@@ -108,15 +108,15 @@ def test_a_device_that_does_not_recover_breaks_the_engine() -> None:
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        stream_job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add_request(stream_job.requests[0])
+        group = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(group.requests[0])
         with (
             failing_call(DecodeStep, "forward", 0, RuntimeError),
             failing_call(Readback, "resynchronize", 0, RuntimeError),
             pytest.raises(RuntimeError, match="injected"),
         ):
             greedy(llm, PROMPTS, 12)
-        assert stream_job.requests[0].finish_reason == "error"
+        assert group.requests[0].finish_reason == "error"
         assert llm.engine.broken is not None
         for call in (lambda: greedy(llm, PROMPTS, 12), llm.engine.step, llm.reset_prefix_cache):
             with pytest.raises(
@@ -130,8 +130,8 @@ def test_steps_that_fail_for_no_request_break_the_engine() -> None:
     with CompiledLLM(
         tiny_model("llama"), None, small_config(compile={"dispatch": "eager"}), progress=False
     ) as llm:
-        job = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
-        llm.engine.add_request(job.requests[0])
+        group = llm._runner.processor.process(prompt_of(9), SamplingParams(**PARAMS))
+        llm.engine.add_request(group.requests[0])
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(EngineCore, "_abort_overdue", _raise)
             for _ in range(4):
@@ -139,7 +139,7 @@ def test_steps_that_fail_for_no_request_break_the_engine() -> None:
                     llm.engine.step()
             with pytest.raises(EngineBrokenError, match="its steps fail although no request runs"):
                 llm.engine.step()
-        assert job.requests[0].finish_reason == "error"
+        assert group.requests[0].finish_reason == "error"
 
 
 def _raise(*_: object) -> None:
@@ -233,11 +233,11 @@ def test_an_abort_from_within_a_step_waits_for_its_end(
     other = llm._runner.processor.process(PROMPTS[0], SamplingParams(**PARAMS))
     llm.engine.add_request(other.requests[0])
 
-    def withdraw(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def abort(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         llm.engine.abort(other.requests[0])
         return logits
 
-    (output,) = llm.generate([PROMPTS[1]], SamplingParams(**PARAMS, logits_processors=[withdraw]))
+    (output,) = llm.generate([PROMPTS[1]], SamplingParams(**PARAMS, logits_processors=[abort]))
     assert output.outputs[0].token_ids == want[1]
     assert other.requests[0].finish_reason == "abort"
     llm.engine.cache.check()

@@ -37,17 +37,17 @@ def _simulated() -> Engine:
     return Engine(model_runner, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
 
 
-def _jobs() -> list[RequestGroup]:
+def _request_groups() -> list[RequestGroup]:
     """Return requests that share a prefix, with different sampling parameters."""
     beginning = [1 + number % 20 for number in range(40)]
-    jobs = []
+    groups = []
     for number in range(6):
         params = SamplingParams(
             temperature=1.0 * (number % 2), seed=number, max_tokens=30, min_tokens=5 * (number % 3)
         )
         prompt = [*beginning[: 40 - 5 * (number % 2)], 1 + number]
         stops = frozenset({3}) if number % 3 else frozenset()
-        jobs.append(
+        groups.append(
             RequestGroup(
                 prompt=None,
                 requests=[
@@ -61,14 +61,14 @@ def _jobs() -> list[RequestGroup]:
                 ],
             )
         )
-    return jobs
+    return groups
 
 
 def _tokens(engine: Engine) -> list[tuple[list[int], str | None]]:
-    jobs = _jobs()
-    for _ in run_to_completion(engine, jobs):
+    groups = _request_groups()
+    for _ in run_to_completion(engine, groups):
         pass
-    return [(job.requests[0].token_ids, job.requests[0].finish_reason) for job in jobs]
+    return [(group.requests[0].token_ids, group.requests[0].finish_reason) for group in groups]
 
 
 def _places(total: int, count: int, seed: int) -> Iterator[int]:

@@ -89,31 +89,31 @@ def rearranged(cases: Sequence[Case], seed: int) -> list[Case]:
 
 def run_together(llm: CompiledLLM, cases: Sequence[Case]) -> list[Request]:
     """Run all cases, and return their requests in order."""
-    jobs: dict[int, RequestGroup] = {}
+    groups: dict[int, RequestGroup] = {}
     step = 0
-    while len(jobs) < len(cases) or llm.engine.has_work:
+    while len(groups) < len(cases) or llm.engine.has_work:
         for number, case in enumerate(cases):
-            if number not in jobs and case.arrival <= step:
-                jobs[number] = llm._runner.processor.process(case.prompt, case.params)
-                llm.engine.validate(jobs[number].requests[0])
-                llm.engine.add_request(jobs[number].requests[0])
+            if number not in groups and case.arrival <= step:
+                groups[number] = llm._runner.processor.process(case.prompt, case.params)
+                llm.engine.validate(groups[number].requests[0])
+                llm.engine.add_request(groups[number].requests[0])
             if (
-                number in jobs
+                number in groups
                 and case.abort_after is not None
                 and step >= case.arrival + case.abort_after
             ):
-                llm.engine.abort(jobs[number].requests[0])
+                llm.engine.abort(groups[number].requests[0])
         llm.engine.step()
         llm.engine.cache.check()
         step += 1
         assert step < 100_000
-    return [jobs[number].requests[0] for number in range(len(cases))]
+    return [groups[number].requests[0] for number in range(len(cases))]
 
 
 def run_alone(llm: CompiledLLM, case: Case) -> Request:
     """Run a case alone, without cached blocks, and return its request."""
     llm.reset_prefix_cache()
-    (job,) = llm._runner.make_groups([case.prompt], case.params, None, streaming=False)
-    for _ in run_to_completion(llm.engine, [job]):
+    (group,) = llm._runner.make_groups([case.prompt], case.params, None, streaming=False)
+    for _ in run_to_completion(llm.engine, [group]):
         pass
-    return job.requests[0]
+    return group.requests[0]

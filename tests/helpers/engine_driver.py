@@ -18,7 +18,7 @@ STOPS = {"none": (), "two": (3, 5), "many": tuple(range(18))}
 SAMPLINGS = {
     "greedy": {"temperature": 0},
     "random": {},
-    "external": {"logits_processors": (lambda ids, logits: logits,)},
+    "host": {"logits_processors": (lambda ids, logits: logits,)},
 }
 
 
@@ -173,13 +173,13 @@ class Driver:
             self.engine.has_work,
             (self.model_runner.num_tokens, self.model_runner.num_reads),
         )
-        news = self.engine.step()
+        updated = self.engine.step()
         assert (
-            news
+            updated
             or not had_work
             or before != (self.model_runner.num_tokens, self.model_runner.num_reads)
         ), "a step did nothing"
-        assert all(request.finish_reason is not None or request.token_ids for request in news)
+        assert all(request.finish_reason is not None or request.token_ids for request in updated)
         self._check_places()
         self._check_order(scheduled)
 

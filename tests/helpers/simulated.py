@@ -24,7 +24,7 @@ from compiled_llm.runtime.step.sampler_state import SamplerState
 from compiled_llm.sampling_params import MAX_LOGPROBS
 
 VOCAB_SIZE = 24
-_BIASED, _EXTERNAL = 1, 8
+_BIASED, _HOST_SAMPLED = 1, 8
 _SEED, _TEMPERATURE, _FLAGS = map(SamplingTensors._fields.index, ("seed", "temperature", "flags"))
 
 
@@ -163,10 +163,10 @@ class SimulatedModelRunner:
         self._scored = computed if batch.sampler == "scoring" else []
         return self._sample(rows.tolist(), rows[batch.sample_mask > 0].tolist(), batch.sampler)
 
-    def tokens(self, ticket: StepHandle) -> NDArray[np.int64]:
-        assert self._num_steps - RING_SIZE <= ticket.step
+    def tokens(self, handle: StepHandle) -> NDArray[np.int64]:
+        assert self._num_steps - RING_SIZE <= handle.step
         self.num_reads += 1
-        return self._ring[ticket.step].copy()
+        return self._ring[handle.step].copy()
 
     def prompt_logprobs(self, num_tokens: int) -> Logprobs:
         """Return as logprob of the token after a sequence the number of the sequence."""
@@ -210,8 +210,8 @@ class SimulatedModelRunner:
         """Sample a token in each row; only those of `wanted` rows may be read."""
         ring = np.full(len(self._tokens), -1, np.int64)
         for row in rows:
-            external = self._params[row, _FLAGS] & _EXTERNAL
-            self._tokens[row] = -1 if external else self._draw(row)
+            host_sampled = self._params[row, _FLAGS] & _HOST_SAMPLED
+            self._tokens[row] = -1 if host_sampled else self._draw(row)
         for row in wanted:
             _, temperature, flags = self._params[row, [_SEED, _TEMPERATURE, _FLAGS]].tolist()
             assert SAMPLERS.index(sampler) >= (2 if flags else 1 if temperature else 0)

@@ -157,8 +157,8 @@ def test_a_full_queue_refuses_and_generate_feeds_it_as_there_is_room(reference: 
     }
     with eager_llm(limits) as engine:
         requests = [
-            job.requests[0]
-            for job in engine._runner.make_groups([prompt_of(9)] * 4, None, None, streaming=False)
+            group.requests[0]
+            for group in engine._runner.make_groups([prompt_of(9)] * 4, None, None, streaming=False)
         ]
         for request in requests[:3]:
             engine.engine.add_request(request)

@@ -156,10 +156,10 @@ def test_several_completions(llm: CompiledLLM) -> None:
     llm.reset_prefix_cache()
     prompt = prompt_of(40)
     params = drawn(n=6, seed=2**63 - 3, logprobs=2)
-    (job,) = llm._runner.make_groups([prompt], params, None, streaming=False)
-    for _ in run_to_completion(llm.engine, [job]):
+    (group,) = llm._runner.make_groups([prompt], params, None, streaming=False)
+    for _ in run_to_completion(llm.engine, [group]):
         pass
-    assert [request.num_cached_tokens for request in job.requests] == [0] + [2 * BLOCK_SIZE] * 5
+    assert [request.num_cached_tokens for request in group.requests] == [0] + [2 * BLOCK_SIZE] * 5
     (output,) = llm.generate([prompt], params)
     assert [completion.index for completion in output.outputs] == list(range(6))
     assert output.finished
@@ -171,7 +171,7 @@ def test_several_completions(llm: CompiledLLM) -> None:
     assert [completion.token_ids for completion in output.outputs] == [
         completion.token_ids for completion in drawn_alone
     ]
-    assert [request.token_ids for request in job.requests] == [
+    assert [request.token_ids for request in group.requests] == [
         completion.token_ids for completion in drawn_alone
     ]
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
