@@ -31,7 +31,8 @@ LAYERS = (
     ("runtime.verify",),
     ("runtime",),  # modules that are in no part above, such as the model runner
     ("engine",),
-    ("startup", "running", "progress"),
+    ("startup", "progress"),
+    ("session",),
     ("llm",),
     ("engine_thread",),
     ("async_llm",),

@@ -85,7 +85,7 @@ class BlockTable:
 
     def cache_full_blocks(self, row: int, hashes: list[bytes], first: int, end: int) -> None:
         """Cache the row's blocks from `first` to `end`, which are full."""
-        if self.window:
+        if not self.reach.is_full:
             first = max(first, int(self.begin[row]))
         self.pool.cache_full_blocks(self.block_ids[row, first:end].tolist(), hashes[first:end])
 
