@@ -96,7 +96,7 @@ def test_a_loaded_model_that_is_changed_is_not_saved(
     with CompiledLLM.from_pretrained(config=config, progress=False) as llm:
         if changed:
             _use_gelu(llm.model)
-            with pytest.raises(RuntimeError, match="was replaced while an engine works on it"):
+            with pytest.raises(RuntimeError, match="was replaced while an engine uses it"):
                 greedy(llm, PROMPTS, 2)
         else:
             greedy(llm, PROMPTS, 2)

@@ -8,7 +8,7 @@ from compiled_llm import CompiledLLM
 from compiled_llm.config.schema import Config
 from compiled_llm.runtime.buckets import Bucket
 from compiled_llm.runtime.compilation.pipeline import make_pipeline
-from passes import Pipeline
+from passes import AttentionLayers, Pipeline
 from tests.helpers.tiny_models import small_config, tiny_model
 
 BUCKET = Bucket("decode", 4, "greedy")
@@ -32,7 +32,8 @@ def test_the_passes_are_those_of_the_config_in_order() -> None:
 
 def test_the_context_describes_the_model_and_the_bucket() -> None:
     context = _pipeline(small_config()).context
-    assert context.layers == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    names = ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    assert context.get(AttentionLayers).names == names
     assert context.num_tokens == BUCKET.size
 
 
