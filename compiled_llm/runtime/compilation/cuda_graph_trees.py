@@ -20,6 +20,11 @@ from compiled_llm.runtime.compilation.torch_patches import (
     TREES_OF_THREAD,
 )
 
+# Importing the trees stores Python objects in the thread-local storage of the importing thread's
+# C++ part. Such a thread releases them when it ends, and that aborts the process if the interpreter
+# is exiting. So they are imported here, with the library, and not by an engine's own thread.
+TREES_OF_THREAD.get()
+
 
 def prepare_thread() -> None:
     """Enable graph trees in this thread.

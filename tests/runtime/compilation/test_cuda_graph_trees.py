@@ -1,5 +1,7 @@
 """CUDA graph trees: threads, recordings and their counts, on a machine with or without a GPU."""
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +83,15 @@ def test_a_new_thread_can_have_graph_trees() -> None:
     thread.join()
     assert isinstance(found[0], AssertionError)
     assert found[1:] == [None, True], "a second call changes nothing"
+
+
+def test_the_library_imports_the_trees_in_the_thread_that_imports_it() -> None:
+    """A thread that imports them instead may abort the process when it ends at exit."""
+    code = "from compiled_llm import AsyncCompiledLLM; import sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "torch._inductor.cudagraph_trees" in done.stdout.split()
 
 
 def test_a_cpu_has_no_graphs() -> None:
