@@ -9,7 +9,6 @@ results, not the model or the options that produced the results.
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from compiled_llm.cli.counter import counter
@@ -87,12 +86,7 @@ class BatchRun:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check(self, llm: CompiledLLM, templated: bool) -> None:

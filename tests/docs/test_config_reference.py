@@ -1,24 +1,16 @@
 """Tests that the configuration page lists every key of the schema with its meaning."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compiled_llm import Config
-
-_HOOK = Path(__file__).parents[2] / "docs" / "_hooks" / "config_reference.py"
+from tests.helpers.docs_hooks import load_hook
 
 
 @pytest.fixture(scope="module")
 def hook() -> Any:
-    spec = importlib.util.spec_from_file_location("config_reference", _HOOK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_hook("config_reference")
 
 
 def test_every_key_has_a_row(hook: Any) -> None:

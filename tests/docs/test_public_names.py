@@ -1,24 +1,16 @@
 """Tests that the API pages list every public name once."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import compiled_llm
-
-_HOOK = Path(__file__).parents[2] / "docs" / "_hooks" / "public_names.py"
+from tests.helpers.docs_hooks import load_hook
 
 
 @pytest.fixture(scope="module")
 def hook() -> Any:
-    spec = importlib.util.spec_from_file_location("public_names", _HOOK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_hook("public_names")
 
 
 def test_the_names_are_those_of_the_package(hook: Any) -> None:
