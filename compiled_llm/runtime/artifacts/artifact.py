@@ -25,6 +25,7 @@ from compiled_llm.runtime.artifacts.fingerprint import Fingerprint, hash_of
 from compiled_llm.runtime.bucket_tuning import Traffic
 from compiled_llm.system.atomic_file import locked, remove_unfinished, write_atomic
 from compiled_llm.system.file_trust import read_trusted, untrusted_reason
+from compiled_llm.system.torch_patches import CACHE_DIR
 from passes import PassReport
 from passes.ops.precompile import KernelFiles, restore_kernels
 
@@ -126,7 +127,7 @@ class Artifact:
         """Replace damaged libraries that the compiler has made again; raises OSError."""
         if not self._damaged:
             return
-        loaded = {path.relative_to(_cache_dir()): path for path in _loaded_libraries()}
+        loaded = {path.relative_to(Path(CACHE_DIR.get()())): path for path in _loaded_libraries()}
         for name in self._damaged & loaded.keys():
             with locked(self.directory):
                 _write(self._libraries / name, loaded[name].read_bytes())
@@ -140,7 +141,7 @@ class Artifact:
                 self._begin()
             _write(self._path(bucket), pickle.dumps(saved))
             for library in _loaded_libraries():
-                target = self._libraries / library.relative_to(_cache_dir())
+                target = self._libraries / library.relative_to(Path(CACHE_DIR.get()()))
                 if not target.exists():
                     _write(target, library.read_bytes())
 
@@ -169,11 +170,11 @@ class Artifact:
         """Copy libraries that are missing in the compiler's cache to it."""
         for path in self._libraries.rglob("*.so"):
             name = path.relative_to(self._libraries)
-            if (_cache_dir() / name).exists() or name in self._damaged:
+            if (Path(CACHE_DIR.get()()) / name).exists() or name in self._damaged:
                 continue
             content = self._read(path, "the library is compiled again")
             if content is not None:
-                write_atomic(_cache_dir() / name, content)
+                write_atomic(Path(CACHE_DIR.get()()) / name, content)
             else:
                 self._damaged.add(name)
 
@@ -264,12 +265,6 @@ def _write(path: Path, content: bytes) -> None:
     write_atomic(path, hash_of(content).encode() + b"\n" + content)
 
 
-def _cache_dir() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir())
-
-
 def _loaded_libraries() -> list[Path]:
     """Return the libraries in the compiler's cache that this process has loaded.
 
@@ -280,5 +275,5 @@ def _loaded_libraries() -> list[Path]:
         return []
     lines = (line for line in maps.read_text().splitlines() if line.endswith(".so"))
     paths = {Path(line.split(maxsplit=5)[5]) for line in lines}
-    directory = _cache_dir()
+    directory = Path(CACHE_DIR.get()())
     return sorted(path for path in paths if path.is_relative_to(directory) and path.exists())

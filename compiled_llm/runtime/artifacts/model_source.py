@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.modules.module as module_state
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+
+from compiled_llm.system.torch_patches import GLOBAL_FORWARD_HOOKS, GLOBAL_FORWARD_PRE_HOOKS
 
 # An artifact's key holds the versions of all of these.
 _PACKAGES = tuple(f"{Path(package.__path__[0]).resolve()}/" for package in (torch, transformers))
@@ -31,7 +32,6 @@ _STDLIB = f"{Path(sysconfig.get_path('stdlib')).resolve()}/"
 _REPLACED_BY_DYNAMO = {
     f"torch.nn.modules.module.Module.{name}" for name in ("__init__", "__setstate__")
 }
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def library_source(model: PreTrainedModel) -> str | None:
         if issubclass(kind, nn.Module)
     }
     names = sorted({kind.__module__ for kind in classes})
-    if any(getattr(module_state, hooks) for hooks in _GLOBAL_HOOKS):
+    if GLOBAL_FORWARD_HOOKS.get() or GLOBAL_FORWARD_PRE_HOOKS.get():
         return None
     if not all(map(_is_library_module, names)):
         return None

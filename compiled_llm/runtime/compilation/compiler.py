@@ -26,14 +26,14 @@ from compiled_llm.runtime.compilation.cuda_graph_trees import (
 )
 from compiled_llm.runtime.compilation.fx_patches import thread_local_fx_patches
 from compiled_llm.runtime.compilation.timing import Durations, Timestamp, durations
-from compiled_llm.runtime.compilation.torch_patches import (
+from compiled_llm.runtime.step.step import Step
+from compiled_llm.system.compiler_lock import COMPILER_LOCK
+from compiled_llm.system.torch_patches import (
     AOT_COMPILED_FUNCTION,
     CACHE_KEY_TAG,
     CUDA_DEVICE_GUARD,
     LIST_OPTIONS,
 )
-from compiled_llm.runtime.step.step import Step
-from compiled_llm.system.compiler_lock import COMPILER_LOCK
 from passes import Pipeline
 from passes.ops.pdl import inductor_pdl_options, inductor_pdl_waits
 

@@ -15,14 +15,14 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
-from compiled_llm.runtime.compilation.torch_patches import (
+from compiled_llm.system.cpu import instruction_set
+from compiled_llm.system.file_trust import make_private_directory, untrusted_reason
+from compiled_llm.system.paths import cache_dir
+from compiled_llm.system.torch_patches import (
     DEFAULT_CACHE_DIR,
     HEADER_DIR,
     HEADER_LOCK_DIR,
 )
-from compiled_llm.system.cpu import instruction_set
-from compiled_llm.system.file_trust import make_private_directory, untrusted_reason
-from compiled_llm.system.paths import cache_dir
 
 _INDUCTOR, _TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 

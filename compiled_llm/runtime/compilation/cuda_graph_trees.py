@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compiled_llm.errors import CaptureError
-from compiled_llm.runtime.compilation.torch_patches import (
+from compiled_llm.system.torch_patches import (
     COUNTERS,
     END_ALLOCATE_TO_POOL,
     GET_MANAGER,

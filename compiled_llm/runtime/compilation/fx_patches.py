@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from compiled_llm.runtime.compilation.torch_patches import PATCH_METHOD
+from compiled_llm.system.torch_patches import PATCH_METHOD
 
 
 @contextmanager

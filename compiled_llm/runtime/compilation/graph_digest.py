@@ -17,7 +17,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from compiled_llm.runtime.compilation.torch_patches import FULLGRAPH_CAPTURE
+from compiled_llm.system.torch_patches import FULLGRAPH_CAPTURE
 
 # An artifact's key holds the versions, or the source, of these.
 _OPAQUE_NAMESPACES = {"aten", "prims", "prim", "compiled_llm"}

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from compiled_llm.runtime.compilation.torch_patches import (
+from compiled_llm.system.atomic_file import write_atomic
+from compiled_llm.system.paths import cache_dir
+from compiled_llm.system.torch_patches import (
     AVX2_FLAGS,
     BUILD_FINGERPRINT,
     CHECK_BUILD,
     SELECT_TILING,
 )
-from compiled_llm.system.atomic_file import write_atomic
-from compiled_llm.system.paths import cache_dir
 
 # Part of the key of Inductor's cache. Its own key holds neither these patches nor the vector width
 # that the loops were generated for; code that is compiled for another width skips elements or

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from compiled_llm.report.report import BucketReport, PhaseReport
-from compiled_llm.runtime.compilation.torch_patches import COMPILATION_TIMES
+from compiled_llm.system.torch_patches import COMPILATION_TIMES
 
 _AUTOTUNING = ("CachingAutotuner.", "_template_autotuning", "_template_precompiling")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compiled_llm.runtime.compilation.torch_patches import STORAGE_FROM_POINTER
+from compiled_llm.system.torch_patches import STORAGE_FROM_POINTER
 
 _MAX_CONTENT_BYTES = 2**16  # contents of larger storages are left out
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch._inductor.cpu_vec_isa as cpu_vec_isa
 
-from compiled_llm.runtime.compilation import torch_patches
-from compiled_llm.runtime.compilation.torch_patches import CHECK_BUILD, INTERNALS, TREE_MANAGER
+from compiled_llm.system import torch_patches
+from compiled_llm.system.torch_patches import CHECK_BUILD, INTERNALS, TREE_MANAGER
 from passes import torch_internals
 from passes.torch_internals import TorchInternal
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def _needs_cuda_build(internal: TorchInternal) -> bool:
