@@ -41,7 +41,7 @@ class EngineCore:
             memory.groups,
             block_size=memory.block_size,
             max_num_seqs=limits.max_num_seqs,
-            max_blocks=-(-limits.max_model_len // memory.block_size),
+            max_blocks=memory.max_blocks,
             prefix_caching=model_runner.config.cache.prefix_caching and not model_runner.has_states,
         )
         self.batch = InputBatch(limits.max_num_seqs, limits.max_model_len, vocab_size)

@@ -31,6 +31,10 @@ class StepMemory(Protocol):
     def block_size(self) -> int:
         """Tokens of a block."""
 
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of a sequence at most, which is the width of the step's block tables."""
+
 
 class ModelRunnerProtocol(Protocol):
     """Runs steps on the device. It belongs to the thread that made it."""

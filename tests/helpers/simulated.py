@@ -66,7 +66,7 @@ class SimulatedModelRunner:
     """Stands in for `ModelRunner`: R rows, G groups of pages, N pages a row at most.
 
     Attributes:
-        max_blocks: N; memory, state: itself, as far as the engine asks them.
+        max_blocks: N; memory: this object, which has what the engine reads of it.
         num_tokens: computed so far; num_reads: steps whose tokens were read.
     """
 
@@ -91,7 +91,7 @@ class SimulatedModelRunner:
         )
         cache = CacheConfig.model_construct(block_size=block_size, prefix_caching=sharing)
         self.config, self.report = Config(limits=LimitsConfig(), cache=cache), Report()
-        self.memory = self.state = self
+        self.memory = self
         self.max_blocks = -(-limits.max_model_len // block_size)
         self.sequences = Sequences()
         self.num_tokens = self.num_reads = self._num_steps = 0

@@ -47,6 +47,11 @@ class Memory:
     groups: list[KVCacheGroup]
     block_size: int
 
+    @property
+    def max_blocks(self) -> int:
+        """The most pages of a sequence in a group."""
+        return self.state.max_blocks
+
     def eager_bucket(self, exact: Bucket, limits: Limits) -> Bucket:
         """Return the shape in which a batch of exactly this size runs eagerly.
 
