@@ -145,9 +145,10 @@ class CompiledLLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or many, formatted by the tokenizer's chat template.
 
+        The arguments other than `messages` are those of `generate`.
+
         Args:
             messages: a list of messages, or a list of such lists.
-            sampling_params, priority, progress, streamer: as for `generate`.
         """
         conversations = cast(Sequence[Prompt], list_conversations(messages))
         return self.generate(
